@@ -1,0 +1,1 @@
+"""Mixed-precision quantization of few-step diffusion models for torch.compile and torchao."""

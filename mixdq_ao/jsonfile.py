@@ -1,0 +1,72 @@
+"""Reading and writing the project's JSON files: checked header, finite numbers only, atomic replacement."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .errors import MixDQError
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def read_document(path: str | os.PathLike[str], kind: str, version: int, error: type[MixDQError]) -> dict[str, Any]:
+    """The object in a JSON file whose header must be ``{"format": kind, "version": version}``.
+
+    Raises ``error``, naming the file, when it cannot be read, is not JSON, holds NaN or infinity, repeats a
+    key, or has another header.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise error(f"{path}: cannot be read as UTF-8 text: {e}") from e
+    try:
+        document = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as e:
+        raise error(f"{path}: not valid JSON ({e}); expected a {kind} file written by mixdq_ao") from e
+    if not isinstance(document, dict) or document.get("format") != kind:
+        found = document.get("format") if isinstance(document, dict) else type(document).__name__
+        raise error(f"{path}: format is {found!r}, expected {kind!r}")
+    if type(document.get("version")) is not int or document["version"] != version:
+        raise error(
+            f"{path}: version is {document.get('version')!r}, this release reads version {version}; "
+            "upgrade mixdq-ao if the file is newer"
+        )
+    return document
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in document:
+            raise ValueError(f"key {key!r} appears twice")
+        document[key] = value
+    return document
+
+
+def write_document(path: str | os.PathLike[str], document: dict[str, Any]) -> None:
+    """Writes ``document`` so that a crash leaves either the old file or the whole new one."""
+    path = Path(path)
+    text = json.dumps(document, indent=1, allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

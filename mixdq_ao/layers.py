@@ -1,0 +1,159 @@
+"""The layers of a model that can be quantized: names, groups, sizes, split points, and what a plan costs on them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING, Literal
+
+from torch import nn
+
+from .errors import PlanError, QuantizationError
+from .plan import LayerPlan, Plan, PlanSummary
+
+if TYPE_CHECKING:
+    from .search.calibrate import Calibration
+
+Group = Literal["content", "quality"]
+GroupRule = Callable[[str], Group]
+
+
+def find_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Every nn.Linear and nn.Conv2d of ``model`` by name, in module order. 794 in SDXL's UNet."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+
+
+def group_of(name: str) -> Group:
+    """MixDQ's rule: feed-forward and cross-attention layers decide the *content* of a picture (judged by SSIM),
+    all others its *quality* (judged by SQNR). Section 4.2 of arXiv 2405.17873."""
+    parts = name.split(".")
+    return "content" if any(p == "attn2" or p.startswith("ff") for p in parts) else "quality"
+
+
+def reads_text(name: str) -> bool:
+    """Cross-attention projections that read the text embedding and nothing else (140 in SDXL)."""
+    return name.endswith(("attn2.to_k", "attn2.to_v"))
+
+
+def split_points(model: nn.Module) -> dict[str, int]:
+    """Channels of the first half of each concatenated shortcut input: {conv_shortcut name: channels}.
+
+    An up block concatenates its running hidden state with a skip connection, so the split is the number of
+    channels of the former: what the previous resnet (or block) put out. Read from the modules, no list.
+    """
+    splits: dict[str, int] = {}
+    mid = getattr(getattr(model, "mid_block", None), "resnets", None)
+    channels = mid[-1].out_channels if mid is not None and len(mid) else None
+    for b, block in enumerate(getattr(model, "up_blocks", None) or []):
+        for r, resnet in enumerate(getattr(block, "resnets", None) or []):
+            shortcut = getattr(resnet, "conv_shortcut", None)
+            if channels is not None and shortcut is not None and 0 < channels < resnet.in_channels:
+                splits[f"up_blocks.{b}.resnets.{r}.conv_shortcut"] = channels
+            channels = resnet.out_channels
+    return splits
+
+
+def check_plan(plan: Plan, model: nn.Module, *, need_ranges: bool = True) -> None:
+    """Raises PlanError unless ``plan`` fits ``model``. Nothing is changed."""
+    layers = find_layers(model)
+    for name, layer in plan.layers.items():
+        if name not in layers:
+            near = next((n for n in layers if n.endswith("." + name) or name.endswith("." + n)), None)
+            hint = f"; did you mean {near!r}?" if near else "; is the plan for another model?"
+            raise PlanError(f"layer {name!r} is not a linear or convolution layer of {type(model).__name__}{hint}")
+        try:
+            check_layer(layers[name], layer, need_ranges=need_ranges)
+        except PlanError as e:
+            raise PlanError(f"layer {name!r}: {e}") from e
+        if layer.bos and plan.bos_embedding is not None and len(plan.bos_embedding) != layers[name].weight.shape[1]:
+            raise PlanError(
+                f"layer {name!r}: reads {layers[name].weight.shape[1]} features, "
+                f"but the plan's bos_embedding has {len(plan.bos_embedding)}"
+            )
+
+
+def check_layer(module: nn.Module, layer: LayerPlan, *, need_ranges: bool = True) -> None:
+    """Raises PlanError unless ``module`` can be quantized as ``layer`` says."""
+    if not layer.quantized:
+        return
+    if need_ranges and not layer.calibrated:
+        raise PlanError(
+            f"act_bits is {layer.act_bits} but there is no act_range; run calibrate() and Plan.with_calibration()"
+        )
+    channels = in_channels(module)
+    if layer.split is not None and (not isinstance(module, nn.Conv2d) or module.groups != 1 or layer.split >= channels):
+        raise PlanError(f"split is {layer.split}, expected less than the {channels} input channels of an ungrouped convolution")
+    if layer.bos and not isinstance(module, nn.Linear):
+        raise PlanError("bos is true, expected a linear layer that reads the text embedding")
+    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+        raise PlanError(f"padding_mode is {module.padding_mode!r}, only 'zeros' can be quantized; give this layer 16 bits")
+    if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
+        raise PlanError(f"padding is {module.padding!r}, expected numbers; give this layer 16 bits or set the padding as numbers")
+
+
+def in_channels(module: nn.Module) -> int:
+    return module.in_features if isinstance(module, nn.Linear) else module.in_channels  # type: ignore[union-attr,return-value]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """Sizes of one layer: ``rows`` output channels, ``row`` input elements each, as ``taps`` runs of ``run``."""
+
+    rows: int
+    taps: int
+    run: int
+    bias: int
+
+    @classmethod
+    def of(cls, module: nn.Linear | nn.Conv2d) -> LayerShape:
+        rows, run = module.weight.shape[:2]
+        taps = module.weight.shape[2] * module.weight.shape[3] if isinstance(module, nn.Conv2d) else 1
+        return cls(rows, taps, run, 0 if module.bias is None else module.bias.numel())
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.taps * self.run
+
+
+def stored_bytes(shape: LayerShape, layer: LayerPlan) -> int:
+    """Bytes the layer's tensors hold when quantized as planned; two bytes an element where it is not.
+
+    Per output channel: packed codes (each run of input channels padded to a byte), a float32 scale, an int8 zero
+    point below 8 bits, an int32 sum of codes where activations are quantized, a 16-bit BOS row where wanted.
+    Per layer: a float32 reciprocal scale and an int32 zero point. The bias stays in the model's own type (two
+    bytes are assumed). The shared BOS embedding is counted by ``summarize`` once.
+    """
+    if layer.weight_bits == 16:
+        return 2 * (shape.weights + shape.bias)
+    runs = [shape.run] if layer.split is None else [layer.split, shape.run - layer.split]
+    total = 2 * shape.bias + (2 * shape.rows if layer.bos else 0)
+    for run in runs:
+        codes = shape.rows * shape.taps * ceil(run * layer.weight_bits / 8)
+        per_row = 4 + (1 if layer.weight_bits < 8 else 0) + (4 if layer.act_bits < 16 else 0)
+        total += codes + per_row * shape.rows + (8 if layer.act_bits < 16 else 0)
+    return total
+
+
+def summarize(plan: Plan, model: nn.Module) -> PlanSummary:
+    """Figures of ``plan`` on ``model``; layers the plan does not name count as 16 bit."""
+    check_plan(plan, model, need_ranges=False)
+    layers = find_layers(model)
+    shapes = {n: LayerShape.of(m) for n, m in layers.items()}
+    planned = {n: plan.layers.get(n, LayerPlan()) for n in layers}
+    sizes = plan.metadata.get("act_sizes")
+    act = sizes if isinstance(sizes, dict) and all(n in sizes for n in layers) else dict.fromkeys(layers, 1)
+    bos = 2 * len(plan.bos_embedding or ()) if any(p.bos for p in planned.values()) else 0
+    return PlanSummary(
+        average_weight_bits=_mean({n: p.weight_bits for n, p in planned.items()}, {n: s.weights for n, s in shapes.items()}),
+        average_act_bits=_mean({n: p.act_bits for n, p in planned.items()}, act),
+        bytes=bos + sum(stored_bytes(shapes[n], p) for n, p in planned.items()),
+        counts=dict(Counter(p.weight_bits for p in planned.values())),
+        act_counts=dict(Counter(p.act_bits for p in planned.values())),
+    )
+
+
+def _mean(values: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    total = sum(weights.values())
+    return sum(values[n] * weights[n] for n in values) / total if total else 0.0

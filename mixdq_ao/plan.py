@@ -1,0 +1,231 @@
+"""Plan: which bits, ranges and treatment each layer gets. One readable JSON file; nothing is unpickled."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from .errors import PlanError
+from .jsonfile import read_document, write_document
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .search.calibrate import Calibration
+
+FORMAT, VERSION = "mixdq-plan", 1
+WEIGHT_BITS = (2, 4, 8, 16)
+ACT_BITS = (4, 8, 16)
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerPlan:
+    """What one linear or convolution layer becomes.
+
+    Attributes:
+        weight_bits: 2, 4, 8 or 16 (16: kept as it is).
+        act_bits: 4, 8 or 16 (16: kept as it is). 4 uses 16 levels of an 8-bit container: it costs quality and
+            saves no time on current hardware.
+        symmetric: weights without a zero point. Default: true at 8 and 16 bits, false at 4 and 2 (symmetric
+            2 bit is ternary). 8 bit is always symmetric.
+        act_range: (lo, hi) of the input, from calibration; (lo, hi) of the first half where ``split`` is set.
+        split: channels of the first half of a concatenated input, quantized with its own range and scales.
+        split_act_range: (lo, hi) of the second half where ``split`` is set.
+        bos: rows equal to the plan's BOS embedding give the precomputed full-precision output row.
+    """
+
+    weight_bits: int = 16
+    act_bits: int = 16
+    symmetric: bool | None = None
+    act_range: Range | None = None
+    split: int | None = None
+    split_act_range: Range | None = None
+    bos: bool = False
+
+    def __post_init__(self) -> None:
+        _expect(type(self.weight_bits) is int and self.weight_bits in WEIGHT_BITS, "weight_bits", self.weight_bits, "one of 2, 4, 8, 16")
+        _expect(type(self.act_bits) is int and self.act_bits in ACT_BITS, "act_bits", self.act_bits, "one of 4, 8, 16")
+        if self.symmetric is None:
+            object.__setattr__(self, "symmetric", self.weight_bits >= 8)
+        _expect(isinstance(self.symmetric, bool), "symmetric", self.symmetric, "true or false")
+        _expect(self.symmetric or self.weight_bits < 8, "symmetric", self.symmetric, "true at 8 and 16 bits")
+        for name in ("act_range", "split_act_range"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, _range(name, value))
+        _expect(self.split is None or (type(self.split) is int and self.split > 0), "split", self.split, "a positive number of channels, or null")
+        _expect(self.split is not None or self.split_act_range is None, "split_act_range", self.split_act_range, "null where split is null")
+        _expect(isinstance(self.bos, bool), "bos", self.bos, "true or false")
+
+    @property
+    def quantized(self) -> bool:
+        return self.weight_bits < 16 or self.act_bits < 16
+
+    @property
+    def calibrated(self) -> bool:
+        """Every range a static activation quantizer needs is there."""
+        return self.act_bits == 16 or (self.act_range is not None and (self.split is None or self.split_act_range is not None))
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, ranges as lists; fields at their default are left out to keep the file readable."""
+        defaults = LayerPlan(weight_bits=self.weight_bits, act_bits=self.act_bits)
+        values = {n: v for n, v in asdict(self).items() if n.endswith("_bits") or v != getattr(defaults, n)}
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
+
+
+def _expect(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise PlanError(f"{name} is {value!r}, expected {expected}")
+
+
+def _range(name: str, value: object) -> Range:
+    ok = isinstance(value, tuple | list) and len(value) == 2 and all(type(v) in (int, float) for v in value)
+    _expect(ok, name, value, "[lo, hi], two numbers, or null")
+    lo, hi = (float(v) for v in value)  # type: ignore[union-attr]
+    _expect(math.isfinite(lo) and math.isfinite(hi), name, value, "finite numbers")
+    _expect(lo <= hi, name, value, "lo <= hi")
+    return lo, hi
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSummary:
+    """Figures of a plan on a model.
+
+    Attributes:
+        average_weight_bits: mean over weights (elements) of all linear and convolution layers, scales excluded.
+        average_act_bits: mean over input elements where the plan's metadata holds them (``act_sizes``, written
+            by ``with_calibration``), else over layers.
+        bytes: bytes of the weights, scales, zero points, BOS rows and biases that the quantized layers hold,
+            and of the layers kept in 16 bit (counted at two bytes an element).
+        counts: layers per weight bits; ``act_counts`` per activation bits.
+    """
+
+    average_weight_bits: float
+    average_act_bits: float
+    bytes: int
+    counts: dict[int, int]
+    act_counts: dict[int, int]
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{n} layers at W{b}" for b, n in sorted(self.counts.items()))
+        return (
+            f"{self.average_weight_bits:.2f} weight bits, {self.average_act_bits:.2f} activation bits on average, "
+            f"{self.bytes / 2**20:.2f} MiB ({counts})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Bits and ranges of every layer of one model, keyed by the layer's name as ``named_modules`` gives it."""
+
+    layers: Mapping[str, LayerPlan]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    bos_embedding: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, layer in self.layers.items():
+            if not isinstance(name, str) or not isinstance(layer, LayerPlan):
+                raise PlanError(f"layer {name!r}: expected a name and a LayerPlan, got {type(layer).__name__}")
+            if layer.bos and self.bos_embedding is None:
+                raise PlanError(f"layer {name!r}: bos is true but the plan has no bos_embedding; calibrate with BOS handling")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Reads a plan file. Raises PlanError naming the file, the layer and what was expected."""
+        document = read_document(path, FORMAT, VERSION, PlanError)
+        try:
+            return cls.from_json(document)
+        except PlanError as e:
+            raise PlanError(f"{os.fspath(path)}: {e}") from e
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan as JSON, atomically."""
+        write_document(path, self.to_json())
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Plan:
+        unknown = set(document) - {"format", "version", "metadata", "bos_embedding", "layers"}
+        if unknown:
+            raise PlanError(f"unknown key {min(unknown)!r}; expected format, version, metadata, bos_embedding, layers")
+        metadata, layers = document.get("metadata", {}), document.get("layers")
+        if not isinstance(metadata, dict):
+            raise PlanError(f"metadata is {type(metadata).__name__}, expected an object")
+        if not isinstance(layers, dict):
+            raise PlanError(f"layers is {type(layers).__name__}, expected an object of layer names")
+        return cls({n: _layer_from_json(n, v) for n, v in layers.items()}, metadata, _embedding(document.get("bos_embedding")))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "metadata": dict(self.metadata),
+            "bos_embedding": None if self.bos_embedding is None else list(self.bos_embedding),
+            "layers": {n: v.to_json() for n, v in self.layers.items()},
+        }
+
+    @classmethod
+    def uniform(cls, model: nn.Module, weight_bits: int, act_bits: int) -> Plan:
+        """The same bits for every linear and convolution layer of ``model``."""
+        from .layers import find_layers
+
+        layer = LayerPlan(weight_bits=weight_bits, act_bits=act_bits)
+        return cls({name: layer for name in find_layers(model)}, {"source": f"uniform W{weight_bits}A{act_bits}"})
+
+    @classmethod
+    def from_mixdq_yaml(
+        cls, weight: str | os.PathLike[str], act: str | os.PathLike[str] | None = None, protect: Iterable[str] = ()
+    ) -> Plan:
+        """The MixDQ authors' plan files: one ``model.<name>: bits`` a line (see ``importing``)."""
+        from .importing import plan_from_mixdq_yaml
+
+        return plan_from_mixdq_yaml(weight, act, protect)
+
+    def with_layers(self, layers: Mapping[str, LayerPlan]) -> Plan:
+        """A copy in which the given layers are replaced or added."""
+        return replace(self, layers={**self.layers, **layers})
+
+    def with_calibration(self, calibration: Calibration, *, bos: bool = True, split: bool = True) -> Plan:
+        """A copy with ranges, split points and BOS treatment filled in from a calibration.
+
+        ``bos=False`` takes the ranges with the BOS rows inside, as a quantizer that knows nothing of them
+        would; ``split=False`` one range for a concatenated input.
+        """
+        return calibration.apply(self, bos=bos, split=split)
+
+    def validate(self, model: nn.Module) -> None:
+        """Raises PlanError, before anything is changed, unless every planned layer exists in ``model``, is a
+        linear or convolution layer that can be quantized as asked, and has the ranges it needs."""
+        from .layers import check_plan
+
+        check_plan(self, model)
+
+    def summary(self, model: nn.Module) -> PlanSummary:
+        """Average bits and bytes of this plan on ``model`` (works on the meta device)."""
+        from .layers import summarize
+
+        return summarize(self, model)
+
+
+def _layer_from_json(name: str, value: object) -> LayerPlan:
+    if not isinstance(value, dict):
+        raise PlanError(f"layer {name!r}: is {type(value).__name__}, expected an object")
+    known = {f.name for f in fields(LayerPlan)}
+    unknown = set(value) - known
+    if unknown:
+        raise PlanError(f"layer {name!r}: unknown field {min(unknown)!r}; expected {', '.join(sorted(known))}")
+    try:
+        return LayerPlan(**value)
+    except PlanError as e:
+        raise PlanError(f"layer {name!r}: {e}") from e
+
+
+def _embedding(value: object) -> tuple[float, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or not value or not all(type(v) in (int, float) and math.isfinite(v) for v in value):
+        raise PlanError("bos_embedding is not a non-empty list of finite numbers (or null)")
+    return tuple(float(v) for v in value)
