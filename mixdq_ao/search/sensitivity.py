@@ -1,0 +1,205 @@
+"""Sensitivity: what each layer costs the picture at each bit width, and the JSON file that holds it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from ..errors import SensitivityError
+from ..jsonfile import read_document, write_document
+
+FORMAT, VERSION = "mixdq-sensitivity", 1
+BITS = (2, 4, 8, 16)
+GROUPS = ("content", "quality")
+ERROR_FLOOR = 1e-12
+"""Relative error power (-120 dB) below which float32 arithmetic itself decides."""
+
+Kind = Literal["weight", "act"]
+
+
+def sqnr_from_error(error: float, floor: float = ERROR_FLOOR) -> float:
+    """Signal to quantization noise ratio in dB of a relative error power; at most ``-10 log10(floor)``."""
+    return -10.0 * math.log10(max(error, floor))
+
+
+def error_from_sqnr(decibel: float) -> float:
+    """Relative error power ``sum (y - yq)^2 / sum y^2`` of a signal to quantization noise ratio in dB."""
+    return 10.0 ** (-decibel / 10.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerSensitivity:
+    """What was measured with this layer alone quantized, weight or activation, at each bit width.
+
+    Attributes:
+        group: "content" (judged by SSIM of the decoded picture) or "quality" (by SQNR of the model's output).
+        weight_size: number of weights.
+        act_size: input elements per sample.
+        weight_scores, act_scores: {bits: the group's metric, SSIM or dB}; higher is less sensitive.
+        weight_errors, act_errors: {bits: relative error power of the model's output}; may be empty.
+        weight_bytes: {bits: bytes really stored, scales and zero points included}; may be empty.
+    """
+
+    group: Literal["content", "quality"]
+    weight_size: int
+    act_size: int
+    weight_scores: Mapping[int, float] = field(default_factory=dict)
+    act_scores: Mapping[int, float] = field(default_factory=dict)
+    weight_errors: Mapping[int, float] = field(default_factory=dict)
+    act_errors: Mapping[int, float] = field(default_factory=dict)
+    weight_bytes: Mapping[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.group not in GROUPS:
+            raise SensitivityError(f"group is {self.group!r}, expected 'content' or 'quality'")
+        for name in ("weight_size", "act_size"):
+            if not _is_count(getattr(self, name)):
+                raise SensitivityError(f"{name} is {getattr(self, name)!r}, expected a positive integer")
+        for name in ("weight_scores", "act_scores"):
+            _check_table(name, getattr(self, name), _is_number, "a finite number")
+        for name in ("weight_errors", "act_errors"):
+            _check_table(name, getattr(self, name), _is_error, "a finite number >= 0")
+        _check_table("weight_bytes", self.weight_bytes, _is_count, "a positive integer")
+
+    def scores(self, kind: Kind) -> Mapping[int, float]:
+        return self.weight_scores if kind == "weight" else self.act_scores
+
+    def errors(self, kind: Kind) -> Mapping[int, float]:
+        return self.weight_errors if kind == "weight" else self.act_errors
+
+    def size(self, kind: Kind) -> int:
+        return self.weight_size if kind == "weight" else self.act_size
+
+    def sqnr(self, kind: Kind) -> dict[int, float]:
+        """{bits: dB} of the model's output, from the error powers; a quality layer's scores where there are none."""
+        if errors := self.errors(kind):
+            return {bits: sqnr_from_error(error) for bits, error in errors.items()}
+        return dict(self.scores(kind)) if self.group == "quality" else {}
+
+    def to_json(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {n: {str(b): x for b, x in v.items()} if isinstance(v, Mapping) else v for n, v in values.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """The sensitivity of every layer of one model, by the layer's name, and how it was measured.
+
+    ``metadata["noise_floor"]``, if present, is the relative error power of the measurement itself (what two runs
+    of the unquantized model differ by); allocation treats smaller differences as none.
+    """
+
+    layers: Mapping[str, LayerSensitivity]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise SensitivityError("layers is empty, expected at least one layer")
+        for name, layer in self.layers.items():
+            if not isinstance(name, str) or not name or not isinstance(layer, LayerSensitivity):
+                raise SensitivityError(
+                    f"layer {name!r}: is {type(layer).__name__}, expected a name and a LayerSensitivity"
+                )
+        floor = self.metadata.get("noise_floor", 0.0)
+        if not _is_error(floor):
+            raise SensitivityError(f"metadata: noise_floor is {floor!r}, expected a finite number >= 0")
+
+    @property
+    def noise_floor(self) -> float:
+        return max(float(self.metadata.get("noise_floor", 0.0)), ERROR_FLOOR)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Sensitivity:
+        """Reads a sensitivity file. Raises SensitivityError naming file, layer, field, value and expectation."""
+        document = read_document(path, FORMAT, VERSION, SensitivityError)
+        try:
+            return cls.from_json(document)
+        except SensitivityError as e:
+            raise SensitivityError(f"{os.fspath(path)}: {e}") from e
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file as JSON, atomically."""
+        write_document(path, self.to_json())
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Sensitivity:
+        unknown = set(document) - {"format", "version", "metadata", "layers"}
+        if unknown:
+            raise SensitivityError(f"unknown key {min(unknown)!r}; expected format, version, metadata, layers")
+        metadata, layers = document.get("metadata", {}), document.get("layers")
+        for name, value in (("metadata", metadata), ("layers", layers)):
+            if not isinstance(value, dict):
+                raise SensitivityError(f"{name} is {type(value).__name__}, expected an object")
+        return cls({n: _layer_from_json(n, v) for n, v in layers.items()}, metadata)  # type: ignore[union-attr]
+
+    def to_json(self) -> dict[str, Any]:
+        layers = {n: v.to_json() for n, v in self.layers.items()}
+        return {"format": FORMAT, "version": VERSION, "metadata": dict(self.metadata), "layers": layers}
+
+    @classmethod
+    def from_mixdq_yaml(
+        cls,
+        *,
+        weight_ssim: str | os.PathLike[str],
+        weight_sqnr: str | os.PathLike[str],
+        act_ssim: str | os.PathLike[str],
+        act_sqnr: str | os.PathLike[str],
+        weight_ratio: str | os.PathLike[str],
+        act_ratio: str | os.PathLike[str],
+    ) -> Sensitivity:
+        """The MixDQ authors' sensitivity and size files (see ``mixdq_yaml``)."""
+        from .mixdq_yaml import sensitivity_from_mixdq_yaml
+
+        return sensitivity_from_mixdq_yaml(weight_ssim, weight_sqnr, act_ssim, act_sqnr, weight_ratio, act_ratio)
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    except OverflowError:
+        return False
+
+
+def _is_error(value: object) -> bool:
+    return _is_number(value) and value >= 0  # type: ignore[operator]
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 < value < 2**53
+
+
+def _check_table(name: str, table: object, valid: Callable[[object], bool], expected: str) -> None:
+    if not isinstance(table, Mapping):
+        raise SensitivityError(f"{name} is {type(table).__name__}, expected {{bits: value}}")
+    for bits, value in table.items():
+        if type(bits) is not int or bits not in BITS:
+            raise SensitivityError(f"{name}: bits {bits!r}, expected one of 2, 4, 8, 16")
+        if not valid(value):
+            raise SensitivityError(f"{name} at {bits} bits is {value!r}, expected {expected}")
+
+
+def _layer_from_json(name: str, value: object) -> LayerSensitivity:
+    if not isinstance(value, dict):
+        raise SensitivityError(f"layer {name!r}: is {type(value).__name__}, expected an object")
+    known = {f.name for f in fields(LayerSensitivity)}
+    for problem, names in (
+        ("unknown", set(value) - known),
+        ("missing", {"group", "weight_size", "act_size"} - set(value)),
+    ):
+        if names:
+            raise SensitivityError(
+                f"layer {name!r}: {problem} field {min(names)!r}; expected {', '.join(sorted(known))}"
+            )
+    values: dict[str, Any] = {n: _integer_keys(v) if isinstance(v, dict) else v for n, v in value.items()}
+    try:
+        return LayerSensitivity(**values)
+    except SensitivityError as e:
+        raise SensitivityError(f"layer {name!r}: {e}") from e
+
+
+def _integer_keys(table: dict[str, Any]) -> dict[Any, Any]:
+    """JSON's "4" back to 4; a key that is not written so stays as it is and is refused by name later."""
+    return {int(key) if key in ("2", "4", "8", "16") else key: value for key, value in table.items()}
