@@ -1,1 +1,78 @@
-"""Mixed-precision quantization of few-step diffusion models for torch.compile and torchao."""
+"""Mixed-precision quantization of few-step diffusion models for torch.compile and torchao.
+
+    from mixdq_ao import Plan, mixdq_config, quantize_
+    quantize_(pipe.unet, mixdq_config(Plan.load("plan.json")))
+    pipe.unet = torch.compile(pipe.unet, fullgraph=True)
+
+Names are imported when first used, so that reading a plan needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import (
+        AllocationError,
+        CalibrationError,
+        MixDQError,
+        PlanError,
+        QuantizationError,
+        SensitivityError,
+        TextEncoderError,
+    )
+    from .models.pipelines import Sampling, generate
+    from .plan import LayerPlan, Plan, PlanSummary
+    from .quantize.bos_encoder import BOSAwareTextEncoder, bos_aware
+    from .quantize.config import MixDQLayerConfig, mixdq_config, quantize_
+    from .quantize.tensor import MixDQTensor
+    from .search.allocate import Allocation, allocate
+    from .search.analyze import analyze
+    from .search.calibrate import Calibrator, calibrate
+    from .search.calibration import Calibration
+    from .search.pareto import pareto
+    from .search.sensitivity import LayerSensitivity, Sensitivity
+
+_HOME = {
+    "AllocationError": "errors",
+    "CalibrationError": "errors",
+    "MixDQError": "errors",
+    "PlanError": "errors",
+    "QuantizationError": "errors",
+    "SensitivityError": "errors",
+    "TextEncoderError": "errors",
+    "Sampling": "models.pipelines",
+    "generate": "models.pipelines",
+    "LayerPlan": "plan",
+    "Plan": "plan",
+    "PlanSummary": "plan",
+    "BOSAwareTextEncoder": "quantize.bos_encoder",
+    "bos_aware": "quantize.bos_encoder",
+    "MixDQLayerConfig": "quantize.config",
+    "mixdq_config": "quantize.config",
+    "quantize_": "quantize.config",
+    "MixDQTensor": "quantize.tensor",
+    "Allocation": "search.allocate",
+    "allocate": "search.allocate",
+    "analyze": "search.analyze",
+    "Calibrator": "search.calibrate",
+    "calibrate": "search.calibrate",
+    "Calibration": "search.calibration",
+    "pareto": "search.pareto",
+    "LayerSensitivity": "search.sensitivity",
+    "Sensitivity": "search.sensitivity",
+}
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

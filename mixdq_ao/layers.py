@@ -6,15 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from torch import nn
 
-from .errors import PlanError, QuantizationError
+from .errors import PlanError
 from .plan import LayerPlan, Plan, PlanSummary
-
-if TYPE_CHECKING:
-    from .search.calibrate import Calibration
 
 Group = Literal["content", "quality"]
 GroupRule = Callable[[str], Group]
@@ -84,13 +81,19 @@ def check_layer(module: nn.Module, layer: LayerPlan, *, need_ranges: bool = True
         )
     channels = in_channels(module)
     if layer.split is not None and (not isinstance(module, nn.Conv2d) or module.groups != 1 or layer.split >= channels):
-        raise PlanError(f"split is {layer.split}, expected less than the {channels} input channels of an ungrouped convolution")
+        raise PlanError(
+            f"split is {layer.split}, expected less than the {channels} input channels of an ungrouped convolution"
+        )
     if layer.bos and not isinstance(module, nn.Linear):
         raise PlanError("bos is true, expected a linear layer that reads the text embedding")
     if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
-        raise PlanError(f"padding_mode is {module.padding_mode!r}, only 'zeros' can be quantized; give this layer 16 bits")
+        raise PlanError(
+            f"padding_mode is {module.padding_mode!r}, only 'zeros' can be quantized; give this layer 16 bits"
+        )
     if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
-        raise PlanError(f"padding is {module.padding!r}, expected numbers; give this layer 16 bits or set the padding as numbers")
+        raise PlanError(
+            f"padding is {module.padding!r}, expected numbers; give this layer 16 bits or set the padding as numbers"
+        )
 
 
 def in_channels(module: nn.Module) -> int:
@@ -99,18 +102,21 @@ def in_channels(module: nn.Module) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """Sizes of one layer: ``rows`` output channels, ``row`` input elements each, as ``taps`` runs of ``run``."""
+    """Sizes of one layer: ``rows`` output channels of ``taps`` runs of ``run`` input channels each, ``bias``
+    elements, ``element`` bytes of the model's own floating-point type."""
 
     rows: int
     taps: int
     run: int
     bias: int
+    element: int = 2
 
     @classmethod
     def of(cls, module: nn.Linear | nn.Conv2d) -> LayerShape:
         rows, run = module.weight.shape[:2]
         taps = module.weight.shape[2] * module.weight.shape[3] if isinstance(module, nn.Conv2d) else 1
-        return cls(rows, taps, run, 0 if module.bias is None else module.bias.numel())
+        bias = 0 if module.bias is None else module.bias.numel()
+        return cls(rows, taps, run, bias, module.weight.element_size())
 
     @property
     def weights(self) -> int:
@@ -118,21 +124,21 @@ class LayerShape:
 
 
 def stored_bytes(shape: LayerShape, layer: LayerPlan) -> int:
-    """Bytes the layer's tensors hold when quantized as planned; two bytes an element where it is not.
+    """Bytes the layer's tensors hold when quantized as planned, or in the model's own type where it is not.
 
     Per output channel: packed codes (each run of input channels padded to a byte), a float32 scale, an int8 zero
-    point below 8 bits, an int32 sum of codes where activations are quantized, a 16-bit BOS row where wanted.
-    Per layer: a float32 reciprocal scale and an int32 zero point. The bias stays in the model's own type (two
-    bytes are assumed). The shared BOS embedding is counted by ``summarize`` once.
+    point below 8 bits, a BOS row in the model's type where wanted. Per layer (or half of a split one) with
+    quantized activations: a float32 scale and its reciprocal, an int32 zero point. The BOS embedding, shared by
+    all layers, is counted once by ``summarize``.
     """
     if layer.weight_bits == 16:
-        return 2 * (shape.weights + shape.bias)
+        return shape.element * (shape.weights + shape.bias)
     runs = [shape.run] if layer.split is None else [layer.split, shape.run - layer.split]
-    total = 2 * shape.bias + (2 * shape.rows if layer.bos else 0)
+    total = shape.element * (shape.bias + (shape.rows if layer.bos else 0))
     for run in runs:
         codes = shape.rows * shape.taps * ceil(run * layer.weight_bits / 8)
-        per_row = 4 + (1 if layer.weight_bits < 8 else 0) + (4 if layer.act_bits < 16 else 0)
-        total += codes + per_row * shape.rows + (8 if layer.act_bits < 16 else 0)
+        per_row = 4 + (1 if layer.weight_bits < 8 else 0)
+        total += codes + per_row * shape.rows + (12 if layer.act_bits < 16 else 0)
     return total
 
 
@@ -144,9 +150,11 @@ def summarize(plan: Plan, model: nn.Module) -> PlanSummary:
     planned = {n: plan.layers.get(n, LayerPlan()) for n in layers}
     sizes = plan.metadata.get("act_sizes")
     act = sizes if isinstance(sizes, dict) and all(n in sizes for n in layers) else dict.fromkeys(layers, 1)
-    bos = 2 * len(plan.bos_embedding or ()) if any(p.bos for p in planned.values()) else 0
+    bos = 4 * len(plan.bos_embedding or ()) if any(p.bos for p in planned.values()) else 0
     return PlanSummary(
-        average_weight_bits=_mean({n: p.weight_bits for n, p in planned.items()}, {n: s.weights for n, s in shapes.items()}),
+        average_weight_bits=_mean(
+            {n: p.weight_bits for n, p in planned.items()}, {n: s.weights for n, s in shapes.items()}
+        ),
         average_act_bits=_mean({n: p.act_bits for n, p in planned.items()}, act),
         bytes=bos + sum(stored_bytes(shapes[n], p) for n, p in planned.items()),
         counts=dict(Counter(p.weight_bits for p in planned.values())),

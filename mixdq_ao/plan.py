@@ -14,7 +14,7 @@ from .jsonfile import read_document, write_document
 if TYPE_CHECKING:
     from torch import nn
 
-    from .search.calibrate import Calibration
+    from .search.calibration import Calibration
 
 FORMAT, VERSION = "mixdq-plan", 1
 WEIGHT_BITS = (2, 4, 8, 16)
@@ -47,8 +47,18 @@ class LayerPlan:
     bos: bool = False
 
     def __post_init__(self) -> None:
-        _expect(type(self.weight_bits) is int and self.weight_bits in WEIGHT_BITS, "weight_bits", self.weight_bits, "one of 2, 4, 8, 16")
-        _expect(type(self.act_bits) is int and self.act_bits in ACT_BITS, "act_bits", self.act_bits, "one of 4, 8, 16")
+        _expect(
+            type(self.weight_bits) is int and self.weight_bits in WEIGHT_BITS,
+            "weight_bits",
+            self.weight_bits,
+            "one of 2, 4, 8, 16",
+        )
+        _expect(
+            type(self.act_bits) is int and self.act_bits in ACT_BITS,
+            "act_bits",
+            self.act_bits,
+            "one of 4, 8, 16",
+        )
         if self.symmetric is None:
             object.__setattr__(self, "symmetric", self.weight_bits >= 8)
         _expect(isinstance(self.symmetric, bool), "symmetric", self.symmetric, "true or false")
@@ -56,9 +66,19 @@ class LayerPlan:
         for name in ("act_range", "split_act_range"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, _range(name, value))
-        _expect(self.split is None or (type(self.split) is int and self.split > 0), "split", self.split, "a positive number of channels, or null")
-        _expect(self.split is not None or self.split_act_range is None, "split_act_range", self.split_act_range, "null where split is null")
+                object.__setattr__(self, name, parse_range(name, value))
+        _expect(
+            self.split is None or (type(self.split) is int and self.split > 0),
+            "split",
+            self.split,
+            "a positive number of channels, or null",
+        )
+        _expect(
+            self.split is not None or self.split_act_range is None,
+            "split_act_range",
+            self.split_act_range,
+            "null where split is null",
+        )
         _expect(isinstance(self.bos, bool), "bos", self.bos, "true or false")
 
     @property
@@ -68,7 +88,9 @@ class LayerPlan:
     @property
     def calibrated(self) -> bool:
         """Every range a static activation quantizer needs is there."""
-        return self.act_bits == 16 or (self.act_range is not None and (self.split is None or self.split_act_range is not None))
+        return self.act_bits == 16 or (
+            self.act_range is not None and (self.split is None or self.split_act_range is not None)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """All fields, ranges as lists; fields at their default are left out to keep the file readable."""
@@ -82,7 +104,7 @@ def _expect(condition: bool, name: str, value: object, expected: str) -> None:
         raise PlanError(f"{name} is {value!r}, expected {expected}")
 
 
-def _range(name: str, value: object) -> Range:
+def parse_range(name: str, value: object) -> Range:
     ok = isinstance(value, tuple | list) and len(value) == 2 and all(type(v) in (int, float) for v in value)
     _expect(ok, name, value, "[lo, hi], two numbers, or null")
     lo, hi = (float(v) for v in value)  # type: ignore[union-attr]
@@ -100,7 +122,7 @@ class PlanSummary:
         average_act_bits: mean over input elements where the plan's metadata holds them (``act_sizes``, written
             by ``with_calibration``), else over layers.
         bytes: bytes of the weights, scales, zero points, BOS rows and biases that the quantized layers hold,
-            and of the layers kept in 16 bit (counted at two bytes an element).
+            and of the layers kept as they are, in the model's own type.
         counts: layers per weight bits; ``act_counts`` per activation bits.
     """
 
@@ -131,7 +153,9 @@ class Plan:
             if not isinstance(name, str) or not isinstance(layer, LayerPlan):
                 raise PlanError(f"layer {name!r}: expected a name and a LayerPlan, got {type(layer).__name__}")
             if layer.bos and self.bos_embedding is None:
-                raise PlanError(f"layer {name!r}: bos is true but the plan has no bos_embedding; calibrate with BOS handling")
+                raise PlanError(
+                    f"layer {name!r}: bos is true but the plan has no bos_embedding; calibrate with BOS handling"
+                )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -156,7 +180,11 @@ class Plan:
             raise PlanError(f"metadata is {type(metadata).__name__}, expected an object")
         if not isinstance(layers, dict):
             raise PlanError(f"layers is {type(layers).__name__}, expected an object of layer names")
-        return cls({n: _layer_from_json(n, v) for n, v in layers.items()}, metadata, _embedding(document.get("bos_embedding")))
+        return cls(
+            {n: _layer_from_json(n, v) for n, v in layers.items()},
+            metadata,
+            parse_embedding(document.get("bos_embedding")),
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -177,7 +205,10 @@ class Plan:
 
     @classmethod
     def from_mixdq_yaml(
-        cls, weight: str | os.PathLike[str], act: str | os.PathLike[str] | None = None, protect: Iterable[str] = ()
+        cls,
+        weight: str | os.PathLike[str],
+        act: str | os.PathLike[str] | None = None,
+        protect: Iterable[str] = (),
     ) -> Plan:
         """The MixDQ authors' plan files: one ``model.<name>: bits`` a line (see ``importing``)."""
         from .importing import plan_from_mixdq_yaml
@@ -223,9 +254,13 @@ def _layer_from_json(name: str, value: object) -> LayerPlan:
         raise PlanError(f"layer {name!r}: {e}") from e
 
 
-def _embedding(value: object) -> tuple[float, ...] | None:
+def parse_embedding(value: object) -> tuple[float, ...] | None:
     if value is None:
         return None
-    if not isinstance(value, list | tuple) or not value or not all(type(v) in (int, float) and math.isfinite(v) for v in value):
+    if (
+        not isinstance(value, list | tuple)
+        or not value
+        or not all(type(v) in (int, float) and math.isfinite(v) for v in value)
+    ):
         raise PlanError("bos_embedding is not a non-empty list of finite numbers (or null)")
     return tuple(float(v) for v in value)

@@ -1,0 +1,37 @@
+# Every target makes its own environment in .venv when there is none. Set PYTHON to choose an interpreter, or VENV to
+# use an environment you have.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+OUT ?= out/demo
+
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: demo test check bench train clean
+
+demo: $(STAMP)
+	$(BIN)/mixdq demo --out $(OUT)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest benchmarks -m "not gpu" --benchmark-only
+
+train: $(STAMP)
+	$(BIN)/python -m examples.shapes.train
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12')"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,dev]"
+	touch $(STAMP)
+
+clean:
+	rm -rf out build *.egg-info

@@ -1,0 +1,91 @@
+"""The parts of a diffusers pipeline, and pictures or latents from prompts in a way that repeats exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MixDQError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How pictures are drawn.
+
+    Attributes:
+        steps: denoising steps.
+        guidance_scale: classifier-free guidance; 0 turns it off, as few-step models want.
+        seed: prompt i of a list starts from the noise of generator seed + i, whatever the batch size.
+        batch_size: prompts at once.
+        height, width: pixels; None for the model's own.
+    """
+
+    steps: int = 1
+    guidance_scale: float = 0.0
+    seed: int = 0
+    batch_size: int = 16
+    height: int | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise MixDQError(f"steps is {self.steps} and batch_size is {self.batch_size}, expected at least 1")
+
+
+def denoiser(pipe: Any) -> nn.Module:
+    """The model that is quantized: ``pipe.unet``, or ``pipe.transformer``."""
+    for name in ("unet", "transformer"):
+        model = getattr(pipe, name, None)
+        if isinstance(model, nn.Module):
+            return model
+    raise MixDQError(f"{type(pipe).__name__} has neither a unet nor a transformer; pass the model itself")
+
+
+def text_encoders(pipe: Any) -> dict[str, nn.Module]:
+    """The text encoders of a pipeline by attribute name."""
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    return {n: m for n in names if isinstance(m := getattr(pipe, n, None), nn.Module)}
+
+
+def check_prompts(prompts: Sequence[str]) -> list[str]:
+    """The prompts as a list. Raises MixDQError when there are none or one is not text."""
+    if isinstance(prompts, str):
+        raise MixDQError(f"prompts is the text {prompts!r}, expected a list of texts")
+    prompts = list(prompts)
+    if not prompts:
+        raise MixDQError("prompts is empty, expected at least one text")
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise MixDQError(f"prompt {i} is {prompt!r}, expected a non-empty text")
+    return prompts
+
+
+@torch.no_grad()
+def generate(
+    pipe: Any, prompts: Sequence[str], sampling: Sampling, output: Literal["latent", "pt"] = "pt"
+) -> Iterator[Tensor]:
+    """Batches of pictures ([B, 3, H, W], float in [0, 1]) or final latents ([B, C, h, w]), on the CPU in float32."""
+    prompts = check_prompts(prompts)
+    size = {n: v for n, v in (("height", sampling.height), ("width", sampling.width)) if v is not None}
+    for start in range(0, len(prompts), sampling.batch_size):
+        batch = prompts[start : start + sampling.batch_size]
+        images = pipe(
+            prompt=batch,
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance_scale,
+            generator=[torch.Generator("cpu").manual_seed(sampling.seed + start + i) for i in range(len(batch))],
+            output_type=output,
+            **size,
+        ).images
+        yield images.detach().float().cpu()
+
+
+def generate_all(
+    pipe: Any, prompts: Sequence[str], sampling: Sampling, output: Literal["latent", "pt"] = "pt"
+) -> Tensor:
+    """All pictures or latents of ``prompts`` in one tensor."""
+    return torch.cat(list(generate(pipe, prompts, sampling, output)))

@@ -1,0 +1,38 @@
+"""One progress bar for everything that takes long: done, total, time left. Silent when the output is no terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True)
+
+
+class Bar:
+    """Handle of a running progress bar."""
+
+    def __init__(self, bar: Progress, task: int) -> None:
+        self._bar, self._task = bar, task
+
+    def advance(self, by: int = 1, note: str | None = None) -> None:
+        """``by`` more items are done; ``note`` says what is being worked on."""
+        self._bar.update(self._task, advance=by, **({} if note is None else {"note": note}))
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Bar]:
+    """A bar on standard error with elapsed and remaining time."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=False) as bar:
+        yield Bar(bar, bar.add_task(title, total=total, note=""))

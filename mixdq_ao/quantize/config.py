@@ -1,0 +1,179 @@
+"""From a plan to a torchao config, and from the config to quantized layers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torchao.core.config import AOBaseConfig
+from torchao.quantization import FqnToConfig
+from torchao.quantization import quantize_ as torchao_quantize_
+from torchao.quantization.transform_module import register_quantize_module_handler
+
+from ..errors import PlanError, QuantizationError
+from ..layers import check_layer, check_plan, find_layers
+from ..plan import LayerPlan, Plan
+from .fake import FakeQuantizer, with_fake_quantizer, without_fake_quantizer
+from .quantizer import ActQuant, act_params, refuse_unusable
+from .tensor import MixDQTensor, SplitMixDQTensor, is_quantized
+
+Mode = Literal["real", "fake"]
+
+
+@dataclass
+class MixDQLayerConfig(AOBaseConfig):
+    """What one layer becomes: its LayerPlan, the mode, and the BOS embedding [K] its plan asks for.
+
+    ``mode="real"``: packed integers and integer products. ``mode="fake"``: the same rounding in floating point,
+    differentiable, the weight stays a parameter.
+    """
+
+    layer: LayerPlan
+    mode: Mode = "real"
+    bos_embedding: Tensor | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("real", "fake"):
+            raise PlanError(f"mode is {self.mode!r}, expected 'real' or 'fake'")
+        if self.mode == "real" and self.layer.weight_bits == 16 and self.layer.act_bits < 16:
+            raise PlanError(
+                f"layer {self.name!r}: 16-bit weights with {self.layer.act_bits}-bit activations have no integer "
+                "product; give both 16 bits, or use mode='fake' to measure the activation alone"
+            )
+        if self.layer.bos and self.bos_embedding is None:
+            raise PlanError(f"layer {self.name!r}: bos is true, expected bos_embedding")
+
+    def acts(self) -> tuple[ActQuant, ...]:
+        """Activation parameters of the input, or of its two halves; empty with 16-bit activations."""
+        if self.layer.act_bits == 16:
+            return ()
+        ranges = [self.layer.act_range] + ([] if self.layer.split is None else [self.layer.split_act_range])
+        return tuple(act_params(*r, bits=self.layer.act_bits) for r in ranges if r is not None)
+
+
+class MixDQConfig(FqnToConfig):
+    """The FqnToConfig of a plan. It knows its plan, so ``quantize_`` can check the model before touching it."""
+
+    plan: Plan
+    overrides: dict[str, AOBaseConfig | None]
+
+
+def mixdq_config(
+    plan: Plan, *, mode: Mode = "real", overrides: Mapping[str, AOBaseConfig | None] | None = None
+) -> MixDQConfig:
+    """A torchao ``FqnToConfig`` with one exact name for each layer the plan quantizes.
+
+    Args:
+        plan: what each layer becomes; layers with 16 bits both ways are left alone.
+        mode: "real" or "fake", see MixDQLayerConfig.
+        overrides: {layer name, or "re:" and a regular expression: any torchao config, or None to leave the
+            layer alone}; they win over the plan, so other torchao features combine with it.
+
+    Raises:
+        PlanError: a layer lacks its range, or cannot be quantized as asked.
+    """
+    import re
+
+    overrides = dict(overrides or {})
+    patterns = [re.compile(k[3:]) for k in overrides if k.startswith("re:")]
+    bos = None if plan.bos_embedding is None else torch.tensor(plan.bos_embedding, dtype=torch.float32)
+    configs: OrderedDict[str, AOBaseConfig | None] = OrderedDict(overrides)
+    for name, layer in plan.layers.items():
+        if name in overrides or any(p.fullmatch(name) for p in patterns) or not layer.quantized:
+            continue
+        if not layer.calibrated:
+            raise PlanError(
+                f"layer {name!r}: act_bits is {layer.act_bits} but there is no act_range; "
+                "run calibrate() and Plan.with_calibration()"
+            )
+        configs[name] = MixDQLayerConfig(layer, mode, bos if layer.bos else None, name)
+    config = MixDQConfig(configs)
+    config.plan, config.overrides = plan, overrides
+    return config
+
+
+@register_quantize_module_handler(MixDQLayerConfig)
+def _quantize_layer(module: nn.Module, config: MixDQLayerConfig) -> nn.Module:
+    """torchao calls this for each named module; the config is never changed."""
+    if not isinstance(module, nn.Linear | nn.Conv2d):
+        raise QuantizationError(f"layer {config.name!r} is a {type(module).__name__}, expected nn.Linear or nn.Conv2d")
+    module = without_fake_quantizer(module)
+    if is_quantized(module.weight):
+        raise QuantizationError(f"layer {config.name!r} is quantized already; load the original model to quantize anew")
+    try:
+        check_layer(module, config.layer)
+        if config.mode == "fake":
+            refuse_unusable(module.weight)
+            return with_fake_quantizer(module, fake_quantizer(config))
+        weight = quantized_weight(module.weight, config)
+    except (PlanError, QuantizationError) as e:
+        raise type(e)(f"layer {config.name!r}: {e}") from e
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    return module
+
+
+def fake_quantizer(config: MixDQLayerConfig) -> FakeQuantizer:
+    """The rounding a config asks for, in fake mode."""
+    layer = config.layer
+    return FakeQuantizer(layer.weight_bits, bool(layer.symmetric), config.acts(), layer.split, config.bos_embedding)
+
+
+def quantized_weight(weight: Tensor, config: MixDQLayerConfig) -> MixDQTensor | SplitMixDQTensor:
+    """The quantized form of a layer's weight."""
+    layer, acts = config.layer, config.acts() or (None, None)
+    if layer.split is None:
+        embedding = _shared(config, weight.device)
+        return MixDQTensor.from_hp(
+            weight, layer.weight_bits, symmetric=layer.symmetric, act=acts[0], bos_embedding=embedding
+        )
+    halves = [
+        MixDQTensor.from_hp(half.contiguous(), layer.weight_bits, symmetric=layer.symmetric, act=act)
+        for half, act in zip(weight.tensor_split([layer.split], 1), acts, strict=True)
+    ]
+    return SplitMixDQTensor(halves[0], halves[1], weight.dtype)
+
+
+def _shared(config: MixDQLayerConfig, device: torch.device) -> Tensor | None:
+    """The one BOS embedding of the plan; every layer on its device holds the same tensor object."""
+    return None if config.bos_embedding is None else config.bos_embedding.to(device)
+
+
+def quantize_(model: nn.Module, config: AOBaseConfig, **kwargs: object) -> None:
+    """torchao's ``quantize_``, in place, with two differences.
+
+    A ``FqnToConfig`` is passed with ``filter_fn=None``, as torchao demands. For a config made by
+    ``mixdq_config`` the whole model is checked first (names, ranges, shapes, finite weights), so that an error
+    leaves it unchanged, and afterwards every planned layer is known to be quantized: torchao ignores names it
+    does not find.
+
+    Raises:
+        PlanError, QuantizationError: naming the layer, before anything is changed.
+    """
+    if isinstance(config, MixDQConfig):
+        _check(model, config)
+    if isinstance(config, FqnToConfig):
+        kwargs.setdefault("filter_fn", None)
+    torchao_quantize_(model, config, **kwargs)  # type: ignore[arg-type]
+
+
+def _check(model: nn.Module, config: MixDQConfig) -> None:
+    check_plan(config.plan, model, need_ranges=False)
+    layers, names = find_layers(model), dict(model.named_modules())
+    for name in config.overrides:
+        if not name.startswith("re:") and name not in names and name.rpartition(".")[0] not in names:
+            raise PlanError(f"overrides names {name!r}, which {type(model).__name__} does not have")
+    for name, layer_config in config.fqn_to_config.items():
+        if not isinstance(layer_config, MixDQLayerConfig):
+            continue
+        if is_quantized(layers[name].weight):
+            raise QuantizationError(f"layer {name!r} is quantized already; load the original model to quantize anew")
+        try:
+            check_layer(layers[name], layer_config.layer)
+            refuse_unusable(layers[name].weight)
+        except (PlanError, QuantizationError) as e:
+            raise type(e)(f"layer {name!r}: {e}") from e

@@ -1,0 +1,142 @@
+"""The numerics: how a weight or an activation becomes integer codes. Everything else calls these functions.
+
+Rounding is to nearest, ties to even. Quantizing an activation multiplies by a stored reciprocal, never divides, so
+that eager, compiled C++ and compiled CUDA code agree to the code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import QuantizationError
+
+# Below this a scale is subnormal in float32, its reciprocal overflows, and codes become NaN.
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny * 4
+
+
+@dataclass(frozen=True, slots=True)
+class WeightQuant:
+    """Per-output-channel weight codes.
+
+    Attributes:
+        codes: int8 (8 bit, in [-127, 127]) or uint8 (4 and 2 bit, in [0, 2^bits - 1]), shaped like the weight.
+        scale: float32 [N].
+        zero_point: int8 [N], or None at 8 bits. The weight is scale * (codes - zero_point).
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def integers(self) -> Tensor:
+        """codes - zero_point: the signed int8 values that are multiplied."""
+        if self.zero_point is None:
+            return self.codes
+        return self.codes.to(torch.int8) - _rows(self.zero_point, self.codes.dim())
+
+    def dequantize(self) -> Tensor:
+        """float32, shaped like the weight."""
+        return self.integers().to(torch.float32) * _rows(self.scale, self.codes.dim())
+
+
+def _rows(x: Tensor, dim: int) -> Tensor:
+    return x.reshape(-1, *[1] * (dim - 1))
+
+
+def quantize_weight(weight: Tensor, bits: int, *, symmetric: bool | None = None) -> WeightQuant:
+    """Min-max rounding per output channel (dimension 0).
+
+    Symmetric: scale = max|w| / (2^(bits-1) - 1). Asymmetric (4 and 2 bit): the range is widened to hold 0,
+    scale = (max - min) / (2^bits - 1), zero_point = round(-min / scale), as in section 3 of arXiv 2405.17873.
+    A channel of zeros gets scale 1 and codes that mean 0.
+
+    Args:
+        weight: [N, ...], any floating dtype; computed in float32.
+        bits: 8, 4 or 2.
+        symmetric: default true at 8 bits (the only choice there), false at 4 and 2.
+
+    Raises:
+        QuantizationError: bits not offered, an empty weight, NaN or infinity in it.
+    """
+    symmetric = bits == 8 if symmetric is None else symmetric
+    if bits not in (2, 4, 8) or (bits == 8 and not symmetric):
+        raise QuantizationError(f"weight_bits={bits}, symmetric={symmetric}: expected 8 (symmetric), 4 or 2 bits")
+    refuse_unusable(weight)
+    rows = weight.detach().to(torch.float32).flatten(1)
+    if symmetric:
+        top = 2 ** (bits - 1) - 1
+        scale = _usable_scale(rows.abs().amax(1) / top)
+        codes = torch.round(rows / scale[:, None]).clamp(-top, top)
+        if bits == 8:
+            return WeightQuant(codes.to(torch.int8).view(weight.shape), scale, None)
+        zero = torch.full_like(scale, 2 ** (bits - 1))
+    else:
+        top = 2**bits - 1
+        lo, hi = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
+        scale = _usable_scale(hi / top - lo / top)
+        zero = torch.round(-lo / scale).clamp(0, top)
+        codes = torch.round(rows / scale[:, None])
+    codes = (codes + zero[:, None]).clamp(0, 2**bits - 1)
+    return WeightQuant(codes.to(torch.uint8).view(weight.shape), scale, zero.to(torch.int8))
+
+
+def refuse_unusable(weight: Tensor) -> None:
+    """Raises QuantizationError for a weight with no elements, NaN or infinity (not while tracing a graph)."""
+    if weight.numel() == 0:
+        raise QuantizationError(f"weight has shape {tuple(weight.shape)}, expected at least one element")
+    if torch.compiler.is_compiling() or weight.is_meta:
+        return
+    bad = ~torch.isfinite(weight)
+    if bool(bad.any()):
+        raise QuantizationError(
+            f"weight has {int(bad.sum())} NaN or infinite values (first in output channel "
+            f"{int(bad.flatten(1).any(1).nonzero()[0])}); repair the checkpoint or give the layer 16 bits"
+        )
+
+
+def _usable_scale(scale: Tensor) -> Tensor:
+    """A zero scale means a channel of zeros: any scale represents it. A subnormal one is raised to normal."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale.clamp(min=SMALLEST_SCALE))
+
+
+@dataclass(frozen=True, slots=True)
+class ActQuant:
+    """Static per-tensor activation parameters: q = clamp(round(x * inv_scale + zero_point), 0, levels)."""
+
+    scale: float
+    inv_scale: float
+    zero_point: int
+    levels: int
+
+
+def act_params(lo: float, hi: float, bits: int = 8) -> ActQuant:
+    """Asymmetric parameters of the range [lo, hi], widened to hold 0 (zero padding must be exact).
+
+    The scale is rounded to float32 before its reciprocal is taken, so both are what the tensors will hold.
+    """
+    lo, hi, levels = min(lo, 0.0), max(hi, 0.0), 2**bits - 1
+    scale = (hi - lo) / levels
+    scale = 1.0 if scale == 0 else max(scale, SMALLEST_SCALE)
+    scale = torch.tensor(scale, dtype=torch.float32).item()
+    inv = torch.tensor(1.0 / scale, dtype=torch.float32).item()
+    return ActQuant(scale, inv, min(max(round(-lo / scale), 0), levels), levels)
+
+
+def quantize_act(x: Tensor, inv_scale: Tensor | float, zero_point: Tensor | float, levels: int) -> Tensor:
+    """uint8 codes of ``x`` (int8 codes minus 128 on CUDA, whose integer matrix units want signed operands).
+
+    Plain aten operators in float32, so Inductor fuses them into whatever produced ``x``.
+    """
+    codes = torch.round(x.to(torch.float32) * inv_scale + zero_point).clamp(0, levels)
+    if x.device.type == "cuda":
+        return (codes - 128).to(torch.int8)
+    return codes.to(torch.uint8)
+
+
+def fake_quantize_act(x: Tensor, params: ActQuant) -> Tensor:
+    """``x`` rounded to the values its codes stand for; float32 in, float32 out (other dtypes come back as given)."""
+    codes = torch.round(x.to(torch.float32) * params.inv_scale + params.zero_point).clamp(0, params.levels)
+    return ((codes - params.zero_point) * params.scale).to(x.dtype)

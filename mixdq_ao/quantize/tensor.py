@@ -1,0 +1,246 @@
+"""MixDQTensor: the weight of a quantized linear or convolution layer, holding packed integers only."""
+
+from __future__ import annotations
+
+import torch
+from inductor_kernels.packing import pack, unpack_weight
+from torch import Tensor
+from torchao.utils import TorchAOBaseTensor
+
+from inductor_kernels import ops as _ops  # noqa: F401  (registers torch.ops.inductor_kernels)
+
+from .quantizer import ActQuant, WeightQuant, quantize_weight
+
+
+class MixDQTensor(TorchAOBaseTensor):
+    """A weight of 8, 4 or 2 bits with, optionally, static activation quantization and BOS handling.
+
+    Logical shape [N, K] (linear) or [O, C / groups, kh, kw] (convolution). Stored:
+
+    Attributes:
+        qdata: int8 [N, K] / [O, kh, kw, C] at 8 bits, else uint8 with the last dimension packed
+            (``inductor_kernels.packing``).
+        scale: float32 [N], weight scale times activation scale (weight scale alone with 16-bit activations).
+        weight_zero_point: int8 [N], None at 8 bits.
+        weight_sum: int32 [N], sum of the signed integers of a channel; held only off the CPU, where kernels take
+            it as an argument (on a CPU it is computed once when the weight is prepacked).
+        act_scale, act_inv_scale: float32 []; act_zero_point: int32 []. None with 16-bit activations.
+        bos_embedding: float32 [K], shared by all layers; bos_output: [N] in the layer's type. None without BOS.
+        bits: 8, 4 or 2. length: elements of the last stored dimension before packing (K or C / groups).
+        act_levels: largest activation code (255 or 15), None with 16-bit activations.
+    """
+
+    tensor_data_names = ["qdata", "scale"]
+    tensor_attribute_names = ["bits", "length", "dtype"]
+    optional_tensor_data_names = [
+        "weight_zero_point",
+        "weight_sum",
+        "act_scale",
+        "act_inv_scale",
+        "act_zero_point",
+        "bos_embedding",
+        "bos_output",
+    ]
+    optional_tensor_attribute_names = ["act_levels"]
+
+    qdata: Tensor
+    scale: Tensor
+    weight_zero_point: Tensor | None
+    weight_sum: Tensor | None
+    act_scale: Tensor | None
+    act_inv_scale: Tensor | None
+    act_zero_point: Tensor | None
+    bos_embedding: Tensor | None
+    bos_output: Tensor | None
+    bits: int
+    length: int
+    act_levels: int | None
+
+    @staticmethod
+    def __new__(
+        cls,
+        qdata: Tensor,
+        scale: Tensor,
+        bits: int,
+        length: int,
+        dtype: torch.dtype,
+        weight_zero_point: Tensor | None = None,
+        weight_sum: Tensor | None = None,
+        act_scale: Tensor | None = None,
+        act_inv_scale: Tensor | None = None,
+        act_zero_point: Tensor | None = None,
+        bos_embedding: Tensor | None = None,
+        bos_output: Tensor | None = None,
+        act_levels: int | None = None,
+    ):
+        stored = qdata.shape
+        shape = (stored[0], length, *stored[1:-1])
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=qdata.device, requires_grad=False)
+
+    def __init__(
+        self,
+        qdata: Tensor,
+        scale: Tensor,
+        bits: int,
+        length: int,
+        dtype: torch.dtype,
+        weight_zero_point: Tensor | None = None,
+        weight_sum: Tensor | None = None,
+        act_scale: Tensor | None = None,
+        act_inv_scale: Tensor | None = None,
+        act_zero_point: Tensor | None = None,
+        bos_embedding: Tensor | None = None,
+        bos_output: Tensor | None = None,
+        act_levels: int | None = None,
+    ):
+        super().__init__()
+        self.qdata, self.scale, self.bits, self.length = qdata, scale, bits, length
+        self.weight_zero_point, self.weight_sum = weight_zero_point, weight_sum
+        self.act_scale, self.act_inv_scale, self.act_zero_point = act_scale, act_inv_scale, act_zero_point
+        self.bos_embedding, self.bos_output = bos_embedding, bos_output
+        self.act_levels = act_levels
+
+    @classmethod
+    def from_hp(
+        cls,
+        weight: Tensor,
+        bits: int = 8,
+        *,
+        symmetric: bool | None = None,
+        act: ActQuant | None = None,
+        bos_embedding: Tensor | None = None,
+    ) -> MixDQTensor:
+        """Quantizes a floating-point weight [N, K] or [O, C / groups, kh, kw].
+
+        ``act``: static activation parameters, None for 16-bit activations. ``bos_embedding`` [K]: rows of the
+        input equal to it give ``weight @ bos_embedding``, computed here in float64.
+
+        Raises:
+            QuantizationError: the weight or the bits cannot be used (see ``quantize_weight``).
+        """
+        return cls.from_codes(
+            quantize_weight(weight, bits, symmetric=symmetric),
+            bits,
+            weight.dtype,
+            act=act,
+            bos_embedding=bos_embedding,
+            bos_output=None if bos_embedding is None else bos_row(weight, bos_embedding),
+        )
+
+    @classmethod
+    def from_codes(
+        cls,
+        quant: WeightQuant,
+        bits: int,
+        dtype: torch.dtype,
+        *,
+        act: ActQuant | None = None,
+        bos_embedding: Tensor | None = None,
+        bos_output: Tensor | None = None,
+    ) -> MixDQTensor:
+        """Packs codes that are already chosen (shaped like the weight)."""
+        codes = quant.codes.movedim(1, -1).contiguous()
+        scalar = {"device": codes.device}
+        return cls(
+            codes if bits == 8 else pack(codes, bits),
+            quant.scale if act is None else quant.scale * act.scale,
+            bits,
+            codes.shape[-1],
+            dtype,
+            weight_zero_point=quant.zero_point,
+            weight_sum=None if codes.device.type == "cpu" or act is None else _row_sums(quant.integers()),
+            act_scale=None if act is None else torch.tensor(act.scale, dtype=torch.float32, **scalar),
+            act_inv_scale=None if act is None else torch.tensor(act.inv_scale, dtype=torch.float32, **scalar),
+            act_zero_point=None if act is None else torch.tensor(act.zero_point, dtype=torch.int32, **scalar),
+            bos_embedding=bos_embedding,
+            bos_output=bos_output,
+            act_levels=None if act is None else act.levels,
+        )
+
+    def integers(self) -> Tensor:
+        """Signed int8 weight values in the logical shape: codes minus zero point."""
+        values = (
+            self.qdata if self.bits == 8 else unpack_weight(self.qdata, self.weight_zero_point, self.bits, self.length)
+        )
+        return values.movedim(-1, 1)
+
+    def weight_scale(self) -> Tensor:
+        """float32 [N]: the weight is weight_scale * integers."""
+        return self.scale if self.act_scale is None else self.scale / self.act_scale
+
+    def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
+        """The weight in floating point, in the logical shape."""
+        values = self.integers()
+        scale = self.weight_scale().reshape(-1, *[1] * (values.dim() - 1))
+        return (values.to(torch.float32) * scale).to(output_dtype or self.dtype)
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """The plain tensors this weight holds, by attribute name."""
+        return {name: getattr(self, name) for name in self.__tensor_flatten__()[0]}
+
+    def describe(self) -> str:
+        act = {None: 16, 15: 4, 255: 8}[self.act_levels]
+        return f"W{self.bits}A{act}" + (" BOS" if self.bos_output is not None else "")
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"MixDQTensor({self.describe()}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+
+def bos_row(weight: Tensor, embedding: Tensor) -> Tensor:
+    """weight [N, K] @ embedding [K] in float64, rounded to the weight's type."""
+    return (weight.detach().double() @ embedding.to(weight.device).double()).to(weight.dtype)
+
+
+def _row_sums(integers: Tensor) -> Tensor:
+    return integers.flatten(1).sum(1, dtype=torch.int32)
+
+
+class SplitMixDQTensor(TorchAOBaseTensor):
+    """The weight of a convolution whose input is a concatenation: each half has its own scales and input range.
+
+    Attributes:
+        first, second: MixDQTensor [O, split, kh, kw] and [O, C - split, kh, kw].
+    """
+
+    tensor_data_names = ["first", "second"]
+    tensor_attribute_names = ["dtype"]
+
+    first: MixDQTensor
+    second: MixDQTensor
+
+    @staticmethod
+    def __new__(cls, first: MixDQTensor, second: MixDQTensor, dtype: torch.dtype):
+        shape = (first.shape[0], first.shape[1] + second.shape[1], *first.shape[2:])
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=first.device, requires_grad=False)
+
+    def __init__(self, first: MixDQTensor, second: MixDQTensor, dtype: torch.dtype):
+        super().__init__()
+        self.first, self.second = first, second
+
+    @property
+    def split(self) -> int:
+        return self.first.shape[1]
+
+    def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
+        """The weight in floating point, in the logical shape."""
+        return torch.cat([self.first.dequantize(output_dtype), self.second.dequantize(output_dtype)], 1)
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        halves = (("first", self.first), ("second", self.second))
+        return {f"{half}.{n}": t for half, tensor in halves for n, t in tensor.stored_tensors().items()}
+
+    def describe(self) -> str:
+        return f"{self.first.describe()} split at {self.split}"
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return (
+            f"SplitMixDQTensor({self.describe()}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+        )
+
+
+def is_quantized(weight: object) -> bool:
+    """Whether a layer's weight is one of ours."""
+    return isinstance(weight, MixDQTensor | SplitMixDQTensor)
+
+
+from . import tensor_ops  # noqa: E402, F401  (registers the operators on both classes)

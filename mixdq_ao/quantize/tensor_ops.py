@@ -1,0 +1,203 @@
+"""What torch does with a quantized weight: the products it takes part in, and the copies and slices it supports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from inductor_kernels.packing import pack
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+from .bos import bos_mask
+from .quantizer import quantize_act
+from .tensor import MixDQTensor, SplitMixDQTensor, _row_sums
+
+aten = torch.ops.aten
+kernels = torch.ops.inductor_kernels
+
+
+def linear(x: Tensor, weight: MixDQTensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] times the quantized weight [N, K], plus bias; the result has x's type."""
+    if weight.act_inv_scale is None:
+        y = kernels.linear_weight_only(x, weight.qdata, weight.weight_zero_point, weight.scale, bias, weight.bits)
+    else:
+        y = kernels.linear(
+            quantize_act(x, weight.act_inv_scale, weight.act_zero_point, weight.act_levels),
+            weight.qdata,
+            weight.weight_zero_point,
+            weight.weight_sum,
+            weight.scale,
+            weight.act_zero_point,
+            bias,
+            None,
+            weight.bits,
+            x.dtype,
+        )
+    if weight.bos_output is None:
+        return y
+    row = weight.bos_output if bias is None else weight.bos_output + bias
+    return torch.where(bos_mask(x, weight.bos_embedding), row.to(y.dtype), y)
+
+
+def conv2d(
+    x: Tensor,
+    weight: MixDQTensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """x [B, C, H, W] (or [C, H, W]) convolved with the quantized weight; computed and returned channels-last."""
+    if isinstance(padding, str):
+        raise NotImplementedError(f"padding={padding!r} with a quantized weight: give the padding as numbers")
+    if x.dim() == 3:
+        return conv2d(x.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
+    geometry = (_pair(stride), _pair(padding), _pair(dilation), groups)
+    nhwc = x.permute(0, 2, 3, 1)
+    if weight.act_inv_scale is None:
+        y = kernels.conv2d_weight_only(
+            nhwc, weight.qdata, weight.weight_zero_point, weight.scale, bias, weight.bits, *geometry
+        )
+    else:
+        y = kernels.conv2d(
+            quantize_act(nhwc, weight.act_inv_scale, weight.act_zero_point, weight.act_levels),
+            weight.qdata,
+            weight.weight_zero_point,
+            weight.weight_sum,
+            weight.scale,
+            weight.act_zero_point,
+            bias,
+            weight.bits,
+            *geometry,
+            x.dtype,
+        )
+    return y.permute(0, 3, 1, 2)
+
+
+def split_conv2d(
+    x: Tensor, weight: SplitMixDQTensor, bias: Tensor | None = None, *geometry: Any, **kwargs: Any
+) -> Tensor:
+    """Two convolutions, one for each half of the concatenated channels, summed."""
+    channels = x.dim() - 3
+    first = x.narrow(channels, 0, weight.split)
+    second = x.narrow(channels, weight.split, x.shape[channels] - weight.split)
+    return conv2d(first, weight.first, bias, *geometry, **kwargs) + conv2d(
+        second, weight.second, None, *geometry, **kwargs
+    )
+
+
+def _pair(value: int | Sequence[int]) -> list[int]:
+    pair = [value, value] if isinstance(value, int) else list(value)
+    return pair * 2 if len(pair) == 1 else pair
+
+
+@MixDQTensor.implements(aten.linear.default)
+@MixDQTensor.implements_torch_function(F.linear)
+def _(func, types, args, kwargs):
+    return linear(*args, **kwargs)
+
+
+@MixDQTensor.implements(aten.conv2d.default)
+@MixDQTensor.implements_torch_function([F.conv2d, torch.conv2d])
+def _(func, types, args, kwargs):
+    return conv2d(*args, **kwargs)
+
+
+@SplitMixDQTensor.implements(aten.conv2d.default)
+@SplitMixDQTensor.implements_torch_function([F.conv2d, torch.conv2d])
+def _(func, types, args, kwargs):
+    return split_conv2d(*args, **kwargs)
+
+
+@MixDQTensor.implements([aten.t.default, aten.transpose.int, aten.permute.default])
+@SplitMixDQTensor.implements([aten.t.default, aten.transpose.int, aten.permute.default])
+def _(func, types, args, kwargs):
+    """A packed weight has no transposed storage: the result is a plain floating-point tensor of its values."""
+    return func(args[0].dequantize(), *args[1:], **kwargs)
+
+
+def sliced(weight: MixDQTensor, dim: int, start: int, end: int) -> MixDQTensor:
+    """Rows (dim 0) or input channels (dim 1) [start, end) of a weight, with the scales that go with them."""
+    rows = slice(start, end) if dim == 0 else slice(None)
+    take = lambda x: None if x is None else x[rows]  # noqa: E731
+    qdata, length, sums, bos = weight.qdata[rows], weight.length, take(weight.weight_sum), weight.bos_embedding
+    if dim == 1:
+        if bos is not None:
+            raise NotImplementedError(
+                "slicing the input features of a weight with BOS handling: its BOS row is one sum"
+            )
+        per_byte, length = 8 // weight.bits, end - start
+        integers = weight.integers()[:, start:end]
+        if start % per_byte == 0 and end % per_byte == 0:
+            qdata = qdata[..., start // per_byte : end // per_byte]
+        else:
+            codes = integers.movedim(1, -1) + weight.weight_zero_point.reshape(-1, *[1] * (qdata.dim() - 1))
+            qdata = pack(codes.to(torch.uint8).contiguous(), weight.bits)
+        sums = None if sums is None else _row_sums(integers)
+    return MixDQTensor(
+        qdata,
+        weight.scale[rows],
+        weight.bits,
+        length,
+        weight.dtype,
+        weight_zero_point=take(weight.weight_zero_point),
+        weight_sum=sums,
+        act_scale=weight.act_scale,
+        act_inv_scale=weight.act_inv_scale,
+        act_zero_point=weight.act_zero_point,
+        bos_embedding=bos,
+        bos_output=take(weight.bos_output),
+        act_levels=weight.act_levels,
+    )
+
+
+@MixDQTensor.implements(aten.slice.Tensor)
+def _(func, types, args, kwargs):
+    weight, dim, start, end, step = (*args, *(None,) * 5)[:5]
+    dim = (dim or 0) % weight.dim()
+    if (step or 1) != 1 or dim > 1:
+        raise NotImplementedError(f"slicing a quantized weight: dimension {dim}, step {step}; expected 0 or 1, step 1")
+    start, end, _ = slice(start, end).indices(weight.shape[dim])
+    return return_and_correct_aliasing(func, args, kwargs, sliced(weight, dim, start, max(start, end)))
+
+
+@MixDQTensor.implements([aten.split.Tensor, aten.split_with_sizes.default])
+def _(func, types, args, kwargs):
+    weight, sizes, dim = (*args, 0)[:3]
+    total = weight.shape[dim]
+    if isinstance(sizes, int):
+        sizes = [min(sizes, total - i) for i in range(0, total, sizes)]
+    edges = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    return [sliced(weight, dim % weight.dim(), a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+@MixDQTensor.implements(aten._to_copy.default)
+def _(func, types, args, kwargs):
+    """Device moves take every tensor along; a floating-point type becomes the layer's type, integers stay."""
+    weight = args[0]
+    device = kwargs.get("device") or weight.device
+    dtype = kwargs.get("dtype") or weight.dtype
+    if not dtype.is_floating_point:
+        raise NotImplementedError(f"a quantized weight cannot become {dtype}; use .integers() for its codes")
+    moved = weight._apply_fn_to_data(lambda t: t.to(device, non_blocking=kwargs.get("non_blocking", False), copy=True))
+    return return_and_correct_aliasing(func, args, kwargs, with_dtype(moved, dtype))
+
+
+@SplitMixDQTensor.implements(aten._to_copy.default)
+def _(func, types, args, kwargs):
+    halves = [func(half, **kwargs) for half in (args[0].first, args[0].second)]
+    return return_and_correct_aliasing(func, args, kwargs, SplitMixDQTensor(*halves, halves[0].dtype))
+
+
+def with_dtype(weight: MixDQTensor, dtype: torch.dtype) -> MixDQTensor:
+    """The same weight for layers computing in ``dtype``; off the CPU it also gets its row sums."""
+    tensors = weight.stored_tensors()
+    if weight.bos_output is not None:
+        tensors["bos_output"] = weight.bos_output.to(dtype)
+    if weight.device.type != "cpu" and weight.act_levels is not None and weight.weight_sum is None:
+        tensors["weight_sum"] = _row_sums(weight.integers())
+    return MixDQTensor(**tensors, bits=weight.bits, length=weight.length, dtype=dtype, act_levels=weight.act_levels)

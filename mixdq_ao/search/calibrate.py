@@ -1,0 +1,181 @@
+"""Calibration: runs a model over real prompts and records the range of every layer's input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CalibrationError
+from ..layers import find_layers, reads_text, split_points
+from ..models.pipelines import Sampling, check_prompts, denoiser, generate
+from ..plan import Range
+from ..progress import progress
+from ..quantize.bos import bos_mask
+from .calibration import Calibration, LayerCalibration
+from .observe import RangeMethod, RangeObserver
+from .ties import Ties
+
+# A first row is handled as BOS when it is the same for every prompt and this many times larger than all other rows.
+BOS_RATIO = 4.0
+
+
+class _Watch:
+    """The observers of one layer's input."""
+
+    def __init__(self, method: RangeMethod, split: int | None, text: bool) -> None:
+        new = lambda: RangeObserver(method)  # noqa: E731
+        self.whole, self.split = new(), split
+        self.halves = (new(), new()) if split is not None else None
+        self.prompt = new() if text else None
+        self.act_size = self.macs = 0
+
+    def update(self, module: nn.Module, x: Tensor, y: Tensor, bos: Tensor | None) -> None:
+        self.whole.update(x)
+        if self.halves is not None:
+            for observer, half in zip(self.halves, x.tensor_split([self.split], x.dim() - 3), strict=True):
+                observer.update(half)
+        if self.prompt is not None:
+            rows = x.flatten(0, -2)
+            self.prompt.update(rows if bos is None else rows[~bos_mask(rows, bos)[:, 0]])
+        samples = max(1, x.shape[0])
+        self.act_size = max(self.act_size, x.numel() // samples)
+        self.macs = max(self.macs, y.numel() // samples * module.weight[0].numel())
+
+
+class Calibrator:
+    """Watches a model while it runs. Use ``watch()``, run the model, then ``result()``.
+
+    State is O(features): running ranges and one embedding row, never an input.
+    """
+
+    def __init__(self, model: nn.Module, method: RangeMethod = "minmax", bos: bool | None = None) -> None:
+        self.model, self.method, self.bos = model, method, bos
+        self.splits, self.ties = split_points(model), Ties()
+        self.watches: dict[str, _Watch] = {}
+        self.candidate: Tensor | None = None
+        self.candidate_holds = True
+
+    @contextmanager
+    def watch(self) -> Iterator[Calibrator]:
+        """Observes every linear and convolution layer inside the block; all hooks are removed at its end."""
+        with ExitStack() as stack:
+            for name, module in find_layers(self.model).items():
+                self.watches.setdefault(name, _Watch(self.method, self.splits.get(name), reads_text(name)))
+                handle = module.register_forward_hook(self._hook(name))
+                stack.callback(handle.remove)
+            yield self
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            with torch.no_grad():
+                x = args[0]
+                self.ties.see(name, x)
+                if self.watches[name].prompt is not None and self.bos is not False:
+                    self._see_first_rows(x)
+                self.watches[name].update(module, x, output, self.candidate)
+
+        return hook
+
+    def _see_first_rows(self, x: Tensor) -> None:
+        """A BOS row is the same for every prompt; rows of zeros (an empty negative prompt) say nothing."""
+        first = x[:, 0].detach().float()
+        first = first[first.abs().amax(1) > 0]
+        if self.candidate is None and len(first):
+            self.candidate = first[0].clone()
+        if self.candidate is not None and len(first):
+            self.candidate_holds &= bool(bos_mask(first, self.candidate).all())
+
+    def _embedding(self) -> tuple[float, ...] | None:
+        prompts = [w.prompt for w in self.watches.values() if w.prompt is not None and not w.prompt.empty]
+        if self.candidate is None or not prompts or self.bos is False:
+            return None
+        others = max(max(abs(p.lo), abs(p.hi)) for p in prompts)
+        stands_out = self.candidate_holds and self.candidate.abs().max().item() >= BOS_RATIO * others
+        if self.bos is True and not self.candidate_holds:
+            raise CalibrationError("bos=True, but the first row of the text embedding differs between prompts")
+        return tuple(self.candidate.tolist()) if stands_out or self.bos is True else None
+
+    def result(self, metadata: Mapping[str, Any] | None = None) -> Calibration:
+        """Ranges of the layers that ran, tied layers sharing theirs. Raises CalibrationError on NaN or infinity."""
+        embedding = self._embedding()
+        ran = {n: w for n, w in self.watches.items() if not w.whole.empty}
+        if not ran:
+            raise CalibrationError("no linear or convolution layer ran; run the model inside watch()")
+        layers = {n: self._layer(n, w, embedding is not None) for n, w in ran.items()}
+        ties = self.ties.groups()
+        for tie in ties:
+            for attribute in ("act_range", "prompt_range"):
+                ranges = [r for n in tie if (r := getattr(layers[n], attribute)) is not None]
+                joint = (min(r[0] for r in ranges), max(r[1] for r in ranges)) if ranges else None
+                for n in tie:
+                    if getattr(layers[n], attribute) is not None:
+                        layers[n] = replace(layers[n], **{attribute: joint})
+        return Calibration(layers, ties, embedding, {"model": type(self.model).__name__, **(metadata or {})})
+
+    def _layer(self, name: str, watch: _Watch, bos: bool) -> LayerCalibration:
+        def checked(observer: RangeObserver) -> Range:
+            lo, hi = observer.range()
+            if not (abs(lo) < float("inf") and abs(hi) < float("inf")):
+                raise CalibrationError(f"layer {name!r}: its input holds NaN or infinity (range {lo} to {hi})")
+            return lo, hi
+
+        halves = watch.halves or (None, None)
+        return LayerCalibration(
+            act_range=checked(watch.whole),
+            act_size=watch.act_size,
+            macs=watch.macs,
+            split=watch.split,
+            first_range=None if halves[0] is None else checked(halves[0]),
+            second_range=None if halves[1] is None else checked(halves[1]),
+            prompt_range=checked(watch.prompt) if bos and watch.prompt is not None and not watch.prompt.empty else None,
+        )
+
+
+def calibrate(
+    pipe: Any,
+    prompts: Sequence[str] | None = None,
+    *,
+    steps: int | Sequence[int] = 1,
+    run: Callable[[], object] | None = None,
+    method: RangeMethod = "minmax",
+    bos: bool | None = None,
+    guidance_scale: float = 0.0,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Calibration:
+    """Runs a model over prompts and records the range of every layer's input.
+
+    Args:
+        pipe: a diffusers pipeline (its unet or transformer is observed); or any nn.Module, with ``run``.
+        prompts: texts to draw. Real ones: ranges are only as good as they are.
+        steps: denoising steps, or several counts (a plan for 1 and 4 steps is calibrated with ``(1, 4)``).
+        run: for a bare module: a callable that runs it on representative data.
+        method: "minmax", "percentile" or "mse" (see RangeObserver.range).
+        bos: True or False, or None to find out: the first text row is the same for every prompt and at least
+            four times larger than all others.
+        guidance_scale, batch_size, seed: see Sampling.
+
+    Raises:
+        CalibrationError: nothing ran, or an input holds NaN or infinity. MixDQError: prompts are empty.
+    """
+    model = pipe if isinstance(pipe, nn.Module) else denoiser(pipe)
+    calibrator = Calibrator(model, method, bos)
+    if run is not None:
+        with calibrator.watch(), torch.no_grad():
+            run()
+        return calibrator.result({"method": method})
+    if isinstance(pipe, nn.Module) or prompts is None:
+        raise CalibrationError("expected a diffusers pipeline and prompts, or a module and run=")
+    counts = [steps] if isinstance(steps, int) else list(steps)
+    prompts = check_prompts(prompts)
+    with calibrator.watch(), progress("calibrating", len(counts) * len(prompts)) as bar:
+        for count in counts:
+            sampling = Sampling(steps=count, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size)
+            for batch in generate(pipe, prompts, sampling, "latent"):
+                bar.advance(len(batch))
+    return calibrator.result({"prompts": len(prompts), "steps": counts, "method": method, "seed": seed})

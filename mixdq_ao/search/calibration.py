@@ -1,0 +1,133 @@
+"""Calibration data: the range of every layer's input and the BOS embedding, as a checked JSON file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from ..errors import CalibrationError, PlanError
+from ..jsonfile import read_document, write_document
+from ..plan import LayerPlan, Plan, Range, parse_embedding, parse_range
+
+FORMAT, VERSION = "mixdq-calibration", 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerCalibration:
+    """What calibration learnt of one layer's input.
+
+    Attributes:
+        act_range: (lo, hi) over every row.
+        act_size: input elements of one sample; macs: multiply-adds of one sample.
+        split, first_range, second_range: channels of the first half of a concatenated input, and the halves' ranges.
+        prompt_range: (lo, hi) over the rows that are not BOS, where the layer reads the text embedding.
+    """
+
+    act_range: Range
+    act_size: int
+    macs: int
+    split: int | None = None
+    first_range: Range | None = None
+    second_range: Range | None = None
+    prompt_range: Range | None = None
+
+    def plan(self, layer: LayerPlan, *, bos: bool, split: bool) -> LayerPlan:
+        """``layer`` with its ranges, split and BOS treatment."""
+        if not layer.quantized:
+            return layer
+        quantized = layer.act_bits < 16
+        if split and self.split is not None and layer.weight_bits < 16:
+            first, second = (self.first_range, self.second_range) if quantized else (None, None)
+            return replace(layer, act_range=first, split=self.split, split_act_range=second)
+        aware = bos and self.prompt_range is not None
+        act_range = self.prompt_range if bos and self.prompt_range is not None else self.act_range
+        return replace(layer, act_range=act_range if quantized else None, bos=aware)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Ranges of a model's layers.
+
+    Attributes:
+        layers: {name: LayerCalibration}.
+        ties: groups of layers that read one tensor; their ranges are equal.
+        bos_embedding: the row the text encoders put first for every prompt, or None where no such row stands out.
+        metadata: model class, number of prompts, sampling.
+    """
+
+    layers: Mapping[str, LayerCalibration]
+    ties: Sequence[tuple[str, ...]] = ()
+    bos_embedding: tuple[float, ...] | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def apply(self, plan: Plan, *, bos: bool = True, split: bool = True) -> Plan:
+        """See ``Plan.with_calibration``."""
+        for name, layer in plan.layers.items():
+            if layer.quantized and name not in self.layers:
+                raise CalibrationError(
+                    f"layer {name!r} was never called while calibrating; "
+                    "give it 16 bits or calibrate with prompts that use it"
+                )
+        layers = {
+            n: self.layers[n].plan(v, bos=bos, split=split) if n in self.layers else v for n, v in plan.layers.items()
+        }
+        sizes = {n: v.act_size for n, v in self.layers.items()}
+        metadata = {**plan.metadata, "calibration": dict(self.metadata), "act_sizes": sizes}
+        return Plan(layers, metadata, self.bos_embedding if bos else None)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the calibration as JSON, atomically."""
+        write_document(
+            path,
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "metadata": dict(self.metadata),
+                "bos_embedding": None if self.bos_embedding is None else list(self.bos_embedding),
+                "ties": [list(t) for t in self.ties],
+                "layers": {n: asdict(v) for n, v in self.layers.items()},
+            },
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Reads a calibration file. Raises CalibrationError naming the file, the layer and what was expected."""
+        document = read_document(path, FORMAT, VERSION, CalibrationError)
+        try:
+            layers = {n: _layer(n, v) for n, v in _mapping(document, "layers").items()}
+            ties = [_tie(t, layers) for t in document.get("ties", [])]
+            return cls(layers, ties, parse_embedding(document.get("bos_embedding")), _mapping(document, "metadata"))
+        except (PlanError, CalibrationError, TypeError) as e:
+            raise CalibrationError(f"{os.fspath(path)}: {e}") from e
+
+
+def _mapping(document: Mapping[str, Any], key: str) -> dict[str, Any]:
+    if not isinstance(document.get(key), dict):
+        raise CalibrationError(f"{key} is {type(document.get(key)).__name__}, expected an object")
+    return document[key]
+
+
+def _tie(tie: object, layers: Mapping[str, object]) -> tuple[str, ...]:
+    if not isinstance(tie, list) or not all(isinstance(n, str) and n in layers for n in tie):
+        raise CalibrationError(f"ties holds {tie!r}, expected lists of layer names of this file")
+    return tuple(tie)
+
+
+def _layer(name: str, value: object) -> LayerCalibration:
+    known = {f.name for f in fields(LayerCalibration)}
+    if not isinstance(value, dict) or set(value) != known:
+        raise CalibrationError(f"layer {name!r}: expected an object with exactly {', '.join(sorted(known))}")
+    try:
+        ranges = {n: None if v is None else parse_range(n, v) for n, v in value.items() if n.endswith("_range")}
+    except PlanError as e:
+        raise CalibrationError(f"layer {name!r}: {e}") from e
+    sizes = {n: value[n] for n in ("act_size", "macs", "split")}
+    if ranges["act_range"] is None or any(
+        type(v) is not int for n, v in sizes.items() if v is not None or n != "split"
+    ):
+        raise CalibrationError(f"layer {name!r}: act_range, act_size and macs are needed, sizes as whole numbers")
+    if (sizes["split"] is None) != (ranges["first_range"] is None or ranges["second_range"] is None):
+        raise CalibrationError(f"layer {name!r}: split, first_range and second_range come together")
+    return LayerCalibration(**sizes, **ranges)  # type: ignore[arg-type]

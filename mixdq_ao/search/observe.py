@@ -1,0 +1,69 @@
+"""What is remembered of a layer's input while calibration runs: O(1) numbers, never the input."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+RangeMethod = Literal["minmax", "percentile", "mse"]
+BINS = 4096
+
+
+class RangeObserver:
+    """Running range of a stream of tensors.
+
+    Keeps the exact minimum and maximum and, where the method needs it, a histogram of BINS bins over [-m, m]; m
+    doubles when a value falls outside, and pairs of bins are merged.
+    """
+
+    def __init__(self, method: RangeMethod = "minmax") -> None:
+        self.method: RangeMethod = method
+        self.lo, self.hi = float("inf"), float("-inf")
+        self.limit = 0.0
+        self.counts = torch.zeros(BINS, dtype=torch.float64)
+
+    def update(self, x: Tensor) -> None:
+        """Takes in a tensor of any shape (empty ones change nothing)."""
+        if x.numel() == 0:
+            return
+        x = x.detach().float()
+        lo, hi = (v.item() for v in torch.aminmax(x))
+        self.lo, self.hi = min(self.lo, lo), max(self.hi, hi)
+        if self.method != "minmax" and lo == lo and hi - lo < float("inf"):
+            self._widen(max(abs(lo), abs(hi)))
+            self.counts += torch.histc(x, BINS, -self.limit, self.limit).double().cpu()
+
+    def _widen(self, needed: float) -> None:
+        if self.limit == 0.0:
+            self.limit = needed or 1.0
+        while self.limit < needed:
+            merged = self.counts.view(-1, 2).sum(1)
+            self.counts = torch.zeros_like(self.counts)
+            self.counts[BINS // 4 : BINS // 4 * 3] = merged
+            self.limit *= 2
+
+    @property
+    def empty(self) -> bool:
+        return self.lo > self.hi
+
+    def range(self, bits: int = 8) -> tuple[float, float]:
+        """(lo, hi): the extremes; or the 0.01 % and 99.99 % quantiles; or the clipping with the smallest squared
+        error at ``bits`` (both ends shrunk together over 100 steps, rounding plus clipping error from the
+        histogram)."""
+        if self.method == "minmax" or self.empty or self.counts.sum() == 0:
+            return self.lo, self.hi
+        centres = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (2 * self.limit / BINS) - self.limit
+        if self.method == "percentile":
+            share = self.counts.cumsum(0) / self.counts.sum()
+            lo = centres[int(torch.searchsorted(share, 1e-4))].item()
+            hi = centres[min(int(torch.searchsorted(share, 1 - 1e-4)), BINS - 1)].item()
+            return max(lo, self.lo), min(hi, self.hi)
+        shrink = torch.linspace(0.01, 1, 100, dtype=torch.float64)[:, None]
+        lo, hi = min(self.lo, 0.0) * shrink, max(self.hi, 0.0) * shrink
+        step = (hi - lo) / (2**bits - 1)
+        clipped = centres.clamp(lo, hi)
+        error = ((clipped - centres).square() + step.square() / 12 * (clipped == centres)) @ self.counts
+        best = int(error.argmin())
+        return lo[best].item(), hi[best].item()

@@ -1,0 +1,132 @@
+"""Replay: runs a model again with everything before one layer taken from the first run instead of computed.
+
+While recording, the calls of all modules are numbered as they start and end, and their outputs kept (as far as the
+memory budget allows: the outputs of the most deeply nested modules are dropped first). To measure a change in layer L, every recorded call that ended before L
+was first called gives its kept output; the rest runs.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import SensitivityError
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of one module: when it started and ended (a running count), and what it gave, if kept."""
+
+    start: int
+    end: int = -1
+    output: Any = None
+    kept: bool = False
+    versions: tuple[int, ...] = ()
+
+
+class Recorder:
+    """Records the calls of ``modules`` (name -> module; e.g. a UNet's and the text encoders')."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], budget: int = 4 << 30) -> None:
+        self.modules, self.budget = dict(modules), budget
+        self.calls: dict[str, list[Call]] = defaultdict(list)
+        self.clock = self.bytes = 0
+        self._kept: list[tuple[int, int, int, Call]] = []  # a heap, the deepest modules first
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Runs inside are recorded; the modules are as before afterwards."""
+        with _patched(self.modules, self._recording):
+            yield
+
+    def _recording(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            call = Call(self._tick())
+            self.calls[name].append(call)
+            output = forward(*args, **kwargs)
+            call.end = self._tick()
+            self._keep(name, call, output)
+            return output
+
+        return run
+
+    def _tick(self) -> int:
+        self.clock += 1
+        return self.clock
+
+    def _keep(self, name: str, call: Call, output: Any) -> None:
+        tensors = _tensors(output)
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        call.output, call.kept, call.versions = output, True, tuple(t._version for t in tensors)
+        heapq.heappush(self._kept, (-name.count("."), call.start, size, call))
+        self.bytes += size
+        while self.bytes > self.budget:
+            _, _, size, deepest = heapq.heappop(self._kept)
+            deepest.output, deepest.kept = None, False
+            self.bytes -= size
+
+    @contextmanager
+    def replay(self, until: str) -> Iterator[None]:
+        """Runs inside compute only what starts after module ``until`` was first called in the recorded run."""
+        if not self.calls[until]:
+            raise SensitivityError(f"layer {until!r} was never called in the recorded run")
+        stop = self.calls[until][0].start
+        counts: dict[str, int] = defaultdict(int)
+
+        def replaying(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+            calls = self.calls[name]
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                index = counts[name]
+                counts[name] += 1
+                if index < len(calls) and calls[index].kept and calls[index].end < stop:
+                    return _unchanged(name, calls[index])
+                return forward(*args, **kwargs)
+
+            return run
+
+        early = {n: m for n, m in self.modules.items() if any(c.kept and c.end < stop for c in self.calls[n])}
+        with _patched(early, replaying):
+            yield
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    leaves, _ = pytree.tree_flatten(output)
+    return [t for t in leaves if isinstance(t, Tensor)]
+
+
+def _unchanged(name: str, call: Call) -> Any:
+    if tuple(t._version for t in _tensors(call.output)) != call.versions:
+        raise SensitivityError(
+            f"the kept output of {name!r} was changed in place by the model; analyze with replay=False"
+        )
+    return call.output
+
+
+@contextmanager
+def _patched(modules: Mapping[str, nn.Module], wrap: Callable[..., Callable[..., Any]]) -> Iterator[None]:
+    """Every module's ``forward`` wrapped inside the block (an instance attribute, removed at the end)."""
+    previous = {n: m.__dict__.get("forward") for n, m in modules.items()}
+    try:
+        for name, module in modules.items():
+            module.forward = wrap(name, module.forward)
+        yield
+    finally:
+        for name, module in modules.items():
+            if previous[name] is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = previous[name]
+
+
+def replayable(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules of ``model`` that can be recorded: those that are called (no ModuleList), the model excluded."""
+    skip = (nn.ModuleList, nn.ModuleDict)
+    return {n: m for n, m in model.named_modules() if n and not isinstance(m, skip)}

@@ -1,0 +1,153 @@
+"""An append-only file of measurements: a killed run continues where it was, nothing is lost or done twice.
+
+One JSON object a line. The first line is the header: format, version, and the fingerprint of everything the results
+depend on. A torn last line (power cut, full disk, kill -9) is dropped by the reader and cut off before appending.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+from ..errors import SensitivityError
+
+FORMAT, VERSION = "mixdq-store", 1
+
+
+def fingerprint(model: nn.Module, settings: Mapping[str, Any]) -> str:
+    """A hash of the model's parameters and buffers (names, types, shapes, bytes) and of ``settings`` (JSON)."""
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(raw.numpy().data)
+    return digest.hexdigest()
+
+
+class Store:
+    """Results by key, in a file (or only in memory with ``path=None``). One writer at a time.
+
+    Use as a context manager: the file is locked inside the block. A value is a dict of finite numbers.
+
+    Raises:
+        SensitivityError: the file is no store, belongs to another run (fingerprint), is written by another
+            process, or cannot be written (a full disk: what was stored before stays readable).
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, fingerprint: str) -> None:
+        self.path = None if path is None else Path(path)
+        self.fingerprint = fingerprint
+        self.results: dict[str, dict[str, float]] = {}
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> Store:
+        if self.path is None:
+            return self
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+b")
+        except OSError as e:
+            raise SensitivityError(f"{self.path}: cannot be opened for writing: {e.strerror}") from e
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            self._file.close()
+            raise SensitivityError(
+                f"{self.path}: another process is writing to this store; wait or use another file"
+            ) from e
+        try:
+            self._load(self._file)
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _load(self, file: BinaryIO) -> None:
+        file.seek(0)
+        data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            file.truncate(len(whole))
+        lines = whole.splitlines()
+        if not lines:
+            self._append({"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint})
+            return
+        self._check_header(_parse(lines[0], self.path, 1))
+        for number, line in enumerate(lines[1:], 2):
+            record = _parse(line, self.path, number)
+            key, value = record.get("key"), record.get("value")
+            if not isinstance(key, str) or not isinstance(value, dict) or not all(_finite(v) for v in value.values()):
+                raise SensitivityError(f"{self.path}: line {number}: expected a key and a value of finite numbers")
+            self.results[key] = value
+
+    def _check_header(self, header: Mapping[str, Any]) -> None:
+        if header.get("format") != FORMAT or header.get("version") != VERSION:
+            raise SensitivityError(f"{self.path}: not a {FORMAT} file of version {VERSION}; choose another file")
+        if header.get("fingerprint") != self.fingerprint:
+            raise SensitivityError(
+                f"{self.path}: holds results of another model, other prompts or other settings "
+                f"(fingerprint {header.get('fingerprint')}, expected {self.fingerprint}); choose another file or delete it"
+            )
+
+    def get(self, key: str) -> dict[str, float] | None:
+        """The stored result, or None."""
+        return self.results.get(key)
+
+    def put(self, key: str, value: Mapping[str, float]) -> None:
+        """Stores a result; it is on disk when this returns."""
+        self._append({"key": key, "value": dict(value)})
+        self.results[key] = dict(value)
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        if self._file is None:
+            return
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as e:
+            _cut(self._file, end)
+            raise SensitivityError(
+                f"{self.path}: cannot be written: {e.strerror}; {len(self.results)} results are safe, "
+                "run the same command again once there is room"
+            ) from e
+
+
+def _cut(file: BinaryIO, end: int) -> None:
+    """Drops what a failed write left behind; the reader would drop it as well."""
+    try:
+        os.ftruncate(file.fileno(), end)
+    except OSError:
+        pass
+
+
+def _parse(line: bytes, path: Path | None, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as e:
+        raise SensitivityError(f"{path}: line {number} is not JSON; expected a {FORMAT} file") from e
+    if not isinstance(record, dict):
+        raise SensitivityError(f"{path}: line {number} is {type(record).__name__}, expected an object")
+    return record
+
+
+def _finite(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]

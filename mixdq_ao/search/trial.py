@@ -1,0 +1,109 @@
+"""Trials: the output of a pipeline with one layer changed, against its output as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import find_layers
+from ..models.pipelines import Sampling, check_prompts, denoiser, generate_all, text_encoders
+from ..plan import LayerPlan
+from ..quantize.config import MixDQLayerConfig, fake_quantizer
+from ..quantize.fake import with_fake_quantizer, without_fake_quantizer
+from .metrics import error_power, ssim
+from .replay import Recorder, replayable
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one batch gave: the denoiser's outputs of every step [steps, B, ...], pictures [B, 3, H, W] or None."""
+
+    denoised: Tensor
+    images: Tensor | None
+
+
+@dataclass(slots=True)
+class _Batch:
+    prompts: list[str]
+    sampling: Sampling
+    recorder: Recorder
+    reference: Output
+
+
+class Trials:
+    """The reference run of a pipeline over prompts, and runs with one layer fake-quantized.
+
+    Prompts run in batches; of each batch the reference is recorded once, and a trial of a layer computes only what
+    comes after that layer's first call.
+    """
+
+    def __init__(
+        self, pipe: Any, prompts: Sequence[str], sampling: Sampling, *, replay: bool = True, budget: int = 4 << 30
+    ) -> None:
+        self.pipe, self.model, self.use_replay = pipe, denoiser(pipe), replay
+        self.layers = find_layers(self.model)
+        prompts = check_prompts(prompts)
+        size = sampling.batch_size
+        modules: dict[str, nn.Module] = replayable(self.model) | text_encoders(pipe)
+        self.batches: list[_Batch] = []
+        for start in range(0, len(prompts), size):
+            part = prompts[start : start + size]
+            recorder = Recorder(modules if replay else self.layers, budget // (1 + len(prompts) // size))
+            seeded = replace(sampling, seed=sampling.seed + start, batch_size=len(part))
+            with recorder.record():
+                reference = self._run(part, seeded, images=True)
+            self.batches.append(_Batch(part, seeded, recorder, reference))
+
+    def _run(self, prompts: list[str], sampling: Sampling, images: bool) -> Output:
+        outputs: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            outputs.append((output[0] if isinstance(output, tuple) else output.sample).detach())
+
+        handle = self.model.register_forward_hook(keep)
+        try:
+            result = generate_all(self.pipe, prompts, sampling, "pt" if images else "latent")
+        finally:
+            handle.remove()
+        return Output(torch.stack(outputs), result if images else None)
+
+    def measure(self, name: str, layer: LayerPlan, bos_embedding: Tensor | None, *, images: bool) -> dict[str, float]:
+        """Quantizes one layer (fake mode), everything else as it is.
+
+        Returns:
+            "error": relative error power of the denoiser's output, sum (y - yq)^2 / sum y^2 over all prompts and
+            steps; "ssim": mean SSIM of the decoded pictures, where ``images`` is asked for.
+        """
+        noise = power = similarity = 0.0
+        with self._changed(name, layer, bos_embedding):
+            for batch in self.batches:
+                with batch.recorder.replay(name) if self.use_replay else nullcontext():
+                    output = self._run(batch.prompts, batch.sampling, images)
+                signal = batch.reference.denoised.double().square().sum().item()
+                noise += error_power(batch.reference.denoised, output.denoised) * signal
+                power += signal
+                if output.images is not None and batch.reference.images is not None:
+                    similarity += ssim(output.images, batch.reference.images).sum().item()
+        result = {"error": noise / power}
+        if images:
+            result["ssim"] = similarity / sum(len(b.prompts) for b in self.batches)
+        return result
+
+    @contextmanager
+    def _changed(self, name: str, layer: LayerPlan, bos_embedding: Tensor | None) -> Iterator[None]:
+        module = self.layers[name]
+        config = MixDQLayerConfig(layer, "fake", bos_embedding if layer.bos else None, name)
+        with ExitStack() as stack:
+            with_fake_quantizer(module, fake_quantizer(config))
+            stack.callback(without_fake_quantizer, module)
+            yield
+
+    def called(self) -> list[str]:
+        """The layers the reference run called, in order of their first call."""
+        calls = self.batches[0].recorder.calls
+        return sorted((n for n in self.layers if calls[n]), key=lambda n: calls[n][0].start)
