@@ -16,7 +16,13 @@ from .plan import ACT_BITS, WEIGHT_BITS, LayerPlan, Plan
 PathLike = str | os.PathLike[str]
 
 
-class _UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+MAX_DEPTH = 2
+"""A map of layers to numbers or to lists of numbers."""
+
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _UniqueKeyLoader(_SafeLoader):
     """The safe loader, which keeps the last of two equal keys without a word, made to refuse them."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -39,6 +45,7 @@ def read_layer_map(path: PathLike, error: type[MixDQError]) -> dict[str, Any]:
     except (OSError, ValueError) as e:
         raise error(f"{path}: cannot be read as UTF-8 text: {e}") from e
     try:
+        _check_depth(text)
         document = yaml.load(text, Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, AttributeError, RecursionError) as e:
         raise error(
@@ -50,12 +57,30 @@ def read_layer_map(path: PathLike, error: type[MixDQError]) -> dict[str, Any]:
     layers: dict[str, Any] = {}
     for key, value in document.items():
         if not isinstance(key, str):
-            raise error(f"{path}: key {key!r} is {type(key).__name__}, expected a layer name")
+            raise error(f"{path}: key {shown(key)} is {type(key).__name__}, expected a layer name")
         name = key.removeprefix("model.")
         if name in layers:
             raise error(f"{path}: layer {name!r} appears twice, with and without 'model.'")
         layers[name] = value
     return layers
+
+
+def shown(value: object) -> str:
+    """``value`` for an error message, at most 60 characters (an integer of 4300 digits cannot even be printed)."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _check_depth(text: str) -> None:
+    """Refuses deep nesting before a document is built: libyaml builds it recursively and would overrun the stack."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH or isinstance(event, yaml.AliasEvent):
+            raise ValueError("nested or aliased values where a flat map was expected")
 
 
 def plan_from_mixdq_yaml(weight: PathLike, act: PathLike | None = None, protect: Iterable[str] = ()) -> Plan:
@@ -91,7 +116,7 @@ def _read_bits(path: PathLike, offered: tuple[int, ...]) -> dict[str, int]:
     for name, bits in layers.items():
         if type(bits) is not int or bits not in offered:
             expected = ", ".join(map(str, offered))
-            raise PlanError(f"{os.fspath(path)}: layer {name!r}: bits is {bits!r}, expected one of {expected}")
+            raise PlanError(f"{os.fspath(path)}: layer {name!r}: bits is {shown(bits)}, expected one of {expected}")
     return layers
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SensitivityError
-from ..importing import read_layer_map
+from ..importing import read_layer_map, shown
 from .sensitivity import LayerSensitivity, Sensitivity, error_from_sqnr
 
 PathLike = str | os.PathLike[str]
@@ -76,7 +76,7 @@ def _read_scores(path: PathLike) -> Table:
     for name, values in read_layer_map(path, SensitivityError).items():
         if not isinstance(values, list) or len(values) != len(BITS) or not all(map(_is_score, values)):
             raise SensitivityError(
-                f"{os.fspath(path)}: layer {name!r}: is {_short(values)}, "
+                f"{os.fspath(path)}: layer {name!r}: is {shown(values)}, "
                 "expected three finite numbers [at 2, at 4, at 8 bits]"
             )
         table[name] = tuple(float(v) for v in values)
@@ -93,7 +93,7 @@ def _read_sizes(path: PathLike, unit: int) -> dict[str, int]:
     for name, ratio in read_layer_map(path, SensitivityError).items():
         if type(ratio) not in (int, float) or not 0 < ratio < 2**40 or round(ratio * unit) < 1:
             raise SensitivityError(
-                f"{os.fspath(path)}: layer {name!r}: size is {_short(ratio)}, expected a positive number"
+                f"{os.fspath(path)}: layer {name!r}: size is {shown(ratio)}, expected a positive number"
             )
         sizes[name] = round(ratio * unit)
     return sizes
@@ -109,8 +109,3 @@ def _same_layers(path: PathLike, table: dict[str, Any], other: PathLike, referen
                 f"{os.fspath(file)}: layer {min(lacking)!r} is missing, which {os.fspath(source)} has; "
                 "are they of one model?"
             )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
