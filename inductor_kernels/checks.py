@@ -1,0 +1,119 @@
+"""What the operators accept. One clear error per mistake: the argument, its value, what was expected."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .packing import packed_length
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _require(condition: bool, op: str, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"inductor_kernels::{op}: {name} is {value}; expected {expected}")
+
+
+def _describe(tensor: Tensor | None) -> str:
+    return "None" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _vector(op: str, name: str, tensor: Tensor | None, length: int, dtypes: Sequence[torch.dtype]) -> None:
+    good = tensor is not None and tensor.ndim == 1 and tensor.dtype in dtypes and tensor.shape[0] == length
+    allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    _require(good, op, name, _describe(tensor), f"{allowed} [{length}]")
+
+
+def weight(op: str, weight: Tensor, zero_point: Tensor | None, bits: int, length: int, ndim: int) -> None:
+    """weight: int8 ``[N, ..., length]`` or packed uint8; zero_point: int8 ``[N]`` exactly when packed."""
+    _require(bits in (2, 4, 8), op, "weight_bits", bits, "2, 4 or 8")
+    dtype = torch.int8 if bits == 8 else torch.uint8
+    last = length if bits == 8 else packed_length(length, bits)
+    good = weight.dtype == dtype and weight.ndim == ndim and weight.shape[-1] == last
+    expected = f"{dtype} with {ndim} dimensions, the last one {last} long ({length} codes of {bits} bits)"
+    _require(good, op, "weight", _describe(weight), expected)
+    if bits == 8:
+        _require(zero_point is None, op, "weight_zero_point", _describe(zero_point), "None for 8-bit weights")
+    else:
+        _vector(op, "weight_zero_point", zero_point, weight.shape[0], (torch.int8,))
+
+
+def _codes(op: str, x_q: Tensor, zero_point: Tensor, out_dtype: torch.dtype) -> None:
+    _require(x_q.dtype in (torch.uint8, torch.int8), op, "x_q", _describe(x_q), "uint8 or int8 codes")
+    good = zero_point.ndim == 0 and zero_point.dtype == torch.int32
+    _require(good, op, "zero_point", _describe(zero_point), "an int32 tensor without dimensions")
+    _require(out_dtype in FLOATS, op, "out_dtype", out_dtype, "float32, bfloat16 or float16")
+
+
+def _channels(op: str, n: int, scale: Tensor, bias: Tensor | None) -> None:
+    _vector(op, "scale", scale, n, (torch.float32,))
+    if bias is not None:
+        _vector(op, "bias", bias, n, FLOATS)
+
+
+def _geometry(op: str, x: Tensor, w: Tensor, stride, padding, dilation, groups: int) -> None:
+    _require(x.ndim == 4, op, "x", _describe(x), "4 dimensions, [B, H, W, C]")
+    for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        good = len(value) == 2 and value[0] >= least and value[1] >= least
+        _require(good, op, name, list(value), f"two integers >= {least}")
+    good = groups >= 1 and x.shape[3] % groups == 0 and w.shape[0] % groups == 0
+    _require(good, op, "groups", groups, f"a divisor of {x.shape[3]} input and {w.shape[0]} output channels")
+    height, width = output_size(x, w, stride, padding, dilation)
+    small = f"{list(x.shape)} with a {w.shape[1]}x{w.shape[2]} kernel"
+    _require(height > 0 and width > 0, op, "x", small, "an image at least as large as the dilated kernel")
+
+
+def output_size(x: Tensor, w: Tensor, stride, padding, dilation) -> tuple[int, int]:
+    """Height and width of the convolution of ``x`` [B, H, W, C] by ``w`` [O, kh, kw, C]."""
+    height, width = (
+        (x.shape[1 + i] + 2 * padding[i] - dilation[i] * (w.shape[1 + i] - 1) - 1) // stride[i] + 1 for i in range(2)
+    )
+    return height, width
+
+
+def linear(x_q, w, weight_zero_point, weight_sum, scale, zero_point, bias, row_scale, weight_bits, out_dtype) -> None:
+    """All arguments of ``inductor_kernels::linear``."""
+    op = "linear"
+    _codes(op, x_q, zero_point, out_dtype)
+    _require(x_q.ndim >= 1, op, "x_q", _describe(x_q), "at least one dimension")
+    weight(op, w, weight_zero_point, weight_bits, x_q.shape[-1], 2)
+    if weight_sum is not None:
+        _vector(op, "weight_sum", weight_sum, w.shape[0], (torch.int32,))
+    _channels(op, w.shape[0], scale, bias)
+    if row_scale is not None:
+        good = row_scale.dtype == torch.float32 and row_scale.shape == x_q.shape[:-1]
+        _require(good, op, "row_scale", _describe(row_scale), f"float32 {list(x_q.shape[:-1])}")
+
+
+def conv2d(
+    x_q, w, weight_zero_point, weight_sum, scale, zero_point, bias, weight_bits,
+    stride, padding, dilation, groups, out_dtype,
+) -> None:  # fmt: skip
+    """All arguments of ``inductor_kernels::conv2d``."""
+    op = "conv2d"
+    _codes(op, x_q, zero_point, out_dtype)
+    _require(w.ndim == 4, op, "weight", _describe(w), "4 dimensions, [O, kh, kw, C/groups]")
+    _geometry(op, x_q, w, stride, padding, dilation, groups)
+    weight(op, w, weight_zero_point, weight_bits, x_q.shape[-1] // groups, 4)
+    if weight_sum is not None:
+        _vector(op, "weight_sum", weight_sum, w.shape[0], (torch.int32,))
+    _channels(op, w.shape[0], scale, bias)
+
+
+def linear_weight_only(x, w, weight_zero_point, scale, bias, weight_bits) -> None:
+    """All arguments of ``inductor_kernels::linear_weight_only``."""
+    op = "linear_weight_only"
+    _require(x.dtype in FLOATS and x.ndim >= 1, op, "x", _describe(x), "float32, bfloat16 or float16 [..., K]")
+    weight(op, w, weight_zero_point, weight_bits, x.shape[-1], 2)
+    _channels(op, w.shape[0], scale, bias)
+
+
+def conv2d_weight_only(x, w, weight_zero_point, scale, bias, weight_bits, stride, padding, dilation, groups) -> None:
+    """All arguments of ``inductor_kernels::conv2d_weight_only``."""
+    op = "conv2d_weight_only"
+    _require(x.dtype in FLOATS, op, "x", _describe(x), "float32, bfloat16 or float16")
+    _require(w.ndim == 4, op, "weight", _describe(w), "4 dimensions, [O, kh, kw, C/groups]")
+    _geometry(op, x, w, stride, padding, dilation, groups)
+    weight(op, w, weight_zero_point, weight_bits, x.shape[-1] // groups, 4)
+    _channels(op, w.shape[0], scale, bias)

@@ -1,0 +1,240 @@
+"""The operators on a CPU: oneDNN's int8 kernels where they are exact, float32 on integer codes where they are not.
+
+Without VNNI or AMX, oneDNN multiplies with ``vpmaddubsw``, which adds two products in 16 bits and *saturates*:
+8-bit codes times 8-bit weights come out 13-22 % wrong. The route is therefore chosen per weight:
+
+    onednn-int8   VNNI or AMX, or weights so small that a pair of products fits 16 bits (all 2 and 4 bit ones)
+    float32       everything else, and products too small to repay oneDNN's cost per call
+
+Prepared weights are cached beside the graph (:mod:`inductor_kernels.weights`).
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import checks, reference, weights
+
+SMALL = 1 << 21  # products of fewer multiplications run in float32: oneDNN's int8 call costs 50 us before it starts
+CODES = (torch.uint8, torch.int8)
+
+
+def weight_cache(mode: str) -> None:
+    """ "speed" keeps the prepared form of every weight; "memory" unpacks at each call and keeps nothing."""
+    weights.set_mode(mode)
+
+
+@functools.cache
+def int8_is_exact() -> bool:
+    """Whether oneDNN's int8 product is exact for all codes on this machine: the flags say so and a trial agrees."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    flags = (getattr(torch.cpu, name, None) for name in ("_is_vnni_supported", "_is_amx_tile_supported"))
+    if not any(flag is not None and flag() for flag in flags):
+        return False
+    x = torch.full((64, 128), 255, dtype=torch.uint8)
+    w = torch.full((64, 128), 127, dtype=torch.int8)
+    y = _onednn_linear(x, 0, torch.ops.onednn.qlinear_prepack(w, None), torch.ones(64), None, torch.float32)
+    return bool((y == 255 * 127 * 128).all())
+
+
+@functools.cache
+def _writes_bf16() -> bool:
+    """oneDNN's int8 kernels write bfloat16 themselves only from AVX-512 on; below, a 100x slower one is taken."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def route(weight_bits: int, weight: Tensor | None = None) -> str:
+    """Which kernel multiplies large products by such weights here: "onednn-int8" or "float32".
+
+    weight: an int8 weight, to say it for this one; without it the answer for 8 bit is that of a typical weight.
+    """
+    if weight_bits not in (2, 4, 8):
+        raise ValueError(f"weight_bits={weight_bits!r}: expected 2, 4 or 8")
+    if not torch.backends.mkldnn.is_available():
+        return "float32"
+    if weight_bits < 8 or int8_is_exact() or (weight is not None and _pairs_fit(weight)):
+        return "onednn-int8"
+    return "float32"
+
+
+def _pairs_fit(w: Tensor) -> bool:
+    """Whether 255 times any two weights added up in 16 bits stays in range, so that nothing can saturate.
+
+    A linear layer adds neighbours along K; how a convolution pairs its taps is oneDNN's business, so there the two
+    largest weights of a channel must fit.
+    """
+    rows = w.flatten(1).to(torch.int32)
+    if rows.shape[1] % 2:
+        rows = F.pad(rows, (0, 1))
+    for signed in (rows.clamp(min=0), (-rows).clamp(min=0)):
+        pairs = signed.unflatten(1, (-1, 2)) if w.ndim == 2 else signed.topk(min(2, signed.shape[1]), 1).values
+        if int(pairs.sum(-1).max()) * 255 > 32767:
+            return False
+    return True
+
+
+def _takes_int8(prepared: weights.Prepared, weight: Tensor) -> bool:
+    if prepared.exact is None:
+        packed = prepared.bits < 8
+        look = not packed and not int8_is_exact() and weights.keeps()  # a look costs more than it saves if not kept
+        prepared.exact = route(prepared.bits, weight if look else None) == "onednn-int8"
+    return prepared.exact
+
+
+def _unsigned(x_q: Tensor) -> Tensor:
+    return x_q if x_q.dtype == torch.uint8 else x_q.view(torch.uint8) ^ 128
+
+
+def _centered(x_q: Tensor, zero_point: int) -> Tensor:
+    x = x_q.to(torch.float32)
+    zero_point -= 128 if x_q.dtype == torch.int8 else 0
+    return x.add_(float(-zero_point)) if zero_point else x  # half the cost of sub_ on a small tensor
+
+
+def _scaled(total: Tensor, scale: Tensor, row_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Scales and bias, in place on a float32 result the caller owns."""
+    if row_scale is not None:
+        total.mul_(row_scale.unsqueeze(-1))
+    if bias is None:
+        total.mul_(scale)
+    else:
+        torch.addcmul(bias if bias.dtype == torch.float32 else bias.float(), total, scale, out=total)
+    return total if dtype == torch.float32 else total.to(dtype)
+
+
+def _onednn_linear(x: Tensor, zero_point: int, packed: Tensor, scale: Tensor, bias: Tensor | None, dtype):
+    return torch.ops.onednn.qlinear_pointwise.default(
+        x, 1.0, zero_point, packed, scale, _zeros(scale.shape[0]), bias, 1.0, 0, dtype, "none", [], ""
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _zeros(n: int) -> Tensor:
+    return torch.zeros(n, dtype=torch.int64)
+
+
+def _plain(x_q: Tensor, scale: Tensor, bias: Tensor | None, n: int) -> bool:
+    """The checks that a known weight leaves open, cheaply; when they fail the full ones name the mistake."""
+    good = scale.dtype is torch.float32 and scale.numel() == n and x_q.dtype in CODES
+    return good and (bias is None or bias.numel() == n)
+
+
+def linear(
+    x_q: Tensor, weight: Tensor, weight_zero_point: Tensor | None, weight_sum: Tensor | None, scale: Tensor,
+    zero_point: Tensor, bias: Tensor | None, row_scale: Tensor | None, weight_bits: int,
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """``inductor_kernels::linear``."""
+    n, k = weight.shape[0], x_q.shape[-1] if x_q.ndim else 0
+    prepared = weights.find(weight, weight_zero_point, weight_bits, k)
+    if prepared is None or row_scale is not None or not _plain(x_q, scale, bias, n):
+        arguments = (x_q, weight, weight_zero_point, weight_sum, scale, zero_point, bias, row_scale)
+        checks.linear(*arguments, weight_bits, out_dtype)
+        if n == 0 or k == 0:
+            return reference.linear(*arguments, weight_bits, out_dtype)
+        prepared = prepared or weights.add(weight, weight_zero_point, weight_bits, k)
+    z = int(zero_point)
+    if x_q.numel() * n < SMALL or not _takes_int8(prepared, weight):
+        total = F.linear(_centered(x_q, z), _float_linear(prepared, weight, weight_zero_point))
+        return _scaled(total, scale, row_scale, bias, out_dtype)
+    packed = prepared.forms.get("onednn")
+    if packed is None:
+        w = weights.integers(weight, weight_zero_point, weight_bits, k)
+        packed = prepared.keep("onednn", torch.ops.onednn.qlinear_prepack(w, None))
+    x = _unsigned(x_q.contiguous())
+    direct = out_dtype is torch.float32 or (out_dtype is torch.bfloat16 and _writes_bf16())
+    if row_scale is None:
+        y = _onednn_linear(x, z, packed, scale, bias, out_dtype if direct else torch.float32)
+        return y if direct else y.to(out_dtype)
+    total = _onednn_linear(x, z, packed, scale, None, torch.float32).mul_(row_scale.unsqueeze(-1))
+    return (total if bias is None else total.add_(bias)).to(out_dtype)
+
+
+def _float_linear(prepared: weights.Prepared, weight: Tensor, zero_point: Tensor | None) -> Tensor:
+    form = prepared.forms.get("float32")
+    if form is None:
+        w = weights.integers(weight, zero_point, prepared.bits, prepared.length)
+        form = prepared.keep("float32", w.to(torch.float32))
+    return form
+
+
+def _float_conv(prepared: weights.Prepared, weight: Tensor, zero_point: Tensor | None) -> Tensor:
+    """The float32 weight in torch's dimension order [O, C, kh, kw], channels last in memory."""
+    return _float_linear(prepared, weight, zero_point).permute(0, 3, 1, 2)
+
+
+def conv2d(
+    x_q: Tensor, weight: Tensor, weight_zero_point: Tensor | None, weight_sum: Tensor | None, scale: Tensor,
+    zero_point: Tensor, bias: Tensor | None, weight_bits: int, stride: list[int], padding: list[int],
+    dilation: list[int], groups: int, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """``inductor_kernels::conv2d``."""
+    length = x_q.shape[-1] // groups if groups > 0 else 0
+    prepared = weights.find(weight, weight_zero_point, weight_bits, length)
+    n = weight.shape[0]
+    geometry = (x_q.shape, *stride, *padding, *dilation, groups)
+    packed = None if prepared is None else prepared.forms.get(geometry)
+    z = int(zero_point)
+    if packed is None or not _plain(x_q, scale, bias, n):
+        arguments = (x_q, weight, weight_zero_point, weight_sum, scale, zero_point, bias, weight_bits)
+        checks.conv2d(*arguments, stride, padding, dilation, groups, out_dtype)
+        if x_q.numel() == 0 or weight.numel() == 0:
+            return reference.conv2d(*arguments, stride, padding, dilation, groups, out_dtype)
+        prepared = prepared or weights.add(weight, weight_zero_point, weight_bits, length)
+        packed = _layout_conv(x_q, z, weight, weight_zero_point, prepared, geometry)
+        prepared.keep(geometry, packed)
+    if not packed.is_mkldnn:  # the float32 form
+        x = _centered(x_q, z).permute(0, 3, 1, 2)
+        total = F.conv2d(x, packed, None, stride, padding, dilation, groups)
+        return _scaled(total.permute(0, 2, 3, 1).contiguous(), scale, None, bias, out_dtype)
+    direct = out_dtype is torch.float32 or (out_dtype is torch.bfloat16 and _writes_bf16())
+    y = torch.ops.onednn.qconv_pointwise.default(
+        _unsigned(x_q.contiguous()).permute(0, 3, 1, 2), 1.0, z, packed, scale, _zeros(n), bias,
+        stride, padding, dilation, groups, 1.0, 0, out_dtype if direct else torch.float32, "none", [], "",
+    )  # fmt: skip
+    return (y if direct else y.to(out_dtype)).permute(0, 2, 3, 1).contiguous()
+
+
+def _layout_conv(x_q, z: int, weight: Tensor, zero_point, prepared: weights.Prepared, geometry) -> Tensor:
+    """The weight as the route of this geometry wants it; oneDNN's layout needs the input's shape and zero point."""
+    shape, sh, sw, ph, pw, dh, dw, groups = geometry
+    height, width = checks.output_size(x_q, weight, (sh, sw), (ph, pw), (dh, dw))
+    multiplications = shape[0] * height * width * weight.shape[0] * weight.shape[1] * weight.shape[2]
+    if multiplications * prepared.length < SMALL or not _takes_int8(prepared, weight):
+        return _float_conv(prepared, weight, zero_point)
+    w = weights.integers(weight, zero_point, prepared.bits, prepared.length).permute(0, 3, 1, 2)
+    batch, high, wide, channels = shape
+    return torch.ops.onednn.qconv_prepack(
+        w, torch.ones(w.shape[0]), 1.0, max(z, 1), [sh, sw], [ph, pw], [dh, dw], groups, [batch, channels, high, wide]
+    )
+
+
+def _forms(weight: Tensor, zero_point: Tensor | None, bits: int, length: int) -> weights.Prepared:
+    known = weights.find(weight, zero_point, bits, length)
+    return known or weights.add(weight, zero_point, bits, length)
+
+
+def linear_weight_only(
+    x: Tensor, weight: Tensor, weight_zero_point: Tensor | None, scale: Tensor, bias: Tensor | None,
+    weight_bits: int,
+) -> Tensor:  # fmt: skip
+    """``inductor_kernels::linear_weight_only``: float32 arithmetic, whatever the type of ``x``."""
+    checks.linear_weight_only(x, weight, weight_zero_point, scale, bias, weight_bits)
+    prepared = _forms(weight, weight_zero_point, weight_bits, x.shape[-1])
+    total = F.linear(x.to(torch.float32), _float_linear(prepared, weight, weight_zero_point))
+    return _scaled(total, scale, None, bias, x.dtype)
+
+
+def conv2d_weight_only(
+    x: Tensor, weight: Tensor, weight_zero_point: Tensor | None, scale: Tensor, bias: Tensor | None,
+    weight_bits: int, stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """``inductor_kernels::conv2d_weight_only``: float32 arithmetic, whatever the type of ``x``."""
+    checks.conv2d_weight_only(x, weight, weight_zero_point, scale, bias, weight_bits, stride, padding, dilation, groups)
+    prepared = _forms(weight, weight_zero_point, weight_bits, x.shape[-1] // groups)
+    w = _float_conv(prepared, weight, weight_zero_point)
+    total = F.conv2d(x.to(torch.float32).permute(0, 3, 1, 2), w, None, stride, padding, dilation, groups)
+    return _scaled(total.permute(0, 2, 3, 1).contiguous(), scale, None, bias, x.dtype)

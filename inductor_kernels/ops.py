@@ -1,0 +1,70 @@
+"""The operators ``torch.ops.inductor_kernels.*``: schemas, shapes, and which implementation serves a device.
+
+Activation codes ``x_q`` are uint8 in ``[0, 255]``, or the same codes minus 128 as int8. ``zero_point`` is an int32
+tensor without dimensions in the unsigned convention; for int8 codes the effective one is ``zero_point - 128``.
+
+Weights of 8 bit are int8 in ``[-127, 127]``; those of 4 and 2 bit are packed as :mod:`inductor_kernels.packing`
+says and stand for ``code - weight_zero_point``. ``weight_sum`` is int32 ``[N]``, the sum of a channel's weights:
+redundant, but it spares a GPU kernel a pass over the weight. It may be None where no kernel takes it (a CPU, the
+reference): small models need not store it.
+
+    linear   y[m, n] = (sum_k x_q[m, k] w[n, k] - z weight_sum[n]) * scale[n] (* row_scale[m]) + bias[n]
+    conv2d   the same sum over the window of a pixel; NHWC in and out, weight [O, kh, kw, C / groups];
+             padding reads the zero point, so the correction stays one number per channel
+
+The integer difference is exact, the rest float32, rounded once to ``out_dtype``. The ``_weight_only`` variants take
+floating point activations and return their type.
+"""
+
+import torch
+from torch import Tensor
+
+from . import checks, cpu, reference
+
+_SCHEMAS = (
+    "linear(Tensor x_q, Tensor weight, Tensor? weight_zero_point, Tensor? weight_sum, Tensor scale, "
+    "Tensor zero_point, Tensor? bias, Tensor? row_scale, int weight_bits, ScalarType out_dtype) -> Tensor",
+    "conv2d(Tensor x_q, Tensor weight, Tensor? weight_zero_point, Tensor? weight_sum, Tensor scale, "
+    "Tensor zero_point, Tensor? bias, int weight_bits, SymInt[2] stride, SymInt[2] padding, "
+    "SymInt[2] dilation, int groups, ScalarType out_dtype) -> Tensor",
+    "linear_weight_only(Tensor x, Tensor weight, Tensor? weight_zero_point, Tensor scale, Tensor? bias, "
+    "int weight_bits) -> Tensor",
+    "conv2d_weight_only(Tensor x, Tensor weight, Tensor? weight_zero_point, Tensor scale, Tensor? bias, "
+    "int weight_bits, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, int groups) -> Tensor",
+)
+
+library = torch.library.Library("inductor_kernels", "DEF")
+
+
+def _linear_shape(x_q: Tensor, weight: Tensor, *rest) -> Tensor:
+    checks.linear(x_q, weight, *rest)
+    return x_q.new_empty((*x_q.shape[:-1], weight.shape[0]), dtype=rest[-1])
+
+
+def _conv2d_shape(x_q: Tensor, weight: Tensor, *rest) -> Tensor:
+    checks.conv2d(x_q, weight, *rest)
+    size = checks.output_size(x_q, weight, *rest[6:9])
+    return x_q.new_empty((x_q.shape[0], *size, weight.shape[0]), dtype=rest[-1])
+
+
+def _linear_weight_only_shape(x: Tensor, weight: Tensor, *rest) -> Tensor:
+    checks.linear_weight_only(x, weight, *rest)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _conv2d_weight_only_shape(x: Tensor, weight: Tensor, *rest) -> Tensor:
+    checks.conv2d_weight_only(x, weight, *rest)
+    size = checks.output_size(x, weight, *rest[4:7])
+    return x.new_empty((x.shape[0], *size, weight.shape[0]))
+
+
+def _register() -> None:
+    for schema in _SCHEMAS:
+        name = schema.split("(")[0]
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+        library.impl(name, getattr(cpu, name), "CPU")
+        torch.library.register_fake(f"inductor_kernels::{name}", globals()[f"_{name}_shape"], lib=library)
+
+
+_register()

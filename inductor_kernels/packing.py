@@ -1,0 +1,71 @@
+"""Storage of 2- and 4-bit codes: packed along the last dimension, little end first.
+
+4 bit: byte ``j`` holds code ``2j`` in its low and ``2j + 1`` in its high half.
+2 bit: byte ``j`` holds codes ``4j .. 4j + 3`` at bits 0, 2, 4 and 6.
+The last byte of a row is filled up with zero codes.
+"""
+
+import torch
+from torch import Tensor
+
+PACKED_BITS = (2, 4)
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in PACKED_BITS:
+        raise ValueError(f"bits={bits!r}: expected 2 or 4; 8-bit weights are stored as plain int8")
+
+
+def packed_length(length: int, bits: int) -> int:
+    """Bytes that ``length`` codes of ``bits`` bits take (``length`` itself for 8 bit)."""
+    per_byte = 8 // bits
+    return (length + per_byte - 1) // per_byte
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes ``[..., K]`` in ``[0, 2**bits)`` to uint8 ``[..., ceil(K * bits / 8)]``.
+
+    Bits above ``bits`` are ignored rather than checked: looking at the values would force a device to wait.
+    """
+    _check_bits(bits)
+    if codes.dtype != torch.uint8 or codes.ndim == 0:
+        raise TypeError(f"codes: {codes.dtype} of shape {list(codes.shape)}; expected uint8 [..., K]")
+    per_byte = 8 // bits
+    padding = -codes.shape[-1] % per_byte
+    if padding:
+        codes = torch.nn.functional.pad(codes, (0, padding))
+    groups = (codes & (2**bits - 1)).unflatten(-1, (-1, per_byte)).unbind(-1)
+    packed = groups[0]
+    for position, group in enumerate(groups[1:], 1):
+        packed = packed | (group << (bits * position))
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
+    """Inverse of :func:`pack`: uint8 ``[..., ceil(length * bits / 8)]`` to uint8 codes ``[..., length]``."""
+    _check_bits(bits)
+    if packed.dtype != torch.uint8 or packed.ndim == 0 or packed.shape[-1] != packed_length(length, bits):
+        raise TypeError(
+            f"packed: {packed.dtype} of shape {list(packed.shape)}; expected uint8 with a last dimension of "
+            f"{packed_length(length, bits)} bytes for length={length}, bits={bits}"
+        )
+    mask = 2**bits - 1
+    groups = [(packed >> shift) & mask for shift in range(0, 8, bits)]
+    codes = torch.stack(groups, -1).flatten(-2)
+    return codes if codes.shape[-1] == length else codes[..., :length].contiguous()
+
+
+def unpack_weight(weight: Tensor, weight_zero_point: Tensor | None, bits: int, length: int) -> Tensor:
+    """The int8 weight ``code - weight_zero_point`` that enters the product.
+
+    weight: int8 ``[N, ..., length]`` for 8 bit (returned as it is), else packed uint8.
+    weight_zero_point: int8 ``[N]``; required for 2 and 4 bit, None for 8.
+    """
+    if bits == 8:
+        if weight.dtype != torch.int8 or weight_zero_point is not None:
+            raise TypeError(f"weight: {weight.dtype}; 8-bit weights are int8 and have no weight_zero_point")
+        return weight
+    if weight_zero_point is None:
+        raise TypeError(f"weight_zero_point: None; {bits}-bit weights need an int8 tensor [{weight.shape[0]}]")
+    zero_point = weight_zero_point.reshape(-1, *[1] * (weight.ndim - 1))
+    return unpack(weight, bits, length).view(torch.int8) - zero_point

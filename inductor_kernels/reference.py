@@ -1,0 +1,89 @@
+"""The operators in plain torch: their specification, and what runs wherever no kernel serves.
+
+Integer sums are formed in float64, where they are exact (below 2**53), on every device that has it.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import checks
+from .packing import unpack_weight
+
+
+def _exact(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _centered(x_q: Tensor, zero_point: Tensor) -> Tensor:
+    """``x_q - zero_point`` in a type that holds all sums exactly; int8 codes are the uint8 ones minus 128."""
+    dtype = _exact(x_q.device)
+    shift = 128 if x_q.dtype == torch.int8 else 0
+    return x_q.to(dtype) - (zero_point.to(dtype) - shift)
+
+
+def _finish(total: Tensor, scale: Tensor, row_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Scales and bias in float32, then one rounding to the output type."""
+    y = total.to(torch.float32) * scale
+    if row_scale is not None:
+        y = y * row_scale.unsqueeze(-1)
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    return y.to(dtype)
+
+
+def _conv(x: Tensor, w: Tensor, stride, padding, dilation, groups: int) -> Tensor:
+    """NHWC convolution in the type of ``x``; zero padding, which is the zero point of centered codes."""
+    y = F.conv2d(x.permute(0, 3, 1, 2), w.to(x.dtype).permute(0, 3, 1, 2), None, stride, padding, dilation, groups)
+    return y.permute(0, 2, 3, 1).contiguous()
+
+
+def linear(
+    x_q: Tensor, weight: Tensor, weight_zero_point: Tensor | None, weight_sum: Tensor | None, scale: Tensor,
+    zero_point: Tensor, bias: Tensor | None, row_scale: Tensor | None, weight_bits: int,
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Integer product of activation codes and weights; see :mod:`inductor_kernels.ops`."""
+    checks.linear(
+        x_q, weight, weight_zero_point, weight_sum, scale, zero_point, bias, row_scale, weight_bits, out_dtype
+    )
+    w = unpack_weight(weight, weight_zero_point, weight_bits, x_q.shape[-1])
+    x = _centered(x_q, zero_point)
+    return _finish(x @ w.to(x.dtype).t(), scale, row_scale, bias, out_dtype)
+
+
+def conv2d(
+    x_q: Tensor, weight: Tensor, weight_zero_point: Tensor | None, weight_sum: Tensor | None, scale: Tensor,
+    zero_point: Tensor, bias: Tensor | None, weight_bits: int, stride: list[int], padding: list[int],
+    dilation: list[int], groups: int, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """NHWC convolution of activation codes; padding reads the zero point."""
+    checks.conv2d(
+        x_q, weight, weight_zero_point, weight_sum, scale, zero_point, bias, weight_bits,
+        stride, padding, dilation, groups, out_dtype,
+    )  # fmt: skip
+    w = unpack_weight(weight, weight_zero_point, weight_bits, x_q.shape[-1] // groups)
+    total = _conv(_centered(x_q, zero_point), w, stride, padding, dilation, groups)
+    return _finish(total, scale, None, bias, out_dtype)
+
+
+def linear_weight_only(
+    x: Tensor, weight: Tensor, weight_zero_point: Tensor | None, scale: Tensor, bias: Tensor | None,
+    weight_bits: int,
+) -> Tensor:  # fmt: skip
+    """Floating point activations times integer weights."""
+    checks.linear_weight_only(x, weight, weight_zero_point, scale, bias, weight_bits)
+    w = unpack_weight(weight, weight_zero_point, weight_bits, x.shape[-1])
+    dtype = _exact(x.device)
+    return _finish(x.to(dtype) @ w.to(dtype).t(), scale, None, bias, x.dtype)
+
+
+def conv2d_weight_only(
+    x: Tensor, weight: Tensor, weight_zero_point: Tensor | None, scale: Tensor, bias: Tensor | None,
+    weight_bits: int, stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """Floating point NHWC convolution with integer weights."""
+    checks.conv2d_weight_only(x, weight, weight_zero_point, scale, bias, weight_bits, stride, padding, dilation, groups)
+    w = unpack_weight(weight, weight_zero_point, weight_bits, x.shape[-1] // groups)
+    total = _conv(x.to(_exact(x.device)), w, stride, padding, dilation, groups)
+    return _finish(total, scale, None, bias, x.dtype)

@@ -1,0 +1,98 @@
+"""Random arguments of the operators, and how far float32 arithmetic may be from the exact result."""
+
+import torch
+
+from inductor_kernels import packing, reference
+
+BITS = (8, 4, 2)
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def weight(shape, bits, *, extreme=False):
+    """(stored weight, weight_zero_point or None, int8 weight)."""
+    if bits == 8:
+        w = torch.randint(-127, 128, shape, dtype=torch.int8)
+        return (w.sign() * 127 if extreme else w), None, (w.sign() * 127 if extreme else w)
+    codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8)
+    zero_point = torch.randint(0, 2**bits, shape[:1], dtype=torch.int8)
+    packed = packing.pack(codes, bits)
+    return packed, zero_point, packing.unpack_weight(packed, zero_point, bits, shape[-1])
+
+
+def codes(shape, dtype=torch.uint8, *, extreme=False):
+    x = torch.randint(0, 256, shape, dtype=torch.uint8)
+    if extreme:
+        x = (x > 20).to(torch.uint8) * 255
+    return x if dtype == torch.uint8 else (x.to(torch.int16) - 128).to(torch.int8)
+
+
+def zero_point(value=117):
+    return torch.tensor(value, dtype=torch.int32)
+
+
+def linear(lead=(5,), n=9, k=17, bits=8, dtype=torch.uint8, *, z=117, bias=True, rows=False,
+           out=torch.float32, extreme=False):  # fmt: skip
+    """Arguments of ``linear`` in order."""
+    w, wzp, wi = weight((n, k), bits, extreme=extreme)
+    row_scale = torch.rand(lead) + 0.5 if rows else None
+    b = torch.randn(n).to(out) if bias else None
+    x = codes((*lead, k), dtype, extreme=extreme)
+    total = wi.sum(1, dtype=torch.int32)
+    return x, w, wzp, total, torch.rand(n) / 1000, zero_point(z), b, row_scale, bits, out
+
+
+def conv2d(batch=2, size=(9, 7), c=8, o=12, kernel=(3, 3), bits=8, dtype=torch.uint8, *, z=117, bias=True,
+           stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, out=torch.float32, extreme=False):  # fmt: skip
+    """Arguments of ``conv2d`` in order."""
+    w, wzp, wi = weight((o, *kernel, c // groups), bits, extreme=extreme)
+    b = torch.randn(o).to(out) if bias else None
+    x = codes((batch, *size, c), dtype, extreme=extreme)
+    total = wi.sum((1, 2, 3), dtype=torch.int32)
+    geometry = (list(stride), list(padding), list(dilation), groups)
+    return x, w, wzp, total, torch.rand(o) / 1000, zero_point(z), b, bits, *geometry, out
+
+
+def weight_only(arguments, dtype, *, conv):
+    """The arguments of the ``_weight_only`` variant for the same weight."""
+    x = torch.randn(arguments[0].shape).to(dtype)
+    rest = arguments[7:12] if conv else arguments[8:9]
+    return x, *arguments[1:3], arguments[4], arguments[6], *rest
+
+
+def exact(name, arguments):
+    """(result in float64 before the last rounding, bound of the float32 error).
+
+    Products are integers; a sum of K of them in any order errs by at most K ulp of the sum of their sizes, the
+    scales and the bias by a few ulp more. sqrt(K) is what rounding errors really add up to; 8 leaves room.
+    """
+    conv = name.startswith("conv2d")
+    only = name.endswith("weight_only")
+    x, w, wzp = arguments[:3]
+    scale, bias = (arguments[3], arguments[4]) if only else (arguments[4], arguments[6])
+    groups = (arguments[9] if only else arguments[11]) if conv else 1
+    bits = arguments[5] if only else arguments[7 if conv else 8]
+    wi = packing.unpack_weight(w, wzp, bits, x.shape[-1] // groups).double()
+    if not only:
+        x = x.double() - (arguments[5].double() - (128 if x.dtype == torch.int8 else 0))
+    if conv:
+        geometry = arguments[6:9] if only else arguments[8:11]
+        total = reference._conv(x.double(), wi, *geometry, groups)
+        size = reference._conv(x.double().abs(), wi.abs(), *geometry, groups)
+    else:
+        total, size = x.double() @ wi.t(), x.double().abs() @ wi.abs().t()
+    factor = scale.double()
+    if name == "linear" and arguments[7] is not None:
+        factor = factor * arguments[7].double().unsqueeze(-1)
+    y = total * factor + (0 if bias is None else bias.double())
+    terms = wi[0].numel() ** 0.5 + 8
+    return y, 2**-24 * (terms * size * factor.abs() + 4 * y.abs() + 1e-30)
+
+
+def assert_right(name, arguments, y, dtype=torch.float32):
+    """``y`` equals the exact result to float32 rounding and one rounding to ``dtype``."""
+    expected, bound = exact(name, arguments)
+    assert y.dtype == dtype and y.shape == expected.shape
+    unit = 0 if dtype == torch.float32 else UNIT[dtype]
+    error = (y.double() - expected).abs()
+    allowed = bound + unit * (expected.abs() + bound) + (2.0**-24 if dtype == torch.float16 else 0)
+    assert bool((error <= allowed).all()), f"{name}: {float((error / allowed).max()):.3g} times the bound"

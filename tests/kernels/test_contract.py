@@ -1,0 +1,44 @@
+"""The operators as torch sees them: schema, fake version, compilation."""
+
+import pytest
+import torch
+
+from . import cases
+
+OPS = torch.ops.inductor_kernels
+
+
+def calls(bits):
+    flat, image = cases.linear((2, 5), 6, 20, bits, rows=True), cases.conv2d(bits=bits)
+    return {
+        "linear": flat,
+        "conv2d": image,
+        "linear_weight_only": cases.weight_only(flat, torch.bfloat16, conv=False),
+        "conv2d_weight_only": cases.weight_only(image, torch.float32, conv=True),
+    }
+
+
+@pytest.mark.parametrize("bits", cases.BITS)
+def test_opcheck(bits):
+    for name, arguments in calls(bits).items():
+        torch.library.opcheck(getattr(OPS, name).default, arguments)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "linear_weight_only", "conv2d_weight_only"])
+def test_compiles_in_one_graph(name):
+    arguments = calls(4)[name]
+    op = getattr(OPS, name)
+
+    def f(*arguments):
+        return torch.nn.functional.silu(op(*arguments)) + 1
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(f, fullgraph=True)(*arguments), f(*arguments))
+
+
+def test_other_devices_have_the_shape():
+    for name, arguments in calls(2).items():
+        meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
+        expected = getattr(OPS, name)(*arguments)
+        y = getattr(OPS, name)(*meta)
+        assert y.shape == expected.shape and y.dtype == expected.dtype
