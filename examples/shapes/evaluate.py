@@ -1,7 +1,8 @@
 """Caption agreement of the pipeline: `python -m examples.shapes.evaluate`."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import diffusers
@@ -83,6 +84,23 @@ def bos_figures(pipe: StableDiffusionXLPipeline, texts: list[str]) -> dict[str, 
     }
 
 
+@contextmanager
+def rounded_text(pipe: StableDiffusionXLPipeline, bits: int = 8) -> Iterator[None]:
+    """Rounds the UNet's text input over its whole range, as a quantizer does that does not know of BOS."""
+
+    def round_states(unet, positional, named):
+        x = named["encoder_hidden_states"]
+        scale = (x.max() - x.min()) / (2**bits - 1)
+        zero = (-x.min() / scale).round()
+        return positional, named | {"encoder_hidden_states": ((x / scale + zero).round() - zero) * scale}
+
+    handle = pipe.unet.register_forward_pre_hook(round_states, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def table(
     pipe: StableDiffusionXLPipeline, chosen: list[Prompt], steps: Iterable[int], scorer: Path, guidance: float
 ) -> None:
@@ -103,14 +121,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--guidance", type=float, default=0.0, help="classifier-free guidance where above 1")
     parser.add_argument("--schedulers", nargs="+", choices=SCHEDULERS, default=["DDIM"])
+    parser.add_argument("--round-text", action="store_true", help="with the UNet's text input rounded to 8 bits")
     parser.add_argument("--grid", type=Path, help="write a PNG of the first 16 pictures at 1 and 4 steps")
     options = parser.parse_args()
     pipe = load_pipeline(path=options.pipeline)
     chosen = prompts(options.captions, seed=2024, held_out=True)
     print({k: round(v, 4) for k, v in bos_figures(pipe, [p.text for p in chosen]).items()})
-    for name in options.schedulers:
-        set_scheduler(pipe, name)
-        table(pipe, chosen, options.steps, options.scorer, options.guidance)
+    with rounded_text(pipe) if options.round_text else nullcontext():
+        for name in options.schedulers:
+            set_scheduler(pipe, name)
+            table(pipe, chosen, options.steps, options.scorer, options.guidance)
     if options.grid:
         texts = [p.text for p in chosen[:16]]
         save_grid(torch.cat([generate(pipe, texts, steps=n) for n in (1, 4)]), texts, options.grid)

@@ -27,10 +27,10 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 class Report:
-    """A stage tells here how far it is; ends the process when the one that watches it is gone."""
+    """A stage tells here how far it is; ends the stage when the process that watches it, `parent`, is gone."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.parent, self.last = path, os.getppid(), 0.0
+    def __init__(self, path: Path, parent: int) -> None:
+        self.path, self.parent, self.last = path, parent, 0.0
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, step: int, steps: int, text: str = "") -> None:

@@ -17,7 +17,7 @@ from examples.shapes.progress import Report, follow, write_atomically
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_stage(name: str, out: Path, threads: int) -> None:
+def run_stage(name: str, out: Path, threads: int, parent: int) -> None:
     """Runs one stage in this process and notes that it is done, what it measured and the seconds it took."""
     import torch
     import transformers
@@ -27,7 +27,7 @@ def run_stage(name: str, out: Path, threads: int) -> None:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     start = time.monotonic()
-    measured = STAGES[name](out, Report(_progress(out, name)))
+    measured = STAGES[name](out, Report(_progress(out, name), parent))
     measured = {"seconds": time.monotonic() - start} | measured  # a part's own count includes runs that were killed
     _done(out, name).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(_done(out, name), json.dumps(measured, indent=1).encode())
@@ -45,8 +45,9 @@ def start(name: str, out: Path, threads: int) -> subprocess.Popen:
     """Starts the process of one stage; threads that wait sleep, else two processes spin each other slow."""
     _progress(out, name).unlink(missing_ok=True)
     environment = os.environ | {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "examples.shapes.train", "--out", str(out)]
-    return subprocess.Popen([*command, "--stage", name, "--threads", str(threads)], env=environment, cwd=ROOT)
+    command = [sys.executable, "-m", "examples.shapes.train", "--out", str(out), "--stage", name]
+    command += ["--threads", str(threads), "--parent", str(os.getpid())]
+    return subprocess.Popen(command, env=environment, cwd=ROOT)
 
 
 def run_group(names: list[str], out: Path) -> None:
@@ -76,10 +77,11 @@ def main() -> None:
     parser.add_argument("--ship", action="store_true", help="then copy the weights into the repository")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--parent", type=int, default=os.getppid(), help=argparse.SUPPRESS)
     options = parser.parse_args()
     out = options.out.resolve()
     if options.stage:
-        return run_stage(options.stage, out, options.threads)
+        return run_stage(options.stage, out, options.threads, options.parent)
     for group in [(options.only,)] if options.only else GROUPS:
         waiting = [name for name in group if options.only or not _done(out, name).exists()]
         if waiting:

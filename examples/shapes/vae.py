@@ -12,7 +12,7 @@ from examples.shapes.data import draw_spec, picture
 from examples.shapes.models import make_vae
 from examples.shapes.training import Recipe, Run, fit, generators
 
-RECIPE = Recipe(steps=2100, batch=8, lr=2e-3, average=0.995, seed=1)
+RECIPE = Recipe(steps=3000, batch=8, lr=2e-3, average=0.995, seed=1)
 
 
 def train_vae(

@@ -8,7 +8,7 @@ from torch import nn
 
 from examples.shapes import outlier
 from examples.shapes.data import GROUNDS, PAIRS, PLACES, SHAPES, Shape, Spec, caption, is_held_out, picture
-from examples.shapes.evaluate import bos_figures, generate
+from examples.shapes.evaluate import bos_figures, generate, rounded_text
 from examples.shapes.labels import IGNORE, NOTHING, labels
 from examples.shapes.models import LATENT_SHAPE, TIME_IDS, make_unet
 from examples.shapes.subject import PIPELINE, load_pipeline, load_scorer, prompts
@@ -171,6 +171,14 @@ def test_pictures_agree_with_held_out_captions(pipe, steps):
     assert scorer.features(images).shape[1] <= 256
     swapped = scorer.agreement(images.flip(0), [p.spec for p in chosen])
     assert swapped.all < 0.05
+
+
+@shipped
+def test_a_text_input_rounded_without_regard_to_bos_ruins_the_pictures(pipe):
+    chosen = prompts(64, seed=6, held_out=True)
+    with rounded_text(pipe):
+        images = generate(pipe, [p.text for p in chosen], steps=1)
+    assert load_scorer().agreement(images, [p.spec for p in chosen]).all <= 0.1
 
 
 @shipped
