@@ -60,8 +60,9 @@ def build(problem: Choices, *, integer: bool, time_limit: float) -> highspy.High
     for option, value in _options(time_limit).items():
         model.setOptionValue(option, value)
     model.passModel(
-        columns, rows, len(entries), _ROWWISE, _MINIMIZE, 0.0, problem.value[offered], np.zeros(columns), np.ones(columns),
-        lower, upper, start.astype(np.int32), index.astype(np.int32), entries, kinds,
+        columns, rows, len(entries), _ROWWISE, _MINIMIZE, 0.0,
+        problem.value[offered], np.zeros(columns), np.ones(columns), lower, upper,
+        start.astype(np.int32), index.astype(np.int32), entries, kinds,
     )  # fmt: skip
     return model
 

@@ -1,0 +1,162 @@
+"""Bits per layer from sensitivities: integer programs under a size budget.
+
+Section 4.3 of arXiv 2405.17873 (objective "decoupled"): four programs, {weight, act} x {content, quality}, each
+maximising the summed score of its layers, with the budget divided between the groups by a swept ratio. "sqnr" and
+"additive" are one program per kind over all layers: the sum of dB (the paper's ablation), and the sum of error
+powers, which adds up to the error of the whole plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from ..errors import AllocationError
+from ..plan import Plan
+from .allocation import Allocation, Assembler, Part
+from .infeasible import Unreachable
+from .parts import solve_parts
+from .request import Budget, Objective, Offer, Request, check_request
+from .sensitivity import Kind, Sensitivity
+
+Judge = Callable[[Plan], float]
+
+
+def allocate(
+    sensitivity: Sensitivity,
+    *,
+    weight_bits: Budget | None = None,
+    weight_bytes: int | None = None,
+    act_bits: Budget | None = None,
+    objective: Objective = "decoupled",
+    weight_choices: Offer | None = None,
+    act_choices: Offer | None = None,
+    weight_splits: Sequence[float] | None = None,
+    act_splits: Sequence[float] | None = None,
+    protect: Iterable[str] = (),
+    tie: Iterable[Iterable[str]] = (),
+    judge: Judge | None = None,
+    time_limit: float = 60.0,
+) -> Allocation:
+    """The best bits per layer within a budget.
+
+    Args:
+        sensitivity: from ``analyze`` or ``Sensitivity.from_mixdq_yaml``.
+        weight_bits: average bits over the weights, a number or {"content": b, "quality": b}; 16 keeps the weights.
+        weight_bytes: instead of weight_bits, bytes of all weights as stored, scales and protected layers included.
+        act_bits: average bits over the input elements, likewise. None, or 8 and more with the default choices: all
+            activations at 8 bits; 16: activations kept.
+        objective: "decoupled", "sqnr" or "additive" (see above).
+        weight_choices, act_choices: bits offered, for all layers or {"content": ..., "quality": ...}. Default:
+            weights {2, 4, 8}, but quality layers {4, 8} in "decoupled", as published; activations {4, 8}.
+        weight_splits, act_splits: ratios k = content / quality bits to try where "decoupled" gets one number
+            (default: the published grids, and 1). A split that leaves a group's reach is skipped.
+        protect: layers kept at 16 bits, weights and activations; not counted in average bits.
+        tie: groups of layers that must share a precision (for instance layers that read the same tensor).
+        judge: measured quality of a plan, higher is better. Chooses among splits: weights first, then activations.
+            Without it, the smallest predicted error where errors are known, else the k nearest 1.
+        time_limit: seconds for each kind's programs.
+
+    Raises:
+        AllocationError: invalid argument, no plan within the budget, or none found in time; says what to do.
+    """
+    request = check_request(
+        sensitivity,
+        weight_bits=weight_bits,
+        weight_bytes=weight_bytes,
+        act_bits=act_bits,
+        objective=objective,
+        weight_choices=weight_choices,
+        act_choices=act_choices,
+        weight_splits=weight_splits,
+        act_splits=act_splits,
+        protect=protect,
+        tie=tie,
+        time_limit=time_limit,
+    )
+    assemble = Assembler(request)
+    weights, acts = solve_parts(request, "weight"), solve_parts(request, "act")
+    neutral = _constant(request, 16) if judge is not None and len(acts) > 1 else acts[0]
+    weight = _pick(weights, assemble, judge, lambda part: assemble(part, neutral).plan)
+    act = _pick(acts, assemble, judge, lambda part: assemble(weight, part).plan)
+    return assemble(weight, act)
+
+
+def sweep(
+    sensitivity: Sensitivity,
+    *,
+    weight_bits: Budget | Sequence[Budget],
+    act_bits: Budget | Sequence[Budget] | None = None,
+    **options: Any,
+) -> list[Allocation]:
+    """Every candidate: all splits of every weight budget, with all splits of every activation budget.
+
+    The published search is ``weight_bits=numpy.linspace(T - 0.3, T, 10)`` for a target T. Budgets that no split can
+    meet are left out. ``options``: as for ``allocate``, without judge and weight_bytes.
+
+    Raises AllocationError where no budget can be met.
+    """
+    weight_budgets, act_budgets = _sequence(weight_bits), _sequence(act_bits)
+    weights = _reachable([_request(sensitivity, w, act_budgets[0], options) for w in weight_budgets], "weight")
+    acts = _reachable([_request(sensitivity, weight_budgets[0], a, options) for a in act_budgets], "act")
+    assemble = Assembler(_request(sensitivity, weight_budgets[0], act_budgets[0], options))
+    return [assemble(weight, act) for weight in weights for act in acts]
+
+
+def _reachable(requests: list[Request], kind: Kind) -> list[Part]:
+    """The candidates of all budgets that can be met; the last reason where none can."""
+    parts: list[Part] = []
+    reason: Unreachable | None = None
+    for request in requests:
+        try:
+            parts += solve_parts(request, kind)
+        except Unreachable as e:
+            reason = e
+    if not parts:
+        raise reason or AllocationError(f"{kind}_bits: expected at least one budget")
+    return parts
+
+
+def _sequence(budgets: Any) -> list[Any]:
+    listed = hasattr(budgets, "__len__") and not isinstance(budgets, dict | str)
+    items: list[Any] = list(budgets) if listed else [budgets]
+    if not items:
+        raise AllocationError("weight_bits and act_bits: expected at least one budget, got none")
+    return items
+
+
+def _request(sensitivity: Sensitivity, weight: Any, act: Any, options: dict[str, Any]) -> Request:
+    defaults: dict[str, Any] = {
+        "objective": "decoupled",
+        "weight_choices": None,
+        "act_choices": None,
+        "weight_splits": None,
+        "act_splits": None,
+        "protect": (),
+        "tie": (),
+        "time_limit": 60.0,
+    }
+    if unknown := set(options) - set(defaults):
+        raise AllocationError(f"unknown option {min(unknown)!r}; expected {', '.join(sorted(defaults))}")
+    return check_request(sensitivity, weight_bits=weight, weight_bytes=None, act_bits=act, **defaults | options)
+
+
+def _constant(request: Request, bits: int) -> Part:
+    return Part("act", {n: bits for unit in request.units for n in unit})
+
+
+def _pick(parts: list[Part], assemble: Assembler, judge: Judge | None, plan: Callable[[Part], Plan]) -> Part:
+    """The candidate with the best judgement, else the smallest predicted error, else the k nearest 1."""
+    if len(parts) == 1:
+        return parts[0]
+    if judge is not None:
+        scores = [float(judge(plan(part))) for part in parts]
+        if any(math.isnan(s) for s in scores):
+            raise AllocationError("judge returned NaN, expected a number that is higher for better plans")
+        return parts[scores.index(max(scores))]
+    errors = [assemble.figures(part).predicted for part in parts]
+    known = [e for e in errors if e is not None]
+    if len(known) == len(parts):
+        return parts[known.index(min(known))]
+    return min(parts, key=lambda part: abs((part.k or 1.0) - 1.0))

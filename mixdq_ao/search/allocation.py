@@ -1,0 +1,175 @@
+"""The result of an allocation: the plan, how good it is, and how it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from math import ceil
+
+from ..plan import LayerPlan, Plan
+from .additive import Errors, additive_errors
+from .request import Request
+from .sensitivity import GROUPS, Kind
+from .tables import stored
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """A plan and its figures.
+
+    Attributes:
+        plan: bits of every layer; no ranges yet (see Plan.with_calibration).
+        status: "optimal", or "feasible, gap 0.1 %" where time ran out.
+        objective: {"weight/content", "weight/quality", "act/content", "act/quality"}: the group's sum of what was
+            optimised (SSIM or dB: higher is better; error power: lower is better), protected layers left out. A key
+            is absent where the figures of its layers are not known.
+        average_bits: the same keys; mean over weights or input elements, protected layers left out.
+        predicted_error: relative error power of the model's output, the sum over all layers, weights and
+            activations; None where it was not measured for all of them.
+        weight_bytes: bytes of all layers' weights, protected ones at 16 bits: as stored where the sensitivity
+            records it, else bits times weights.
+        repaired: layers whose measured errors were not monotone in bits (see ``additive_errors``).
+        k: {"weight": B_content / B_quality, "act": ...} where a budget was split between the groups.
+        seconds: time the solver took for this plan's programs.
+    """
+
+    plan: Plan
+    status: str
+    objective: Mapping[str, float]
+    average_bits: Mapping[str, float]
+    predicted_error: float | None
+    weight_bytes: int
+    repaired: tuple[str, ...] = ()
+    k: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bits of one kind for every layer that is not protected, from one or two programs."""
+
+    kind: Kind
+    bits: Mapping[str, int]
+    gap: float = 0.0
+    k: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What one part contributes to an allocation; each is computed once, however many allocations share the part."""
+
+    objective: dict[str, float]
+    average: dict[str, float]
+    predicted: float | None
+    bytes: int
+
+
+class Assembler:
+    """Puts a weight part and an activation part together, with all figures."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.errors: dict[Kind, Errors] = {}
+        self._figures: dict[int, tuple[Part, Figures]] = {}
+        repaired: set[str] = set()
+        for kind in ("weight", "act"):
+            self.errors[kind], names = additive_errors(request.sensitivity, kind)
+            repaired.update(names)
+        self.repaired = tuple(n for n in request.sensitivity.layers if n in repaired)
+
+    def __call__(self, weight: Part, act: Part) -> Allocation:
+        w, a, gap = self.figures(weight), self.figures(act), max(weight.gap, act.gap)
+        status = "optimal" if gap == 0 else f"feasible, gap {100 * gap:.2g} %"
+        k = {part.kind: part.k for part in (weight, act) if part.k is not None}
+        error = None if w.predicted is None or a.predicted is None else w.predicted + a.predicted
+        average = w.average | a.average
+        metadata = {
+            "source": f"allocate, objective {self.request.objective}",
+            "status": status,
+            "average_bits": average,
+            "k": k,
+            "predicted_error": error,
+        }
+        return Allocation(
+            plan=Plan(self._layers(weight, act), metadata),
+            status=status,
+            objective=w.objective | a.objective,
+            average_bits=average,
+            predicted_error=error,
+            weight_bytes=w.bytes,
+            repaired=self.repaired,
+            k=k,
+            seconds=weight.seconds + act.seconds,
+        )
+
+    def figures(self, part: Part) -> Figures:
+        """The key keeps the part alive, so its id stays its own."""
+        if id(part) not in self._figures:
+            figures = Figures(
+                objective=self._objectives(part),
+                average=self._averages(part),
+                predicted=self._predicted(part),
+                bytes=self._bytes(part) if part.kind == "weight" else 0,
+            )
+            self._figures[id(part)] = part, figures
+        return self._figures[id(part)][1]
+
+    def _layers(self, weight: Part, act: Part) -> dict[str, LayerPlan]:
+        kept = LayerPlan()
+        return {
+            name: kept if name in self.request.protect else _layer(weight.bits[name], act.bits[name])
+            for name in self.request.sensitivity.layers
+        }
+
+    def _groups(self, part: Part) -> dict[str, list[str]]:
+        """{"weight/content": layers, ...}; groups without layers are absent."""
+        layers = self.request.sensitivity.layers
+        groups = {f"{part.kind}/{g}": [n for n in part.bits if layers[n].group == g] for g in GROUPS}
+        return {key: names for key, names in groups.items() if names}
+
+    def _averages(self, part: Part) -> dict[str, float]:
+        layers = self.request.sensitivity.layers
+        return {
+            key: sum(part.bits[n] * layers[n].size(part.kind) for n in names)
+            / sum(layers[n].size(part.kind) for n in names)
+            for key, names in self._groups(part).items()
+        }
+
+    def _objectives(self, part: Part) -> dict[str, float]:
+        """Groups in which the optimised figure is not known of every layer are left out."""
+        sums: dict[str, float] = {}
+        for key, names in self._groups(part).items():
+            values = [self._score(part.kind, n).get(part.bits[n]) for n in names]
+            known = [v for v in values if v is not None]
+            if len(known) == len(values):
+                sums[key] = sum(known)
+        return sums
+
+    def _score(self, kind: Kind, name: str) -> Mapping[int, float]:
+        layer = self.request.sensitivity.layers[name]
+        if self.request.objective == "additive":
+            return self.errors[kind].get(name, {})
+        return layer.sqnr(kind) if self.request.objective == "sqnr" else layer.scores(kind)
+
+    def _predicted(self, part: Part) -> float | None:
+        """Summed error power; 16 bits have none; None where a layer's error was not measured."""
+        errors = self.errors[part.kind]
+        values = [0.0 if bits == 16 else errors.get(name, {}).get(bits) for name, bits in part.bits.items()]
+        known = [v for v in values if v is not None]
+        return sum(known) if len(known) == len(values) else None
+
+    def _bytes(self, weight: Part) -> int:
+        layers = self.request.sensitivity.layers
+        recorded = all(bits == 16 or bits in layers[n].weight_bytes for n, bits in weight.bits.items())
+        total = 0
+        for name, layer in layers.items():
+            bits = weight.bits.get(name, 16)
+            total += stored(name, layer, bits) if recorded else ceil(layer.weight_size * bits / 8)
+        return total
+
+
+@cache
+def _layer(weight_bits: int, act_bits: int) -> LayerPlan:
+    return LayerPlan(weight_bits=weight_bits, act_bits=act_bits)
