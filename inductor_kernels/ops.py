@@ -16,8 +16,13 @@ The integer difference is exact, the rest float32, rounded once to ``out_dtype``
 floating point activations and return their type.
 """
 
+import functools
+import importlib
+import sys
+
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from . import checks, cpu, reference
 
@@ -36,23 +41,39 @@ _SCHEMAS = (
 library = torch.library.Library("inductor_kernels", "DEF")
 
 
+@functools.cache
+def _load_lowering() -> None:
+    with unset_fake_temporarily():
+        importlib.import_module("inductor_kernels.lowering")
+
+
+def _traced() -> None:
+    """Load the lowering with the first graph that has one of the operators: Inductor takes seconds to import."""
+    if torch.compiler.is_compiling() or "torch._inductor.compile_fx" in sys.modules:
+        _load_lowering()
+
+
 def _linear_shape(x_q: Tensor, weight: Tensor, *rest) -> Tensor:
+    _traced()
     checks.linear(x_q, weight, *rest)
     return x_q.new_empty((*x_q.shape[:-1], weight.shape[0]), dtype=rest[-1])
 
 
 def _conv2d_shape(x_q: Tensor, weight: Tensor, *rest) -> Tensor:
+    _traced()
     checks.conv2d(x_q, weight, *rest)
     size = checks.output_size(x_q, weight, *rest[6:9])
     return x_q.new_empty((x_q.shape[0], *size, weight.shape[0]), dtype=rest[-1])
 
 
 def _linear_weight_only_shape(x: Tensor, weight: Tensor, *rest) -> Tensor:
+    _traced()
     checks.linear_weight_only(x, weight, *rest)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _conv2d_weight_only_shape(x: Tensor, weight: Tensor, *rest) -> Tensor:
+    _traced()
     checks.conv2d_weight_only(x, weight, *rest)
     size = checks.output_size(x, weight, *rest[4:7])
     return x.new_empty((x.shape[0], *size, weight.shape[0]))

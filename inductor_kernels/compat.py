@@ -1,0 +1,121 @@
+"""Every name of torch's that is not public, in one place; torch 2.11 and 2.13 both work."""
+
+import logging
+
+import torch
+from torch._inductor import config, ir
+from torch._inductor.kernel.mm_common import mm_grid
+from torch._inductor.lowering import fallback_handler, register_lowering, view
+from torch._inductor.select_algorithm import (
+    SymbolicGridFn,
+    TritonTemplate,
+    autotune_select_algorithm,
+    realize_inputs,
+)
+from torch._inductor.virtualized import V
+
+__all__ = [
+    "SymbolicGridFn",
+    "TritonTemplate",
+    "V",
+    "allow_prologue",
+    "computed_by_template",
+    "config",
+    "contiguous",
+    "fallback",
+    "hint",
+    "ir",
+    "mm_grid",
+    "multiple_of",
+    "passed_as_number",
+    "realize_inputs",
+    "register_lowering",
+    "select",
+    "triton_device",
+    "view",
+    "zero",
+]
+
+log = logging.getLogger("inductor_kernels")
+
+
+def triton_device(device: torch.device) -> int | None:
+    """The compute capability (90 for sm_90) Triton code will run at, or None where none can be made.
+
+    A CPU counts as the newest architecture when Inductor generates Triton for it, which the interpreter runs.
+    """
+    if not torch.utils._triton.has_triton_package():
+        return None
+    if device.type == "cpu":
+        return 90 if config.cpu_backend == "triton" else None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def select(name: str, choices: list, inputs: list, layout):
+    """The fastest choice, as a node; torch 2.13 returns the choice as well."""
+    result = autotune_select_algorithm(name, choices, inputs, layout)
+    return result[0] if isinstance(result, tuple) else result
+
+
+def autotunes() -> bool:
+    """Whether several choices may be timed. With one choice nothing is; with two Inductor always times them."""
+    return bool(config.max_autotune or config.max_autotune_gemm)
+
+
+def fallback(op, *arguments):
+    """Leave ``op`` as a call from the generated code."""
+    return fallback_handler(op, add_to_fallback_set=False)(*arguments)
+
+
+def hint(size) -> int:
+    """A likely value of a size, for decisions that change speed but not results."""
+    sizevars = V.graph.sizevars
+    if hasattr(sizevars, "optimization_hint"):
+        return int(sizevars.optimization_hint(size, fallback=4096))
+    return int(sizevars.size_hint(size, fallback=4096))
+
+
+def multiple_of(size, divisor: int) -> bool:
+    return V.graph.sizevars.statically_known_multiple_of(size, divisor)
+
+
+def passed_as_number(node) -> bool:
+    """Whether a kernel gets the value of this tensor: Inductor reads inputs without dimensions on the CPU first."""
+    return V.graph.is_unspec_arg(node.get_name())
+
+
+def zero(size) -> bool:
+    return V.graph.sizevars.statically_known_equals(size, 0)
+
+
+def contiguous(x):
+    """``x`` with its last dimension densest; free where its producer may still choose a layout."""
+    return ir.ExternKernel.require_contiguous(x)
+
+
+def _buffer(x):
+    while isinstance(x, (ir.MutableBox, ir.BaseView)):
+        x = x.data
+    return x
+
+
+def computed_by_template(x) -> bool:
+    """Whether ``x`` is pointwise work on the result of a template, whose epilogue it can become."""
+    buffer = _buffer(x)
+    if not isinstance(buffer, ir.ComputedBuffer):
+        return False
+    read = (V.graph.try_get_buffer(name) for name in buffer.get_read_names())
+    return any(isinstance(source, ir.TemplateBuffer) for source in read)
+
+
+def allow_prologue(x) -> None:
+    """Let a template take over the computation of ``x``, although that reads more bytes than ``x`` has.
+
+    Inductor refuses to move a quantize into its reader unless it is marked as one.
+    """
+    buffer = _buffer(x)
+    if isinstance(buffer, ir.ComputedBuffer):
+        V.graph.invoke_quant_ops.add(buffer.get_operation_name())

@@ -1,0 +1,157 @@
+"""How Inductor generates code for the operators: templates on a GPU, calls everywhere else."""
+
+import functools
+import math
+
+import torch
+
+from . import compat, tiles
+from .compat import V, ir, log
+from .templates import conv2d, gemm
+
+OPS = torch.ops.inductor_kernels
+ARGUMENTS = ("A", "B", "SCALE", "WSUM", "ZP", "WZP", "ROW", "BIAS")  # as templates/signature.jinja has them
+GROUP_M = 8  # rows of tiles that take turns
+MIN_CAPABILITY = 80  # the first architecture with asynchronous copies and bfloat16
+FEW_COLUMNS = 2  # a prologue is computed once per column of tiles
+SMALL_ACTIVATION = 1 << 18  # elements; below, a launch costs more than computing the prologue several times
+
+
+@functools.cache
+def _note(reason: str) -> None:
+    log.warning("inductor_kernels: no kernel is generated (%s); the operator is called instead", reason)
+
+
+def _capability(x, weight) -> int | None:
+    """Compute capability to generate for, or None where the operator is left as a call."""
+    device = x.get_device()
+    capability = compat.triton_device(device)
+    if capability is None or capability < MIN_CAPABILITY:
+        if device.type != "cpu":
+            _note(f"{device.type} with capability {capability}")
+        return None
+    if any(compat.zero(size) for size in (*x.get_size(), *weight.get_size())):
+        return None
+    return capability
+
+
+def _generate(template, shape, node_inputs: dict, out_size, dtype, capability: int, prologue: bool, **options):
+    """One template node. ``shape``: (m, n, k) of the product; ``node_inputs``: by argument name, None left out."""
+    m, n, k = shape
+    x = node_inputs["A"]
+    integer = "ZP" in node_inputs
+    given = {name: node for name, node in node_inputs.items() if node is not None}
+    inputs = [compat.realize_inputs(given[name]) for name in ARGUMENTS if name in given]
+    candidates = tiles.candidates(
+        capability, compat.hint(m), compat.hint(n), compat.hint(k), bytes_per_code=x.get_dtype().itemsize
+    )
+    if prologue and _prologue_pays(inputs[0], m, n, k, candidates[0]):
+        compat.allow_prologue(inputs[0])
+    layout = ir.FixedLayout(x.get_device(), dtype, out_size)
+    choices: list = []
+    for tile in candidates if compat.autotunes() else candidates[:1]:
+        error = template.maybe_append_choice(
+            choices,
+            input_nodes=tuple(inputs),
+            layout=layout,
+            GROUP_M=GROUP_M,
+            EVEN_K=compat.multiple_of(k, tile.k),
+            INTEGER=integer,
+            ZP_NUMBER=integer and compat.passed_as_number(given["ZP"]),
+            UNSIGNED=x.get_dtype() == torch.uint8,
+            HAS_ROW="ROW" in given,
+            HAS_BIAS="BIAS" in given,
+            **tile.options(),
+            **options,
+        )
+        if error is not None:
+            _note(str(error))
+    return compat.select(template.name, choices, inputs, layout) if choices else None
+
+
+def _prologue_pays(x, m, n, k, tile: tiles.Tile) -> bool:
+    """Whether the product should compute its own codes from what they are made of.
+
+    It reads wider numbers and computes them once per column of tiles, but saves a kernel. Work on the result of
+    another product belongs to that one's epilogue.
+    """
+    if compat.computed_by_template(x):
+        return False
+    columns = math.ceil(compat.hint(n) / tile.n)
+    return columns <= FEW_COLUMNS or compat.hint(m) * compat.hint(k) <= SMALL_ACTIVATION
+
+
+def _product(x, weight, lead, named: dict, dtype, bits: int, capability: int, prologue: bool):
+    """[..., K] times [N, K (packed)], leading dimensions folded into one and back."""
+    k, n = x.get_size()[-1], weight.get_size()[0]
+    m = functools.reduce(lambda a, b: a * b, lead, 1)
+    flat = compat.view(compat.contiguous(x), [m, k])
+    if named.get("ROW") is not None:
+        named["ROW"] = compat.view(compat.contiguous(named["ROW"]), [m])
+    inputs = {"A": flat, "B": compat.contiguous(weight), **named}
+    node = _generate(gemm.template, (m, n, k), inputs, [m, n], dtype, capability, prologue, BITS=bits)
+    return None if node is None else compat.view(node, [*lead, n])
+
+
+def _convolution(x, weight, named, dtype, bits, geometry, capability: int, prologue: bool):
+    stride, padding, dilation = ([V.graph.sizevars.guard_int(v) for v in pair] for pair in geometry)
+    batch, high, wide, channels = x.get_size()
+    n, kernel_h, kernel_w, last = weight.get_size()
+    x, weight = compat.contiguous(x), compat.contiguous(weight)
+    if (kernel_h, kernel_w, *stride, *padding) == (1, 1, 1, 1, 0, 0):
+        weight = compat.view(weight, [n, last])
+        return _product(x, weight, [batch, high, wide], named, dtype, bits, capability, prologue)
+    out_h = (high + 2 * padding[0] - dilation[0] * (kernel_h - 1) - 1) // stride[0] + 1
+    out_w = (wide + 2 * padding[1] - dilation[1] * (kernel_w - 1) - 1) // stride[1] + 1
+    return _generate(
+        conv2d.template, (batch * out_h * out_w, n, channels), {"A": x, "B": weight, **named},
+        [batch, out_h, out_w, n], dtype, capability, prologue, BITS=bits,
+        KH=int(kernel_h), KW=int(kernel_w), STRIDE_H=stride[0], STRIDE_W=stride[1], PAD_H=padding[0],
+        PAD_W=padding[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
+    )  # fmt: skip
+
+
+def _lower(op):
+    """Register a lowering that returns None where the operator is to be called."""
+
+    def decorate(generate):
+        @compat.register_lowering(op, type_promotion_kind=None)
+        def lowering(x, weight, *rest):
+            capability = _capability(x, weight)
+            node = None if capability is None else generate(capability, x, weight, *rest)
+            return compat.fallback(op, x, weight, *rest) if node is None else node
+
+        return lowering
+
+    return decorate
+
+
+@_lower(OPS.linear.default)
+def _linear(capability, x, weight, wzp, weight_sum, scale, zero_point, bias, row_scale, bits, dtype):
+    named = {"WZP": wzp, "WSUM": weight_sum, "SCALE": scale, "ZP": zero_point, "BIAS": bias, "ROW": row_scale}
+    return _product(x, weight, x.get_size()[:-1], named, dtype, bits, capability, prologue=True)
+
+
+@_lower(OPS.linear_weight_only.default)
+def _linear_weight_only(capability, x, weight, wzp, scale, bias, bits):
+    named = {"WZP": wzp, "SCALE": scale, "BIAS": bias}
+    return _product(x, weight, x.get_size()[:-1], named, x.get_dtype(), bits, capability, prologue=False)
+
+
+@_lower(OPS.conv2d.default)
+def _conv2d(
+    capability, x, weight, wzp, weight_sum, scale, zero_point, bias, bits, stride, padding, dilation, groups, dtype
+):
+    if groups != 1:
+        return _note("grouped convolution")
+    named = {"WZP": wzp, "WSUM": weight_sum, "SCALE": scale, "ZP": zero_point, "BIAS": bias}
+    return _convolution(x, weight, named, dtype, bits, (stride, padding, dilation), capability, prologue=True)
+
+
+@_lower(OPS.conv2d_weight_only.default)
+def _conv2d_weight_only(capability, x, weight, wzp, scale, bias, bits, stride, padding, dilation, groups):
+    if groups != 1:
+        return _note("grouped convolution")
+    named = {"WZP": wzp, "SCALE": scale, "BIAS": bias}
+    geometry = (stride, padding, dilation)
+    return _convolution(x, weight, named, x.get_dtype(), bits, geometry, capability, prologue=False)

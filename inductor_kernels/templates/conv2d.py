@@ -1,0 +1,12 @@
+"""Convolution as an implicit GEMM: NHWC in and out, so that pointwise neighbours fuse."""
+
+from ..compat import SymbolicGridFn, TritonTemplate
+from . import source
+
+
+@SymbolicGridFn
+def grid(batch, height, width, channels, meta, *, cdiv):
+    return (cdiv(batch * height * width, meta["BLOCK_M"]) * cdiv(channels, meta["BLOCK_N"]), 1, 1)
+
+
+template = TritonTemplate(name="inductor_kernels_conv2d", grid=grid, source=source("conv2d.py.jinja"))

@@ -1,0 +1,202 @@
+"""Kernels without a GPU: run them in Triton's interpreter, read them, compile them for real targets.
+
+TRITON_INTERPRET=1 python ...             with interpreter(): torch.compile(f)(*cpu_tensors)
+code = cuda_code(f, *inputs)              what torch.compile would run on a GPU
+for name, source in kernels(code).items():
+    print(name, compile_for(source, "sm_90"))
+"""
+
+import contextlib
+import importlib.util
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KernelInfo:
+    """What the assembler says about a kernel.
+
+    shared_bytes: shared memory per program; fits: whether the architecture has as much. registers: per thread.
+    spill_bytes: local memory per thread, 0 when nothing spills. instructions: the tensor-core instructions in the
+    machine code and the PTX ("IMMA.16832.S8.S8.SAT", "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8").
+    """
+
+    shared_bytes: int
+    registers: int
+    spill_bytes: int
+    instructions: tuple[str, ...]
+    warps: int
+    fits: bool
+
+
+def capability(arch: str) -> int:
+    """90 for "sm_90"."""
+    match = re.fullmatch(r"sm_(\d{2,3})a?", arch)
+    if not match:
+        raise ValueError(f"arch={arch!r}: expected a GPU architecture such as 'sm_90'")
+    return int(match[1])
+
+
+@contextlib.contextmanager
+def interpreter():
+    """Inductor generates Triton for CPU tensors, and Triton's interpreter runs it.
+
+    Triton reads TRITON_INTERPRET when it is imported, so the process must have been started with it. Use small
+    problems: a program takes milliseconds per step.
+    """
+    import triton
+
+    if not triton.knobs.runtime.interpret or os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("interpreter(): start the process with TRITON_INTERPRET=1, before torch is imported")
+    from . import compat, interpreted, lowering, pretend
+
+    assert lowering
+    options = {"cpu_backend": "triton", "compile_threads": 1, "force_disable_caches": True}
+    with pretend.driver(90, "cpu"), interpreted.libdevice(), compat.config.patch(options):
+        torch._dynamo.reset()
+        try:
+            yield
+        finally:
+            torch._dynamo.reset()
+
+
+def _unwrap(value: Tensor, plain: list[Tensor]) -> Callable[[list[Tensor]], Tensor]:
+    """Append the plain tensors inside a tensor subclass to ``plain``; return what puts it together again."""
+    if not hasattr(type(value), "__tensor_flatten__"):
+        index = len(plain)
+        plain.append(value)
+        return lambda tensors: tensors[index]
+    names, context = value.__tensor_flatten__()
+    parts = {name: _unwrap(getattr(value, name), plain) for name in names}
+    build, size, stride = type(value).__tensor_unflatten__, value.shape, value.stride()
+    return lambda tensors: build({name: part(tensors) for name, part in parts.items()}, context, size, stride)
+
+
+def _with_state(fn) -> tuple[Callable, list[Tensor]]:
+    """A module as a function of its parameters and buffers, which lead the arguments."""
+    if not isinstance(fn, torch.nn.Module):
+        return fn, []
+    state = {**dict(fn.named_parameters()), **dict(fn.named_buffers())}
+
+    def call(*arguments):
+        values, inputs = arguments[: len(state)], arguments[len(state) :]
+        return torch.func.functional_call(fn, dict(zip(state, values, strict=True)), inputs)
+
+    return call, list(state.values())
+
+
+def cuda_code(fn: Callable, *inputs, arch: str = "sm_90") -> str:
+    """The code Inductor would run for ``fn(*inputs)`` on a GPU of this architecture.
+
+    fn: a function, or a module (its state is moved as well). inputs: tensors on any device, of which only shape,
+    strides and type count; tensor subclasses are opened; other values are constants. Only inference is generated,
+    with one choice per operator.
+    """
+    from . import lowering, pretend
+
+    assert lowering
+    fn, state = _with_state(fn)
+    values = [*state, *inputs]
+    plain: list[Tensor] = []
+    rebuild = {i: _unwrap(v, plain) for i, v in enumerate(values) if isinstance(v, Tensor)}
+
+    def on_plain(*tensors):
+        return fn(*(rebuild[i](list(tensors)) if i in rebuild else v for i, v in enumerate(values)))
+
+    with pretend.cuda(capability(arch)), torch._subclasses.FakeTensorMode() as mode, torch.no_grad():
+        fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda:0") for t in plain]
+        return _generate(on_plain, fakes, mode)
+
+
+def _generate(fn, fakes: list[Tensor], mode) -> str:
+    from torch._inductor.compile_fx import _recursive_joint_graph_passes, _recursive_post_grad_passes
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    traced = make_fx(fn, decomposition_table=select_decomp_table())(*fakes)
+    with V.set_fake_mode(mode), torch._inductor.config.patch(max_autotune=False, max_autotune_gemm=False):
+        _recursive_joint_graph_passes(traced)
+        _recursive_post_grad_passes(traced, is_inference=True)
+        graph = GraphLowering(traced, example_inputs=fakes, shape_env=mode.shape_env or ShapeEnv(), is_inference=True)
+        with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()):
+            graph.run(*fakes)
+            code = graph.codegen()
+    code = code[0] if isinstance(code, tuple) else code
+    return getattr(code, "value", code)
+
+
+def kernels(code: str) -> dict[str, str]:
+    """The Triton kernels in generated code: source by name, in order of appearance."""
+    return dict(re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str", code, re.S))
+
+
+def compile_for(source: str, arch: str) -> KernelInfo:
+    """Compile one kernel of :func:`kernels` (or code that has just one) with Triton's own assembler."""
+    from triton import compile as triton_compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from . import pretend
+
+    found = kernels(source)
+    if len(found) > 1:
+        raise ValueError(f"source: {len(found)} kernels ({', '.join(found)}); expected one, see kernels()")
+    source = next(iter(found.values()), source)
+    number = capability(arch)
+    with pretend.driver(number, "cuda"), tempfile.TemporaryDirectory() as folder:
+        tuner = _load(source, folder)
+        config = tuner.configs[0]
+        meta = tuner._create_compile_meta(config)
+        options = tuner._create_compile_options(config, meta)
+        ast = ASTSource(tuner.fn, meta["signature"], meta["constants"], meta["configs"][0])
+        compiled = triton_compile(ast, target=GPUTarget("cuda", number, 32), options=options)
+        return _inspect(compiled, number, folder)
+
+
+def _load(source: str, folder: str):
+    name = re.findall(r"^def (triton_\w+)\(", source, re.M)[-1]
+    path = Path(folder, f"{name}.py")
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def _inspect(compiled, number: int, folder: str) -> KernelInfo:
+    import triton
+
+    from .tiles import SHARED_BYTES, family
+
+    binaries = Path(triton.__file__).parent / "backends/nvidia/bin"
+    path = Path(folder, "kernel.cubin")
+    path.write_bytes(compiled.asm["cubin"])
+
+    def tool(*command: object) -> str:
+        return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+
+    usage = tool(binaries / "cuobjdump", "-res-usage", path)
+    machine = tool(binaries / "nvdisasm", path)
+    ptx = re.findall(r"((?:wgmma\.mma_async|tcgen05\.mma|\bmma)\.sync\.aligned\.m[\w.]+|tcgen05\.mma[\w.:]+)", compiled.asm["ptx"])
+    used = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
+    return KernelInfo(
+        shared_bytes=compiled.metadata.shared,
+        registers=used["REG"],
+        spill_bytes=used["STACK"] + used["LOCAL"],
+        instructions=tuple(sorted({*ptx, *re.findall(r"\b((?:IMMA|HMMA|IGMMA|HGMMA|UTC\w*MMA)[\w.]*)", machine)})),
+        warps=compiled.metadata.num_warps,
+        fits=compiled.metadata.shared <= SHARED_BYTES[family(number)],
+    )

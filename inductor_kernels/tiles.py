@@ -1,0 +1,83 @@
+"""Tile sizes per GPU architecture: few, chosen so that each fits shared memory and spills nothing.
+
+The first tile that suits a shape is the default; all that suit it are timed when max-autotune is on.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Rows, columns and depth of what one program computes at a time, and how many warps and stages it takes."""
+
+    m: int
+    n: int
+    k: int
+    stages: int
+    warps: int
+
+    def options(self) -> dict[str, int]:
+        """As keyword arguments of a template."""
+        return {
+            "BLOCK_M": self.m,
+            "BLOCK_N": self.n,
+            "BLOCK_K": self.k,
+            "num_stages": self.stages,
+            "num_warps": self.warps,
+        }
+
+
+SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # per block, opted in
+SMS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}  # of the largest chip
+
+_SMALL = [Tile(16, 64, 128, 4, 4), Tile(32, 64, 128, 4, 4), Tile(64, 64, 128, 3, 4), Tile(64, 128, 64, 4, 4)]
+_AMPERE = [*_SMALL, Tile(128, 64, 64, 4, 4), Tile(128, 128, 64, 3, 8), Tile(128, 128, 128, 3, 8)]
+_SMALL_SHARED = [*_SMALL, Tile(128, 64, 64, 3, 4), Tile(128, 128, 64, 3, 8)]
+_HOPPER = [
+    *_SMALL,
+    Tile(128, 64, 128, 4, 4),
+    Tile(128, 128, 64, 4, 8),
+    Tile(128, 128, 128, 3, 8),
+    Tile(128, 256, 64, 3, 8),
+]
+
+TILES = {80: _AMPERE, 86: _SMALL_SHARED, 89: _SMALL_SHARED, 90: _HOPPER, 100: _HOPPER, 120: _SMALL_SHARED}
+
+
+def family(capability: int) -> int:
+    """The listed architecture whose tiles serve this one: the newest that is not newer."""
+    known = [listed for listed in TILES if listed <= capability]
+    if not known:
+        raise ValueError(f"compute capability {capability}: expected at least {min(TILES)}")
+    return max(known)
+
+
+def _programs(tile: Tile, m: int, n: int) -> int:
+    return -(-m // tile.m) * -(-n // tile.n)
+
+
+def candidates(capability: int, m: int, n: int, k: int, *, bytes_per_code: int = 1) -> list[Tile]:
+    """Tiles worth timing for an [m, k] x [k, n] product, the likely best one first.
+
+    Large tiles reuse more of what they load but leave processors idle when there are few of them, so: the largest
+    tile that still gives every processor something to do. bytes_per_code: 2 for 16-bit and 4 for 32-bit
+    activations, which take as much more room.
+    """
+    architecture = family(capability)
+    tiles = [_narrowed(tile, k, bytes_per_code) for tile in TILES[architecture]]
+    rows = max(16, 1 << (m - 1).bit_length()) if m > 1 else 16
+    columns = max(64, 1 << (n - 1).bit_length()) if n > 1 else 64
+    fitting = [tile for tile in tiles if tile.m <= rows and tile.n <= columns] or tiles[:1]
+    busy = [tile for tile in fitting if _programs(tile, m, n) >= SMS[architecture]]
+    best = max(busy, key=_preference) if busy else max(fitting, key=lambda tile: _programs(tile, m, n))
+    return [best, *(tile for tile in fitting if tile != best)]
+
+
+def _preference(tile: Tile) -> tuple[int, int]:
+    return tile.m * tile.n, tile.k
+
+
+def _narrowed(tile: Tile, k: int, bytes_per_code: int) -> Tile:
+    """As many bytes per step as with 8-bit activations, and not much deeper than the product itself."""
+    depth = max(32, 1 << (k - 1).bit_length()) if k > 1 else 32
+    return Tile(tile.m, tile.n, min(depth, max(16, tile.k // bytes_per_code)), tile.stages, tile.warps)

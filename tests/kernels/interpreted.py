@@ -1,0 +1,150 @@
+"""Every template, executed by Triton's interpreter. Run by test_interpreter.py in a process of its own."""
+
+import pytest
+import torch
+from torch._inductor.utils import run_and_get_code
+from torch.nn import functional as F
+
+from inductor_kernels import compat, lowering, testing
+
+from . import cases
+
+OPS = torch.ops.inductor_kernels
+
+
+@pytest.fixture(autouse=True, scope="module")
+def interpreter():
+    with testing.interpreter(), torch.no_grad():
+        yield
+
+
+def run(fn, *arguments, kernels=1, **options):
+    """The compiled result, after checking that everything became this many Triton kernels."""
+    y, code = run_and_get_code(torch.compile(fn, fullgraph=True, **options), *arguments)
+    found = testing.kernels(code[0])
+    assert len(found) == kernels and any("tem" in name for name in found), list(found)
+    assert "torch.ops.inductor_kernels" not in code[0].split("async_compile.wait")[1]
+    return y
+
+
+def check(name, arguments, dtype=torch.float32, **options):
+    op = getattr(OPS, name)
+    cases.assert_right(name, arguments, run(lambda *a: op(*a), *arguments, **options), dtype)
+
+
+@pytest.mark.parametrize("bits", cases.BITS)
+@pytest.mark.parametrize(
+    "lead, n, k, dtype, out, bias, rows",
+    [
+        ((1,), 50, 64, torch.int8, torch.float32, True, False),
+        ((33,), 50, 100, torch.uint8, torch.float16, False, True),
+        ((2, 20), 70, 37, torch.int8, torch.bfloat16, True, True),
+        ((), 16, 128, torch.uint8, torch.float32, False, False),
+    ],
+)
+def test_linear(bits, lead, n, k, dtype, out, bias, rows):
+    arguments = cases.linear(lead, n, k, bits, dtype, out=out, bias=bias, rows=rows)
+    check("linear", arguments, out)
+
+
+@pytest.mark.parametrize("bits", cases.BITS)
+@pytest.mark.parametrize("z", [0, 255])
+def test_extreme_codes(bits, z):
+    check("linear", cases.linear((20,), 24, 96, bits, torch.int8, z=z, extreme=True))
+
+
+@pytest.mark.parametrize("bits", cases.BITS)
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        dict(dtype=torch.int8),
+        dict(dtype=torch.uint8, stride=(2, 1), padding=(0, 2), kernel=(3, 2), c=20, o=17, bias=False),
+        dict(dtype=torch.int8, dilation=(2, 1), padding=(2, 1), c=33, size=(6, 5), out=torch.float16),
+        dict(dtype=torch.uint8, kernel=(1, 1), padding=(0, 0), out=torch.bfloat16),
+        dict(dtype=torch.int8, kernel=(1, 1), padding=(1, 1), stride=(2, 2), c=3),
+    ],
+    ids=str,
+)
+def test_conv2d(bits, geometry):
+    check("conv2d", cases.conv2d(bits=bits, **geometry), geometry.get("out", torch.float32))
+
+
+@pytest.mark.parametrize("bits", cases.BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weight_only(bits, dtype):
+    arguments = cases.weight_only(cases.linear((2, 9), 33, 45, bits), dtype, conv=False)
+    check("linear_weight_only", arguments, dtype)
+    arguments = cases.weight_only(cases.conv2d(bits=bits, stride=(1, 2), c=20, size=(5, 6)), dtype, conv=True)
+    check("conv2d_weight_only", arguments, dtype)
+
+
+def test_dynamic_shapes_compile_once():
+    compiled = torch.compile(lambda *a: OPS.linear(*a), fullgraph=True, dynamic=True)
+    for rows in (33, 20, 5):
+        arguments = cases.linear((2, rows), 30, 100, 4, torch.int8)
+        cases.assert_right("linear", arguments, compiled(*arguments))
+
+
+def quantize(x, zero_point, dtype):
+    low = -128 if dtype == torch.int8 else 0
+    return (torch.round(x.float() * 20) + (zero_point + low)).clamp(low, low + 255).to(dtype)
+
+
+@pytest.mark.parametrize("bits", cases.BITS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+@pytest.mark.parametrize("k", [64, 45])
+def test_linear_fuses_what_surrounds_it(bits, dtype, k):
+    """Quantize in front; bias, GELU and residual behind: one kernel, and the numbers of the parts."""
+    _, *rest = cases.linear((2, 11), 24, k, bits, dtype, out=torch.float16)
+    x, residual = torch.randn(2, 11, k).half(), torch.randn(2, 11, 24).half()
+
+    def f(x, residual, *rest):
+        return F.gelu(OPS.linear(quantize(x, rest[4], dtype), *rest)) + residual
+
+    expected = f(x, residual, *rest)
+    torch.testing.assert_close(run(f, x, residual, *rest), expected, rtol=2e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize("bits", cases.BITS)
+@pytest.mark.parametrize("kernel, c", [(3, 32), (3, 20), (1, 20)])
+def test_conv2d_fuses_what_surrounds_it(bits, kernel, c):
+    """The same for a channels-last module: padding must still read the zero point when the quantize is inside."""
+    padding = (kernel // 2, kernel // 2)
+    _, *rest = cases.conv2d(2, (6, 5), c, 24, (kernel, kernel), bits, torch.int8, padding=padding, out=torch.float16)
+    x, residual = (torch.randn(2, n, 6, 5).half().to(memory_format=torch.channels_last) for n in (c, 24))
+
+    def f(x, residual, *rest):
+        y = OPS.conv2d(quantize(x, rest[4], torch.int8).permute(0, 2, 3, 1), *rest)
+        return F.silu(y.permute(0, 3, 1, 2)) + residual
+
+    expected = f(x, residual, *rest)
+    y = run(f, x, residual, *rest)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, expected, rtol=2e-3, atol=4e-3)
+
+
+def test_next_quantize_is_an_epilogue():
+    """A product that feeds another hands over 8-bit codes."""
+    _, *first = cases.linear((40,), 48, 64, 8, torch.int8, out=torch.float16)
+    _, *second = cases.linear((40,), 24, 48, 4, torch.int8, out=torch.float16)
+    x = cases.codes((40, 64), torch.int8)
+
+    def f(x, first, second):
+        return OPS.linear(quantize(F.silu(OPS.linear(x, *first)), second[4], torch.int8), *second)
+
+    y = run(f, x, first, second, kernels=2)
+    torch.testing.assert_close(y, f(x, first, second), rtol=2e-2, atol=2e-2)
+
+
+def test_prologue_is_left_out_where_it_costs_more(monkeypatch):
+    monkeypatch.setattr(lowering, "SMALL_ACTIVATION", 0)
+    monkeypatch.setattr(lowering, "FEW_COLUMNS", 0)
+    arguments = cases.linear((20,), 24, 64, 8, torch.int8)
+    x = torch.randn(20, 64)
+    run(lambda x, *rest: OPS.linear(quantize(x, rest[4], torch.int8), *rest), x, *arguments[1:], kernels=2)
+
+
+def test_max_autotune_times_several_tiles():
+    arguments = cases.linear((20,), 64, 64, 4, torch.int8)
+    with compat.config.patch(max_autotune_gemm=True, benchmark_epilogue_fusion=False):
+        check("linear", arguments)
