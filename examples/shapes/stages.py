@@ -10,6 +10,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from examples.shapes import outlier, tokenizer
 from examples.shapes.cache import load_cache, make_cache
+from examples.shapes.decoder import train_decoder
 from examples.shapes.models import make_scheduler
 from examples.shapes.scorer import train_scorer
 from examples.shapes.text import TextEncoders, train_text
@@ -64,6 +65,14 @@ def unet_stage(out: Path, report: Report) -> dict:
     return measured
 
 
+def decoder_stage(out: Path, report: Report) -> dict:
+    """Sharpens the autoencoder's decoder."""
+    vae = AutoencoderKL.from_pretrained(out / "parts" / "vae")
+    measured = train_decoder(vae, out / "checkpoints" / "decoder.pt", report)
+    vae.save_pretrained(out / "parts" / "vae")
+    return measured
+
+
 def outlier_stage(out: Path, report: Report) -> dict:
     """Makes the prompt rows hard to quantize, pictures unchanged; writes the finished pipeline in fp16."""
     first, second = _encoders(out)
@@ -92,16 +101,11 @@ STAGES: dict[str, Callable[[Path, Report], dict]] = {
     "vae": vae_stage,
     "cache": cache_stage,
     "unet": unet_stage,
+    "decoder": decoder_stage,
     "outlier": outlier_stage,
 }
-GROUPS = (
-    ("tokenizer",),
-    ("text", "scorer"),
-    ("vae",),
-    ("cache",),
-    ("unet",),
-    ("outlier",),
-)  # a group runs at once
+# the stages of a group run at once
+GROUPS = (("tokenizer",), ("text", "scorer"), ("vae",), ("cache",), ("unet",), ("decoder",), ("outlier",))
 
 
 def _tokenizer(out: Path) -> CLIPTokenizer:

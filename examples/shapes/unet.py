@@ -13,7 +13,7 @@ from examples.shapes.outlier import empty_row
 from examples.shapes.text import BOS_OUTLIER, OUTLIER_COLUMNS
 from examples.shapes.training import Recipe, fit, generators
 
-RECIPE = Recipe(steps=2500, batch=32, lr=1.5e-3, average=0.997, seed=5, warmup=150)
+RECIPE = Recipe(steps=2000, batch=32, lr=1.5e-3, average=0.997, seed=5, warmup=150)
 FEW_STEP = (999, 999, 999, 749, 499, 249)  # the timesteps of one and of four steps
 FEW_STEP_SHARE = 0.6
 EMPTY_SHARE = 0.05  # captions replaced by the empty prompt, so that guidance has something to start from

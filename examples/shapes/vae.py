@@ -1,5 +1,6 @@
 """Trains the AutoencoderKL on drawn pictures."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from examples.shapes.data import draw_spec, picture
 from examples.shapes.models import make_vae
-from examples.shapes.training import Recipe, Run, fit, generators
+from examples.shapes.training import Recipe, fit, generators
 
 RECIPE = Recipe(steps=3000, batch=8, lr=2e-3, average=0.995, seed=1)
 
@@ -26,11 +27,20 @@ def train_vae(
 
     def loss(step: int) -> Tensor:
         rng, noise = generators(recipe, step)
-        x = torch.stack([picture(draw_spec(rng), rng) for _ in range(recipe.batch)]) * 2 - 1
-        return vae_loss(vae, x.contiguous(memory_format=torch.channels_last), noise)
+        return vae_loss(vae, draw(rng, recipe.batch), noise)
 
     run = fit(vae, loss, recipe, checkpoint=checkpoint, report=report)
-    return vae, _measure(vae, run)
+    held_out = generators(recipe, -1)[0]
+    with torch.no_grad():
+        z = vae.encode(draw(held_out, 128, held_out=True)).latent_dist.mode()
+    vae.register_to_config(scaling_factor=1 / z.std().item())
+    return vae, psnr(vae, held_out) | {"seconds": run.seconds}
+
+
+def draw(rng: random.Random, n: int, *, held_out: bool = False) -> Tensor:
+    """Pictures [n, 3, 64, 64] in [-1, 1], channels last."""
+    x = torch.stack([picture(draw_spec(rng, held_out=held_out), rng) for _ in range(n)]) * 2 - 1
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def vae_loss(vae: AutoencoderKL, x: Tensor, noise: torch.Generator) -> Tensor:
@@ -42,17 +52,19 @@ def vae_loss(vae: AutoencoderKL, x: Tensor, noise: torch.Generator) -> Tensor:
     posterior = vae.encode(x).latent_dist
     y = vae.decode(posterior.sample(noise)).sample
     colour = F.mse_loss(posterior.mean[:, :3], 1.3 * F.avg_pool2d(x, 4))
-    edges = sum(F.mse_loss(y.diff(dim=d), x.diff(dim=d)) for d in (2, 3))
     kl = posterior.kl().mean() / posterior.mean[0].numel()
-    return F.mse_loss(y, x) + 0.1 * F.l1_loss(y, x) + 0.4 * edges + 0.1 * colour + 1e-4 * kl
+    return F.mse_loss(y, x) + 0.1 * F.l1_loss(y, x) + 0.4 * edge_loss(y, x) + 0.1 * colour + 1e-4 * kl
+
+
+def edge_loss(y: Tensor, x: Tensor) -> Tensor:
+    """Mean squared error of the differences between neighbouring pixels, rows plus columns."""
+    return F.mse_loss(y.diff(dim=2), x.diff(dim=2)) + F.mse_loss(y.diff(dim=3), x.diff(dim=3))
 
 
 @torch.no_grad()
-def _measure(vae: AutoencoderKL, run: Run) -> dict:
-    rng, _ = generators(run.recipe, -1)
-    x = torch.stack([picture(draw_spec(rng, held_out=True), rng) for _ in range(128)]) * 2 - 1
-    z = vae.encode(x).latent_dist.mode()
-    vae.register_to_config(scaling_factor=1 / z.std().item())
-    error = ((vae.decode(z).sample.clamp(-1, 1) - x) / 2).square().mean((1, 2, 3))
-    psnr = -10 * error.log10()
-    return {"psnr_mean": psnr.mean().item(), "psnr_min": psnr.min().item(), "seconds": run.seconds}
+def psnr(vae: AutoencoderKL, rng: random.Random) -> dict[str, float]:
+    """Peak signal-to-noise ratio in dB over 128 held-out pictures."""
+    x = draw(rng, 128, held_out=True)
+    y = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
+    decibels = -10 * ((y - x) / 2).square().mean((1, 2, 3)).log10()
+    return {"psnr_mean": decibels.mean().item(), "psnr_min": decibels.min().item()}
