@@ -30,7 +30,7 @@ def too_small(request: Request, demand: Demand, table: Table, groups: list[str])
 
 
 def _least(request: Request, demand: Demand, group: str | None, asked: str, least: float, size: float) -> str:
-    smallest = f"{least * size / 8:.0f} bytes" if demand.in_bytes else f"{least:.4g} bits on average"
+    smallest = f"{least * size / 8 + demand.kept:.0f} bytes" if demand.in_bytes else f"{least:.4g} bits on average"
     advice = f"raise {demand.field} or offer smaller {demand.kind}_choices"
     return (
         f"{_subject(demand, group)}: {asked} asked, but the smallest reachable is {smallest}"
@@ -74,7 +74,7 @@ def _subject(demand: Demand, group: str | None) -> str:
 
 def _amount(demand: Demand, budget: object) -> str:
     assert isinstance(budget, float)
-    return f"{budget:.0f} bytes" if demand.in_bytes else f"{budget:.4g} bits on average"
+    return f"{budget + demand.kept:.0f} bytes" if demand.in_bytes else f"{budget:.4g} bits on average"
 
 
 def _cause(request: Request, demand: Demand) -> str:
@@ -82,5 +82,5 @@ def _cause(request: Request, demand: Demand) -> str:
     protected = len(request.protect)
     if not protected:
         return f" with choices {choices}"
-    counted = "besides what they hold" if demand.in_bytes else "not counted"
+    counted = f"hold {demand.kept} bytes of it" if demand.in_bytes else "not counted"
     return f" with choices {choices} ({protected} protected layers {counted})"

@@ -39,7 +39,7 @@ def _without_protected(request: Request, demand: Demand) -> Demand:
     kept = sum(stored(name, layers[name], 16) for name in request.protect)
     if demand.budget <= kept:
         raise infeasible.Unreachable(infeasible.protected_alone(demand.budget, kept, len(request.protect)))
-    return replace(demand, budget=demand.budget - kept)
+    return replace(demand, budget=demand.budget - kept, kept=kept)
 
 
 def _splits(request: Request, demand: Demand, table: Table) -> Iterator[tuple[float | None, dict[str, float]]]:

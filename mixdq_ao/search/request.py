@@ -24,7 +24,7 @@ ALL = {"weight": (2, 4, 8), "act": (4, 8)}
 class Demand:
     """One kind's part: average bits (or, for weights, total bytes), choices per group, and the splits to try.
 
-    ``fixed`` bits need no program; budget is then None.
+    ``fixed`` bits need no program; budget is then None. ``kept``: bytes of protected layers, taken off the budget.
     """
 
     kind: Kind
@@ -33,6 +33,7 @@ class Demand:
     splits: tuple[float, ...]
     in_bytes: bool = False
     fixed: int | None = None
+    kept: int = 0
 
     @property
     def field(self) -> str:

@@ -53,7 +53,7 @@ def build_table(request: Request, demand: Demand) -> Table:
     cost = {g: np.zeros_like(value) for g in groups}
     for row, unit in enumerate(request.units):
         offered = _offered(request, demand, unit)
-        for column in (bits.index(b) for b in offered):
+        for column in sorted(bits.index(b) for b in offered):
             value[row, column] = sum(_value(request, demand.kind, n, bits[column], errors) for n in unit)
         for name in unit:
             cost[layers[name].group][row] += [_cost(name, layers[name], demand, b) if b in offered else 0 for b in bits]
