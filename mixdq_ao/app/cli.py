@@ -1,0 +1,97 @@
+"""The ``mixdq`` command line. Each command reads and writes files, so the steps can be run one at a time."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from ..errors import MixDQError
+from .inputs import first_line
+from .quiet import silence
+
+COMMANDS = {
+    "demo": "demo",
+    "calibrate": "calibrate",
+    "analyze": "analyze",
+    "allocate": "allocate",
+    "quantize": "quantize",
+    "generate": "generate",
+    "import": "import_",
+    "report": "report",
+    "doctor": "doctor",
+}
+STEPS = (
+    "Step by step: calibrate, analyze, allocate, then quantize or generate. `mixdq COMMAND --help` shows an example."
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def parser() -> Parser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help="show errors in full")
+    top = Parser(
+        prog="mixdq",
+        description="Mixed-precision quantization of few-step diffusion models.",
+        epilog=STEPS,
+        parents=[common],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    for name, module in COMMANDS.items():
+        command = import_module(f".commands.{module}", __package__)
+        text = command.HELP[0].upper() + command.HELP[1:] + "."
+        sub = commands.add_parser(
+            name,
+            help=command.HELP,
+            description=text.replace("%", "%%"),
+            epilog=f"example:\n  {command.EXAMPLE}",
+            parents=[common],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.arguments(sub)
+        sub.set_defaults(run=command.run)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command. Returns 0, 2 for an error the user can act on, 1 for a defect, 130 for Ctrl-C."""
+    args = parser().parse_args(arguments)
+    silence()
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _fail(args, "stopped", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (MixDQError, OSError) as e:
+        return _fail(args, f"error: {first_line(e)}", 2)
+    except Exception as e:
+        if getattr(args, "traceback", False):
+            raise
+        return _fail(args, f"unexpected {type(e).__name__}: {first_line(e)} (--traceback shows where)", 1)
+    return 0
+
+
+def _fail(args: argparse.Namespace, message: str, code: int) -> int:
+    if getattr(args, "traceback", False):
+        import traceback
+
+        traceback.print_exc()
+    print(f"mixdq: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

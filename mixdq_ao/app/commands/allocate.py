@@ -1,0 +1,67 @@
+"""mixdq allocate"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .. import options
+from ..inputs import budget, integers
+from ..output import mebibytes, show, show_json, wrote
+
+HELP = "choose bits for every layer within a size budget, by integer programming"
+EXAMPLE = (
+    "mixdq allocate sensitivity.json --weight-bits 4 --act-bits 8 --objective additive "
+    "--calibration calibration.json --out plan.json"
+)
+OBJECTIVES = ("additive", "decoupled", "sqnr")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    bits = "average bits: a number, or content=BITS,quality=BITS"
+    parser.add_argument("sensitivity", type=Path, metavar="SENSITIVITY", help="from mixdq analyze or mixdq import")
+    parser.add_argument("--weight-bits", type=budget, required=True, metavar="BITS", help=f"of the weights, {bits}")
+    parser.add_argument("--act-bits", type=budget, metavar="BITS", help="of the activations, likewise (default: all 8)")
+    parser.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        default="decoupled",
+        help="additive: least summed error; decoupled: SSIM for content and SQNR for quality layers, as published "
+        "(default); sqnr: SQNR for all",
+    )
+    parser.add_argument("--weight-choices", type=integers, metavar="LIST", help="weight bits offered, such as 2,4,8")
+    parser.add_argument("--act-choices", type=integers, metavar="LIST", help="activation bits offered, such as 4,8")
+    parser.add_argument("--protect", nargs="+", default=(), metavar="NAME", help="layers kept at 16 bits")
+    parser.add_argument("--time-limit", type=float, default=60.0, metavar="S", help="seconds to solve (default 60)")
+    options.calibration(parser, "fills in the ranges, so that the plan is ready to use")
+    options.out(parser, "plan.json", "file to write")
+    options.as_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from mixdq_ao import allocate
+    from mixdq_ao.search.calibration import Calibration
+    from mixdq_ao.search.sensitivity import Sensitivity
+
+    sensitivity = Sensitivity.load(args.sensitivity)
+    calibration = Calibration.load(args.calibration) if args.calibration else None
+    names = ("weight_bits", "act_bits", "objective", "weight_choices", "act_choices", "protect", "time_limit")
+    result = allocate(sensitivity, **{name: getattr(args, name) for name in names})
+    plan = result.plan if calibration is None else result.plan.with_calibration(calibration)
+    plan.save(args.out)
+    wrote(args.out, f"bits of {len(plan.layers)} layers" + ("" if calibration else ", without ranges yet"))
+    fields = ("status", "objective", "average_bits", "predicted_error", "weight_bytes", "k", "seconds")
+    figures = {name: _plain(getattr(result, name)) for name in fields}
+    show_json({"plan": str(args.out), **figures}) if args.json else show("allocation", _rows(figures))
+
+
+def _plain(value: object) -> object:
+    return dict(value) if hasattr(value, "keys") else value  # type: ignore[call-overload]
+
+
+def _rows(figures: dict) -> dict[str, str]:
+    bits = {f"average bits, {key}": f"{value:.2f}" for key, value in figures["average_bits"].items()}
+    error = figures["predicted_error"]
+    predicted = "not known" if error is None else f"{error:.3g} of the output's power"
+    rows = {"status": figures["status"], **bits, "weights": mebibytes(figures["weight_bytes"])}
+    return rows | {"predicted error": predicted, "solved in": f"{figures['seconds']:.1f} s"}

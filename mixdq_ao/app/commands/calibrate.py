@@ -1,0 +1,45 @@
+"""mixdq calibrate"""
+
+from __future__ import annotations
+
+import argparse
+
+from .. import options
+from ..inputs import load_pipeline, read_prompts
+from ..output import wrote
+
+HELP = "record the range of every layer's input, and the BOS embedding, over real prompts"
+EXAMPLE = "mixdq calibrate examples/shapes/pipeline --prompts prompts.txt --steps 1,4 --out calibration.json"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    options.pipeline(parser)
+    options.prompts(parser)
+    options.out(parser, "calibration.json", "file to write")
+    options.sampling(parser, "1", 16, several=True)
+    parser.add_argument(
+        "--method",
+        choices=("minmax", "percentile", "mse"),
+        default="minmax",
+        help="how a range follows from the values seen (default minmax)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    prompts = read_prompts(args.prompts)
+    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
+    from mixdq_ao import calibrate
+
+    result = calibrate(
+        pipe,
+        prompts,
+        steps=args.steps,
+        method=args.method,
+        guidance_scale=args.guidance_scale,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    result.save(args.out)
+    aware = sum(layer.prompt_range is not None for layer in result.layers.values())
+    bos = f"BOS kept apart in {aware}" if result.bos_embedding else "no BOS row stands out"
+    wrote(args.out, f"ranges of {len(result.layers)} layers from {len(prompts)} prompts, {bos}")

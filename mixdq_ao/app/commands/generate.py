@@ -1,0 +1,54 @@
+"""mixdq generate"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .. import options
+from ..inputs import load_pipeline, load_plan, read_prompts
+from ..output import wrote
+
+HELP = "draw pictures, with a plan or in full precision"
+EXAMPLE = (
+    'mixdq generate examples/shapes/pipeline --plan plan.json --prompt "a large red circle" --steps 4 --out pictures'
+)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    options.pipeline(parser)
+    options.plan(parser, required=False)
+    options.calibration(parser, "ranges for a plan without them")
+    texts = parser.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; may be given several times")
+    texts.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, UTF-8")
+    options.sampling(parser, "4", 8)
+    parser.add_argument("--compile", action="store_true", help="compile the denoiser first; pays with many pictures")
+    options.out(parser, "pictures", "folder for the PNG files")
+
+
+def run(args: argparse.Namespace) -> None:
+    prompts = args.prompt or read_prompts(args.prompts)
+    plan = load_plan(args.plan, args.calibration) if args.plan else None
+    args.out.mkdir(parents=True, exist_ok=True)
+    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
+    from mixdq_ao.models.pipelines import Sampling, check_prompts, generate
+
+    from ...progress import progress
+    from ..quantized import apply_plan, compile_denoiser, save_png
+
+    check_prompts(prompts)
+    if plan is not None:
+        apply_plan(pipe, plan)
+    if args.compile:
+        compile_denoiser(pipe)
+    names = ("steps", "guidance_scale", "seed", "batch_size")
+    sampling = Sampling(**{name: getattr(args, name) for name in names})
+    count = 0
+    with progress("drawing", len(prompts)) as bar:
+        for batch in generate(pipe, prompts, sampling):
+            for image in batch:
+                save_png(image, args.out, count, prompts[count])
+                count += 1
+            bar.advance(len(batch))
+    wrote(args.out, f"{count} picture{'s' * (count != 1)}")

@@ -1,0 +1,57 @@
+"""mixdq quantize"""
+
+from __future__ import annotations
+
+import argparse
+
+from .. import options
+from ..output import mebibytes, show, show_json
+
+HELP = "check a plan on a pipeline, quantize, and say what it saves"
+EXAMPLE = "mixdq quantize examples/shapes/pipeline --plan plan.json --json"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    options.pipeline(parser)
+    options.plan(parser, required=True)
+    options.calibration(parser, "ranges for a plan without them")
+    options.as_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..inputs import load_pipeline, load_plan
+
+    plan = load_plan(args.plan, args.calibration)
+    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
+    from mixdq_ao.models.pipelines import denoiser
+
+    from ..quantized import apply_plan, held_bytes
+
+    model = denoiser(pipe)
+    plan.validate(model)
+    summary, before = plan.summary(model), held_bytes(model)
+    apply_plan(pipe, plan)
+    after = held_bytes(model)
+    if args.json:
+        show_json(
+            {
+                "model": type(model).__name__,
+                "average_weight_bits": summary.average_weight_bits,
+                "average_act_bits": summary.average_act_bits,
+                "layers_by_weight_bits": {str(b): n for b, n in sorted(summary.counts.items())},
+                "layers_by_act_bits": {str(b): n for b, n in sorted(summary.act_counts.items())},
+                "bytes_before": before,
+                "bytes_after": after,
+            }
+        )
+        return
+    counts = ", ".join(f"{n} at {b}" for b, n in sorted(summary.counts.items()))
+    show(
+        f"{type(model).__name__} quantized",
+        {
+            "weight bits": f"{summary.average_weight_bits:.2f} on average ({counts})",
+            "activation bits": f"{summary.average_act_bits:.2f} on average",
+            "bytes before": f"{mebibytes(before)} ({next(model.parameters()).dtype})".replace("torch.", ""),
+            "bytes after": f"{mebibytes(after)} ({after / before:.1%})",
+        },
+    )

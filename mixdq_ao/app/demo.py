@@ -1,0 +1,226 @@
+"""The whole method on the bundled pipeline: calibrate, analyze, allocate, quantize, compile, compare."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..jsonfile import write_document
+from ..models.pipelines import Sampling, generate_all
+from ..plan import Plan
+from ..progress import console, progress
+from ..quantize.bos_encoder import bos_aware
+from ..quantize.config import mixdq_config, quantize_
+from ..search.analyze import analyze
+from ..search.calibrate import calibrate
+from ..search.metrics import psnr
+from .environment import environment
+from .grid import save_grid
+from .measure import Exam, held_bytes, interleaved
+from .subject import bundled
+from .variants import PARETO_BITS, Choice, Variants, best, summaries
+
+STEPS = (4, 1)
+SHOWN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much work a demo does."""
+
+    calibration: int = 32
+    analysis: int = 16
+    judged: int = 32
+    test: int = 256
+    latency_batch: int = 8
+    compile: bool = True
+
+
+QUICK = Size(calibration=8, analysis=4, judged=8, test=16, compile=False)
+
+
+def run_demo(out: Path, quick: bool = False) -> Path:
+    """Writes plans, sensitivities, pictures, results.json and report.html to ``out``; returns the report's path.
+
+    A run that was interrupted continues its sensitivity analysis where it was. ``quick``: few prompts, no compilation.
+    """
+    size, out = (QUICK if quick else Size()), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    subject = bundled()
+    pipe, scorer = subject.load_pipeline(), subject.load_scorer()
+    variants, choices = search(pipe, subject, size, out)
+    plans = {
+        "naive_w8a8": variants.naive(8),
+        "bos_w8a8": variants.bos(8),
+        "mixdq_w8a8": variants.w8a8(),
+        "naive_w4a8": variants.naive(4),
+        "bos_w4a8": variants.bos(4),
+        "mixdq_w4a8": variants.plan(best(choices[4.0])),
+        "mixdq_w3a8": variants.plan(best(choices[3.0])),
+    }
+    for name in ("mixdq_w8a8", "mixdq_w4a8", "mixdq_w3a8"):
+        plans[name].save(out / f"plan_{name.removeprefix('mixdq_')}.json")
+    ablation = {f"{c.objective}_w4a8": variants.plan(c) for c in choices[4.0]}
+    test = subject.prompts(size.test, seed=2026, held_out=True)
+    exam = Exam([p.text for p in test], [p.spec for p in test], scorer, Sampling(seed=10_000, batch_size=32))
+    results = compare(pipe, plans, ablation, exam, size, out)
+    (out / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+
+    from .report import build
+
+    report = build(out)
+    _print(results, report)
+    return report
+
+
+def search(pipe: Any, subject: Any, size: Size, out: Path) -> tuple[Variants, dict[float, list[Choice]]]:
+    """Calibration, sensitivities, and the best plan of each objective at each budget, with the Pareto front."""
+    texts = [p.text for p in subject.prompts(max(size.calibration, size.analysis, size.judged), seed=55)]
+    calibration = calibrate(pipe, texts[: size.calibration], steps=(1, 4))
+    calibration.save(out / "calibration.json")
+    sensitivity = analyze(
+        pipe, texts[: size.analysis], store=out / "analysis.jsonl", calibration=calibration, batch_size=size.analysis
+    )
+    sensitivity.save(out / "sensitivity.json")
+    sampling = Sampling(seed=500, batch_size=32)
+    judged = [p.text for p in subject.prompts(size.judged, seed=77)]
+    reference = generate_all(pipe, judged, sampling)
+
+    def judge(plan: Plan) -> float:
+        return psnr(generate_all(quantized(pipe, plan), judged, sampling), reference).mean().item()
+
+    variants = Variants(pipe.unet, calibration, sensitivity, judge)
+    choices: dict[float, list[Choice]] = {}
+    with progress("allocating", len(PARETO_BITS)) as bar:
+        for bits in PARETO_BITS:
+            choices[bits] = variants.choices(bits)
+            bar.advance(note=f"{bits} bits")
+    points = [
+        {
+            "objective": c.objective,
+            "weight_bits": bits,
+            "weight_bytes": c.allocation.weight_bytes,
+            "predicted_error": c.allocation.predicted_error,
+            "psnr": c.judged,
+            "ssim": None,
+            "agreement": None,
+        }
+        for bits, found in choices.items()
+        for c in found
+    ]
+    write_document(out / "pareto.json", {"points": points})
+    return variants, choices
+
+
+def quantized(pipe: Any, plan: Plan) -> Any:
+    """A shallow copy of the pipeline with a quantized copy of its UNet; the original stays as it is."""
+    clone = copy.copy(pipe)
+    object.__setattr__(clone, "unet", quantized_unet(pipe.unet, plan))
+    return clone
+
+
+def quantized_unet(unet: nn.Module, plan: Plan) -> nn.Module:
+    unet = copy.deepcopy(unet)
+    quantize_(unet, mixdq_config(plan))
+    return unet
+
+
+def compare(
+    pipe: Any, plans: dict[str, Plan], ablation: dict[str, Plan], exam: Exam, size: Size, out: Path
+) -> dict[str, Any]:
+    """The tables of results.json, and grid.png."""
+    tables: dict[int, dict[str, Any]] = {steps: {} for steps in STEPS}
+    references = {
+        steps: replace(exam, sampling=replace(exam.sampling, steps=steps)).draw(pipe, f"fp32, {steps} steps")
+        for steps in STEPS
+    }
+    bits = summaries(plans | ablation, pipe.unet)
+    pictures: dict[str, Tensor] = {}
+    fp32 = {"weight_bytes": held_bytes(pipe.unet), "average_weight_bits": 32.0, "average_act_bits": 32.0}
+    for name, plan in {"fp32": None, **plans, **ablation}.items():
+        clone = pipe if plan is None else quantized(pipe, plan)
+        held = fp32 if plan is None else {"weight_bytes": held_bytes(clone.unet), **bits[name]}
+        if plan is not None and plan.bos_embedding is not None:
+            bos_aware(clone)
+        for steps in STEPS:
+            drawn = references[steps]
+            if plan is not None:
+                drawn = replace(exam, sampling=replace(exam.sampling, steps=steps)).draw(
+                    clone, f"{name}, {steps} steps"
+                )
+            tables[steps][name] = {**exam.grade(drawn, references[steps]), **held, "latency_ms": None, "speedup": None}
+            if steps == STEPS[0]:
+                pictures[name] = drawn[:SHOWN]
+    shown = ["fp32", *plans]
+    save_grid(out, {n: pictures[n] for n in shown}, list(exam.prompts[:SHOWN]))
+    if size.compile:
+        timing = latencies(pipe, plans, exam, size.latency_batch)
+        for table in tables.values():
+            for name, figures in timing.items():
+                table[name].update(figures)
+    return {
+        "variants": {n: tables[4][n] for n in shown},
+        "variants_1_step": {n: tables[1][n] for n in shown},
+        "ablation": {n: tables[4][n] for n in ablation},
+        "ablation_1_step": {n: tables[1][n] for n in ablation},
+        "environment": environment() | {"prompts": len(exam.prompts), "latency_batch": size.latency_batch},
+    }
+
+
+@torch.no_grad()
+def latencies(pipe: Any, plans: dict[str, Plan], exam: Exam, batch: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of one compiled UNet call at ``batch`` prompts, and the ratio to compiled fp32."""
+    inputs = unet_inputs(pipe, list(exam.prompts[:batch]))
+    calls = {}
+    with progress("compiling", len(plans) + 1) as bar:
+        for name, plan in {"fp32": None, **plans}.items():
+            unet = copy.deepcopy(pipe.unet) if plan is None else quantized_unet(pipe.unet, plan)
+            torch._dynamo.reset()
+            compiled = torch.compile(unet, fullgraph=True)
+            compiled(**inputs)
+            calls[name] = lambda compiled=compiled: compiled(**inputs)
+            bar.advance(note=name)
+    times = interleaved(calls)
+    return {n: {"latency_ms": t, "speedup": times["fp32"] / t} for n, t in times.items()}
+
+
+def unet_inputs(pipe: Any, prompts: list[str]) -> dict[str, Any]:
+    """The keyword arguments of the UNet's call in the first step of a generation."""
+    seen: list[dict[str, Any]] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append({"sample": args[0], "timestep": args[1], **kwargs})
+
+    handle = pipe.unet.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        generate_all(pipe, prompts, Sampling(batch_size=len(prompts)), "latent")
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _print(results: dict[str, Any], report: Path) -> None:
+    from rich.table import Table
+
+    table = Table("variant", "agreement", "SSIM", "PSNR", "Fréchet", "MiB", "W bits", "ms", "speedup", title="4 steps")
+    for name, v in results["variants"].items():
+        cell = lambda key, form, v=v: "-" if v[key] is None else format(v[key], form)  # noqa: E731
+        table.add_row(
+            name,
+            cell("agreement", ".1%"),
+            cell("ssim", ".4f"),
+            cell("psnr", ".1f"),
+            cell("frechet", ".3f"),
+            f"{v['weight_bytes'] / 2**20:.2f}",
+            cell("average_weight_bits", ".2f"),
+            cell("latency_ms", ".1f"),
+            cell("speedup", ".2f"),
+        )
+    console.print(table)
+    console.print(f"report: {report}")

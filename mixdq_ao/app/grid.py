@@ -1,0 +1,38 @@
+"""The picture grid: a column per variant, a row per prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..jsonfile import write_document
+
+SCALE, GAP, HEADER = 2, 6, 30
+
+
+def save_grid(directory: Path, columns: Mapping[str, Tensor], captions: Sequence[str]) -> None:
+    """Writes grid.png (with the variants' names above the columns) and grid.json (names and captions as text).
+
+    ``columns``: {name: pictures [N, 3, H, W] in [0, 1]}, the same N prompts and seeds in each.
+    """
+    first = next(iter(columns.values()))
+    height, width = (SCALE * s + GAP for s in first.shape[-2:])
+    sheet = Image.new("RGB", (GAP + width * len(columns), HEADER + height * len(first)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for x, (name, images) in enumerate(columns.items()):
+        centre = GAP + x * width + (width - GAP) / 2
+        draw.text((centre, HEADER / 2), name, fill="black", font=font, anchor="mm")
+        for y, image in enumerate(images):
+            sheet.paste(_picture(image), (GAP + x * width, HEADER + y * height))
+    sheet.save(directory / "grid.png", optimize=True)
+    write_document(directory / "grid.json", {"columns": list(columns), "rows": list(captions)})
+
+
+def _picture(image: Tensor) -> Image.Image:
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
+    picture = Image.fromarray(pixels.numpy())
+    return picture.resize((picture.width * SCALE, picture.height * SCALE), Image.Resampling.NEAREST)

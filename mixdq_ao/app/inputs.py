@@ -1,0 +1,108 @@
+"""What the commands read: prompt files, pipelines, numbers and lists given as text."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MixDQError
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line, UTF-8 (a byte order mark is fine); blank lines are skipped.
+
+    Raises MixDQError when the file cannot be read, is not UTF-8, or holds no prompt.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as e:
+        raise MixDQError(f"{path}: cannot be read: {e.strerror}; expected a text file with one prompt a line") from e
+    except UnicodeDecodeError as e:
+        raise MixDQError(f"{path}: is not UTF-8 text (byte {e.start}); expected one prompt a line") from e
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise MixDQError(f"{path}: holds no prompt, expected one a line")
+    return prompts
+
+
+def load_plan(path: Path, calibration: Path | None) -> Plan:
+    """The plan in a file, with the ranges of a calibration file where one is given."""
+    from ..plan import Plan
+    from ..search.calibration import Calibration
+
+    plan = Plan.load(path)
+    return plan if calibration is None else plan.with_calibration(Calibration.load(calibration))
+
+
+def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = None) -> Any:
+    """The diffusers pipeline in a directory, or by its name on a hub.
+
+    device: "cpu", "cuda", ...; None for a GPU where there is one. dtype: "float32", "float16" or "bfloat16"; None for
+    float32 on a CPU and float16 elsewhere. Raises MixDQError naming the pipeline.
+    """
+    if looks_local(name) and not (Path(name) / "model_index.json").is_file():
+        raise MixDQError(
+            f"{name}: is no pipeline, expected a directory with a model_index.json or a name like org/model"
+        )
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from .quiet import silence_loading_bars
+
+    silence_loading_bars()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("float32" if device.startswith("cpu") else "float16")
+    try:
+        pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=getattr(torch, dtype)).to(device)
+    except (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError) as e:
+        raise MixDQError(f"{name}: cannot be loaded as a diffusers pipeline: {first_line(e)}") from e
+    if getattr(pipe, "watermark", None) is not None:
+        pipe.watermark = None  # it would be measured as an error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def looks_local(name: str) -> bool:
+    """A path rather than a hub's ``org/model``."""
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def integers(text: str) -> list[int]:
+    """ "1,4" as [1, 4], for argparse."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 1,4") from None
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """A whole number with a lower bound, for argparse."""
+
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        return int(text)
+
+    return parse
+
+
+def budget(text: str) -> float | dict[str, float]:
+    """ "4.5", or "content=5,quality=4", as a budget of ``allocate``."""
+    try:
+        if "=" not in text:
+            return float(text)
+        pairs = [part.split("=") for part in text.split(",")]
+        return {group.strip(): float(bits) for group, bits in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bits, or content=BITS,quality=BITS") from None

@@ -1,0 +1,90 @@
+"""The figures of a table row: picture quality, bytes held, latency."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import find_layers
+from ..models.pipelines import Sampling, generate
+from ..progress import progress
+from ..quantize.tensor import is_quantized
+from ..search.metrics import frechet_distance, psnr, ssim
+
+
+class Scorer(Protocol):
+    """Reads a picture: whether it shows what its caption says, and features for a Fréchet distance."""
+
+    def agreement(self, images: Tensor, specs: Sequence[Any]) -> Any: ...
+
+    def features(self, images: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Exam:
+    """What every variant must draw: prompts with what they ask for, and who judges."""
+
+    prompts: Sequence[str]
+    specs: Sequence[Any]
+    scorer: Scorer
+    sampling: Sampling
+
+    def draw(self, pipe: Any, title: str) -> Tensor:
+        """[N, 3, H, W] in [0, 1]."""
+        images = []
+        with progress(title, len(self.prompts)) as bar:
+            for batch in generate(pipe, self.prompts, self.sampling):
+                images.append(batch)
+                bar.advance(len(batch))
+        return torch.cat(images)
+
+    def grade(self, images: Tensor, reference: Tensor) -> dict[str, float | None]:
+        """Agreement with the captions; SSIM, PSNR and Fréchet distance against ``reference``, the full-precision
+        pictures of the same noise. PSNR is None where the pictures are the same."""
+        same = torch.equal(images, reference)
+        return {
+            "agreement": float(self.scorer.agreement(images, self.specs).all),
+            "ssim": ssim(images, reference).mean().item(),
+            "psnr": None if same else psnr(images, reference).mean().item(),
+            "frechet": 0.0 if same else frechet_distance(self._features(images), self._features(reference)),
+        }
+
+    def _features(self, images: Tensor) -> Tensor:
+        return self.scorer.features(images)
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of the tensors the linear and convolution layers really hold: packed integers, scales, zero points, BOS
+    rows, biases; memory shared by several layers counts once."""
+    held: dict[int, int] = {}
+    for module in find_layers(model).values():
+        for tensor in _tensors(module):
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = max(held.get(storage.data_ptr(), 0), tensor.numel() * tensor.element_size())
+    return sum(held.values())
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    tensors: list[Tensor] = []
+    for parameter in module.parameters(recurse=False):
+        tensors += parameter.stored_tensors().values() if is_quantized(parameter) else [parameter]  # type: ignore[union-attr]
+    return tensors
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 2) -> dict[str, float]:
+    """Median milliseconds of each call, all measured in turn, round by round, so that a machine whose speed drifts
+    slows all of them alike."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(warmup + rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if i >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(t) for name, t in times.items()}

@@ -1,0 +1,70 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .inputs import at_least, integers
+
+
+def pipeline(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "pipeline", metavar="PIPELINE", help="directory of a diffusers pipeline, or its name on the hub"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="type of the weights (default: float32 on a CPU, float16 elsewhere)",
+    )
+
+
+def prompts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line, UTF-8")
+
+
+def sampling(parser: argparse.ArgumentParser, steps: str, batch_size: int, *, several: bool = False) -> None:
+    """Steps (a list where ``several``), guidance, batch size and seed."""
+    text = "denoising steps, separated by commas where several" if several else "denoising steps"
+    kind: Any = integers if several else at_least(1)
+    parser.add_argument("--steps", type=kind, default=kind(steps), metavar="N", help=f"{text} (default {steps})")
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="classifier-free guidance; 0 turns it off, as few-step models want (default)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=at_least(1),
+        default=batch_size,
+        metavar="N",
+        help=f"prompts at once (default {batch_size})",
+    )
+    parser.add_argument(
+        "--seed",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="prompt i starts from the noise of seed N + i (default 0)",
+    )
+
+
+def calibration(parser: argparse.ArgumentParser, why: str) -> None:
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help=f"from mixdq calibrate: {why}")
+
+
+def plan(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    what = "from mixdq allocate or mixdq import" + ("" if required else " (default: full precision)")
+    parser.add_argument("--plan", type=Path, required=required, metavar="FILE", help=what)
+
+
+def out(parser: argparse.ArgumentParser, default: str, what: str) -> None:
+    parser.add_argument("--out", type=Path, default=Path(default), metavar="PATH", help=f"{what} (default {default})")
+
+
+def as_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")

@@ -1,0 +1,73 @@
+"""Puts the page together."""
+
+from __future__ import annotations
+
+import os
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from .environment import environment_section
+from .grid import grid_section
+from .html import Html, join, tag
+from .inputs import Inputs, read_inputs
+from .layers import layers_section, plan_css
+from .overview import ablation, overview
+from .pareto import pareto_section
+
+LINKS = {
+    "results": "Results",
+    "pictures": "Pictures",
+    "ablation": "Ingredients",
+    "pareto": "Size and quality",
+    "layers": "Layers",
+    "environment": "Environment",
+}
+
+
+def build(directory: str | os.PathLike[str]) -> Path:
+    """Writes ``report.html`` from the results in ``directory``, in one file that needs no network. Returns its path.
+
+    Reads results.json, sensitivity.json, plan_*.json, pareto.json, and grid.png with grid.json; a missing one drops its
+    section. Raises MixDQError where one is broken or nothing is there.
+    """
+    directory = Path(directory)
+    page = render(read_inputs(directory))
+    path = directory / "report.html"
+    temporary = path.with_name(".report.html.part")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def render(inputs: Inputs) -> str:
+    """The page."""
+    sections = {
+        "results": overview(inputs),
+        "pictures": grid_section(inputs.grid),
+        "ablation": ablation(inputs),
+        "pareto": pareto_section(inputs.points),
+        "layers": layers_section(inputs),
+        "environment": environment_section(inputs.environment),
+    }
+    here = files(__package__)
+    return Template((here / "page.html").read_text(encoding="utf-8")).substitute(
+        css=(here / "page.css").read_text(encoding="utf-8") + plan_css(len(inputs.plans)),
+        js=(here / "page.js").read_text(encoding="utf-8"),
+        lede=tag("p", _lede(inputs), class_="lede"),
+        links=join(*(tag("a", LINKS[name], href=f"#{name}") for name, html in sections.items() if html)),
+        body=join(*sections.values()),
+    )
+
+
+def _lede(inputs: Inputs) -> Html:
+    many = len([n for n in inputs.variants if n != "fp32"])
+    what = f"{many} quantized variants of one pipeline" if many > 1 else "A quantized pipeline"
+    return join(
+        f"{what}, compared with the original. All draw the same held-out captions from the same noise; a classifier "
+        "reads from each picture whether it shows what its caption says (",
+        tag("em", "agreement"),
+        "), and each is compared with the full-precision picture (",
+        tag("em", "PSNR, SSIM"),
+        ").",
+    )

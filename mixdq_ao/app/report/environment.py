@@ -1,0 +1,47 @@
+"""Where the figures come from, and how to get them again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .html import Html, section, tag
+from .names import significant
+
+STEPS = """make demo                      # everything on this page
+
+mixdq calibrate PIPELINE --prompts prompts.txt --out calibration.json
+mixdq analyze PIPELINE --prompts prompts.txt --calibration calibration.json --store results.jsonl --out sensitivity.json
+mixdq allocate sensitivity.json --weight-bits 4 --calibration calibration.json --out plan_w4a8.json
+mixdq quantize PIPELINE --plan plan_w4a8.json
+mixdq generate PIPELINE --plan plan_w4a8.json --prompts prompts.txt --out pictures"""
+
+
+def environment_section(environment: Mapping[str, Any]) -> Html:
+    rows = [tag("div", tag("dt", name), tag("dd", value)) for name, value in flatten(environment)]
+    return section(
+        "environment",
+        "Environment, and how to repeat this",
+        tag("dl", rows, class_="facts") if rows else None,
+        tag("p", "Speeds are ratios measured side by side in one process on this machine; other machines differ."),
+        tag("pre", tag("code", STEPS)),
+    )
+
+
+def flatten(value: object, name: str = "") -> Iterator[tuple[str, str]]:
+    """Nested objects as "a b": text."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from flatten(inner, f"{name} {key}".strip().replace("_", " "))
+    elif isinstance(value, list):
+        yield name, ", ".join(text for inner in value for _, text in flatten(inner))
+    else:
+        yield name, _text(value)
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return significant(value, 6) if isinstance(value, float) else str(value)

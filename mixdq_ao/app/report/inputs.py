@@ -1,0 +1,145 @@
+"""Reads and checks everything a report is made of. A missing file drops its section; a broken one is an error."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ...errors import MixDQError
+from ...plan import Plan
+from ...search.sensitivity import Sensitivity
+from .grid import Grid, read_grid
+from .names import plan_order
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figures:
+    """What was measured of one variant; None where it was not. ``agreement`` is a fraction, ``speedup`` a factor."""
+
+    agreement: float | None = None
+    ssim: float | None = None
+    psnr: float | None = None
+    frechet: float | None = None
+    weight_bytes: float | None = None
+    average_weight_bits: float | None = None
+    average_act_bits: float | None = None
+    latency_ms: float | None = None
+    speedup: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One plan of the Pareto front."""
+
+    objective: str
+    weight_bits: float
+    weight_bytes: float
+    predicted_error: float | None = None
+    psnr: float | None = None
+    ssim: float | None = None
+    agreement: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """Everything found in the folder; empty or None where there was no file."""
+
+    variants: Mapping[str, Figures] = field(default_factory=dict)
+    one_step: Mapping[str, Figures] = field(default_factory=dict)
+    ablation: Mapping[str, Figures] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    sensitivity: Sensitivity | None = None
+    plans: Mapping[str, Plan] = field(default_factory=dict)
+    points: tuple[Point, ...] = ()
+    grid: Grid | None = None
+
+
+def read_inputs(directory: Path) -> Inputs:
+    """Raises MixDQError naming the file and what was expected, also where the folder holds nothing to report."""
+    if not directory.is_dir():
+        raise MixDQError(f"{directory}: is no folder, expected one with results.json or other results")
+    results = _optional(directory / "results.json", read_json, {})
+    where = directory / "results.json"
+    inputs = Inputs(
+        variants=_figures(where, results, "variants"),
+        one_step=_figures(where, results, "variants_1_step"),
+        ablation=_figures(where, results, "ablation"),
+        environment=_object(where, results, "environment"),
+        sensitivity=_optional(directory / "sensitivity.json", Sensitivity.load, None),
+        plans={path.stem: Plan.load(path) for path in sorted(directory.glob("plan_*.json"), key=plan_order)},
+        points=_optional(directory / "pareto.json", _points, ()),
+        grid=read_grid(directory / "grid.png", _optional(directory / "grid.json", read_json, None)),
+    )
+    if not any((inputs.variants, inputs.sensitivity, inputs.plans, inputs.points, inputs.grid)):
+        raise MixDQError(
+            f"{directory}: holds nothing to report, expected results.json, sensitivity.json or plan_*.json"
+        )
+    return inputs
+
+
+def _optional(path: Path, read: Callable[[Path], Any], default: Any) -> Any:
+    return read(path) if path.exists() else default
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. NaN and infinity are no JSON."""
+
+    def refuse(name: str) -> float:
+        raise ValueError(f"{name} is not a JSON number")
+
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except (OSError, ValueError, RecursionError) as e:
+        raise MixDQError(f"{path}: cannot be read as JSON: {e}") from e
+    if not isinstance(document, dict):
+        raise MixDQError(f"{path}: is {type(document).__name__}, expected an object")
+    return document
+
+
+def _object(path: Path, document: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = document.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise MixDQError(f"{path}: {key} is {type(value).__name__}, expected an object")
+    return value or {}
+
+
+def _figures(path: Path, document: Mapping[str, Any], key: str) -> dict[str, Figures]:
+    found = {}
+    for name, values in _object(path, document, key).items():
+        where = f"{path}: {key}, {name!r}"
+        if not isinstance(values, dict):
+            raise MixDQError(f"{where}: is {type(values).__name__}, expected an object of figures")
+        figures = Figures(**{f.name: _number(where, f.name, values.get(f.name)) for f in fields(Figures)})
+        if figures.agreement is not None and not 0 <= figures.agreement <= 1:
+            raise MixDQError(f"{where}: agreement is {figures.agreement}, expected a fraction from 0 to 1")
+        found[name] = figures
+    return found
+
+
+def _number(where: str, name: str, value: object) -> float | None:
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
+        raise MixDQError(f"{where}: {name} is {value!r}, expected a finite number or null")
+    return value  # type: ignore[return-value]
+
+
+def _points(path: Path) -> tuple[Point, ...]:
+    points = read_json(path).get("points")
+    if not isinstance(points, list):
+        raise MixDQError(f"{path}: points is {type(points).__name__}, expected a list")
+    return tuple(_point(f"{path}: point {i}", value) for i, value in enumerate(points))
+
+
+def _point(where: str, value: object) -> Point:
+    if not isinstance(value, dict) or not isinstance(value.get("objective"), str):
+        raise MixDQError(f"{where}: expected an object with objective, weight_bits and weight_bytes")
+    numbers: dict[str, Any] = {f.name: _number(where, f.name, value.get(f.name)) for f in fields(Point)[1:]}
+    for name in ("weight_bits", "weight_bytes"):
+        if numbers[name] is None or numbers[name] <= 0:
+            raise MixDQError(f"{where}: {name} is {numbers[name]}, expected a number > 0")
+    return Point(objective=value["objective"], **numbers)

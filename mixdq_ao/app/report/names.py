@@ -1,0 +1,95 @@
+"""Words for the names in the result files, and how figures are written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+# variant: (label, what it is)
+KNOWN = {
+    "fp32": ("Full precision", "32-bit floating point, the reference"),
+    "naive_w8a8": ("Naive W8A8", "every layer 8 bit, one range for everything, BOS inside"),
+    "bos_w8a8": ("BOS-aware W8A8", "the same, with the first text token kept apart"),
+    "mixdq_w8a8": ("MixDQ W8A8", "BOS apart, shortcuts split, bits chosen per layer"),
+    "naive_w4a8": ("Naive W4A8", "4-bit weights everywhere, BOS inside"),
+    "bos_w4a8": ("BOS-aware W4A8", "4-bit weights everywhere, BOS apart"),
+    "mixdq_w4a8": ("MixDQ W4A8", "4 bits per weight on average, chosen per layer"),
+    "mixdq_w3a8": ("MixDQ W3A8", "3 bits per weight on average, chosen per layer"),
+}
+OBJECTIVES = {
+    "additive": "least summed error",
+    "decoupled": "decoupled metrics (published)",
+    "sqnr": "SQNR for all layers",
+}
+MISSING = "–"
+
+
+def label(name: str) -> str:
+    """A readable name; unknown ones with spaces for underscores."""
+    return KNOWN[name][0] if name in KNOWN else name.replace("_", " ")
+
+
+def describe(name: str) -> str:
+    return KNOWN.get(name, ("", ""))[1]
+
+
+def plan_label(stem: str) -> str:
+    """ "plan_w4a8" as "W4A8"."""
+    return stem.removeprefix("plan_").replace("_", " ").upper()
+
+
+def plan_order(path: Path) -> tuple[int, str]:
+    """Most weight bits first."""
+    found = re.search(r"w(\d+)", path.stem)
+    return (-int(found[1]) if found else 0, path.stem)
+
+
+def block_of(name: str) -> str:
+    """The part of a UNet a layer belongs to: "down_blocks.1", "mid_block", "input", "output", or the first part."""
+    first, _, rest = name.partition(".")
+    if first in ("down_blocks", "up_blocks", "transformer_blocks", "single_transformer_blocks"):
+        return f"{first}.{rest.partition('.')[0]}"
+    if first in ("conv_in", "time_embedding", "add_embedding"):
+        return "input"
+    return "output" if first in ("conv_out", "proj_out") else first
+
+
+def block_rank(block: str) -> int:
+    """Blocks in the order data flows through them: a UNet registers its middle last."""
+    ranks = {"input": 0, "down_blocks": 1, "mid_block": 2, "up_blocks": 3, "output": 5}
+    return ranks.get(block.partition(".")[0], 4)
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return MISSING if value is None else f"{100 * value:.{digits}f} %"
+
+
+def decibel(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.1f} dB"
+
+
+def number(value: float | None, digits: int) -> str:
+    return MISSING if value is None else f"{value:.{digits}f}"
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """Three digits that matter, without an exponent where that reads well."""
+    if value is None:
+        return MISSING
+    return f"{value:.{digits}g}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.1e}"
+
+
+def size(count: float | None) -> str:
+    """Bytes as B, KiB or MiB."""
+    if count is None:
+        return MISSING
+    for unit, step in (("MiB", 2**20), ("KiB", 2**10)):
+        if abs(count) >= step:
+            return f"{count / step:.2f} {unit}" if count < 10 * step else f"{count / step:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def ordinal(value: int) -> str:
+    """1st, 2nd, 3rd, 4th, ... 11th, 12th, 13th."""
+    suffix = "th" if 10 <= value % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(value % 10, "th")
+    return f"{value}{suffix}"

@@ -1,0 +1,65 @@
+"""Why a layer got its bits, in words: where it stands in its group, and what one step down or up would change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from math import ceil
+
+from ...plan import LayerPlan
+from ...search.sensitivity import LayerSensitivity, Sensitivity
+from .names import ordinal, size
+
+
+class Reasons:
+    """Sentences for the layers of one sensitivity file."""
+
+    def __init__(self, sensitivity: Sensitivity) -> None:
+        self.layers = sensitivity.layers
+
+    @cached_property
+    def ranks(self) -> Mapping[tuple[str, int], tuple[int, int]]:
+        """{(layer, bits): (place in its group, 1 the most sensitive; layers of the group)}."""
+        scores: dict[tuple[str, int], list[tuple[float, str]]] = {}
+        for name, layer in self.layers.items():
+            for bits, score in layer.weight_scores.items():
+                scores.setdefault((layer.group, bits), []).append((score, name))
+        return {
+            (name, bits): (place, len(group))
+            for (_, bits), group in scores.items()
+            for place, (_, name) in enumerate(sorted(group), 1)
+        }
+
+    def weight(self, name: str, plan: LayerPlan) -> str:
+        """About the weight bits of one layer under one plan."""
+        layer, bits = self.layers.get(name), plan.weight_bits
+        if bits == 16:
+            return "kept in full precision"
+        if layer is None or bits not in layer.weight_scores:
+            return "not measured at these bits"
+        lower = max((b for b in layer.weight_scores if b < bits), default=None)
+        higher = min((b for b in layer.weight_scores if bits < b < 16), default=None)
+        parts = [self._rank(name, layer, lower or bits)]
+        parts += [self._step(layer, bits, lower, "saves")] if lower else []
+        parts += [self._step(layer, bits, higher, "adds")] if higher else []
+        return "; ".join(parts)
+
+    def _rank(self, name: str, layer: LayerSensitivity, bits: int) -> str:
+        place, count = self.ranks[name, bits]
+        which = "most" if place == 1 else f"{ordinal(place)} most"
+        return f"{which} sensitive of {count} {layer.group} layers at {bits} bit"
+
+    def _step(self, layer: LayerSensitivity, bits: int, other: int, verb: str) -> str:
+        now, then = layer.weight_scores[bits], layer.weight_scores[other]
+        change = abs(stored(layer, bits) - stored(layer, other))
+        return f"{other} bit {verb} {size(change)}: {score(layer, then)} instead of {score(layer, now)}"
+
+
+def stored(layer: LayerSensitivity, bits: int) -> int:
+    """Bytes of the weight at these bits, as recorded, else bits times weights."""
+    return layer.weight_bytes.get(bits, ceil(layer.weight_size * bits / 8))
+
+
+def score(layer: LayerSensitivity, value: float) -> str:
+    """A score with its metric."""
+    return f"SSIM {value:.4f}" if layer.group == "content" else f"{value:.1f} dB"

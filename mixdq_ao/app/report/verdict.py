@@ -1,0 +1,119 @@
+"""Plain sentences computed from the figures: what broke, what helped, what it saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .html import Html, tag
+from .inputs import Figures
+from .names import decibel, percent
+
+NOTHING = Figures()
+WITHIN = 0.01  # one point of agreement
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A card: what it is about, one big figure, one sentence. ``tone``: "good", "bad" or "plain"."""
+
+    title: str
+    figure: str
+    text: str
+    tone: str
+
+
+def verdicts(variants: Mapping[str, Figures]) -> list[Verdict]:
+    """Only what the figures at hand support."""
+    full = variants.get("fp32", NOTHING)
+    cards = [
+        _naive(full, variants.get("naive_w8a8")),
+        _bos(variants.get("naive_w8a8"), variants.get("bos_w8a8")),
+        _mixed("MixDQ, 8 bit", full, variants.get("mixdq_w8a8"), None),
+        _mixed("MixDQ, 4 bit", full, variants.get("mixdq_w4a8"), variants.get("bos_w4a8")),
+        _mixed("MixDQ, 3 bit", full, variants.get("mixdq_w3a8"), None),
+    ]
+    return [card for card in cards if card is not None]
+
+
+def _naive(full: Figures, naive: Figures | None) -> Verdict | None:
+    if naive is None or naive.agreement is None:
+        return None
+    before = "" if full.agreement is None else f"; in full precision {percent(full.agreement)} do"
+    broken = full.agreement is not None and naive.agreement < full.agreement - WITHIN
+    start = "Rounding every layer to 8 bits breaks the pipeline" if naive.agreement <= 0.5 else "Every layer at 8 bits"
+    text = f"{start}: {percent(naive.agreement)} of the pictures show what their caption says{before}."
+    return Verdict("Naive 8 bit", percent(naive.agreement), text, "bad" if broken else "plain")
+
+
+def _bos(naive: Figures | None, bos: Figures | None) -> Verdict | None:
+    if naive is None or bos is None or bos.agreement is None:
+        return None
+    text = "Keeping the first text token (BOS) in full precision, and nothing else, "
+    gained = naive.agreement is not None and bos.agreement > naive.agreement + WITHIN
+    text += "brings agreement to " if gained else "leaves agreement at "
+    text += percent(bos.agreement)
+    if naive.psnr is not None and bos.psnr is not None:
+        text += f" and moves the pictures from {decibel(naive.psnr)} to {decibel(bos.psnr)} PSNR"
+    return Verdict("BOS apart", percent(bos.agreement), text + ".", "good" if gained else "plain")
+
+
+def _mixed(title: str, full: Figures, mixed: Figures | None, uniform: Figures | None) -> Verdict | None:
+    if mixed is None:
+        return None
+    parts = [part for part in (_quality(full, mixed), _peer(mixed, uniform), _cost(full, mixed)) if part]
+    if not parts:
+        return None
+    close = full.agreement is not None and mixed.agreement is not None and mixed.agreement >= full.agreement - WITHIN
+    figure = decibel(mixed.psnr) if mixed.psnr is not None else percent(mixed.agreement)
+    return Verdict(title, figure, " ".join(parts), "good" if close else "plain")
+
+
+def _quality(full: Figures, mixed: Figures) -> str | None:
+    if mixed.agreement is None or full.agreement is None:
+        return None
+    points = 100 * (full.agreement - mixed.agreement)
+    if abs(points) < 0.05:
+        distance = "the same as full precision"
+    else:
+        distance = f"{abs(points):.1f} point{'' if f'{abs(points):.1f}' == '1.0' else 's'} {'below' if points > 0 else 'above'} full precision"
+    return f"Agreement is {percent(mixed.agreement)}, {distance}."
+
+
+def _peer(mixed: Figures, uniform: Figures | None) -> str | None:
+    if uniform is None or uniform.psnr is None or mixed.psnr is None:
+        return None
+    word = "closer to" if mixed.psnr >= uniform.psnr else "further from"
+    gap = abs(mixed.psnr - uniform.psnr)
+    return f"Its pictures are {gap:.1f} dB {word} the originals than with uniform 4 bit ({decibel(uniform.psnr)})."
+
+
+def _cost(full: Figures, mixed: Figures) -> str | None:
+    parts = []
+    if full.weight_bytes and mixed.weight_bytes:
+        parts.append(f"The weights take {100 * mixed.weight_bytes / full.weight_bytes:.0f} % of their fp32 bytes")
+    if mixed.speedup is not None:
+        faster = mixed.speedup >= 1
+        parts.append(f"{'it runs' if parts else 'It runs'} {mixed.speedup:.2f}× as fast{'' if faster else ' (slower)'}")
+    return f"{', and '.join(parts)}." if parts else None
+
+
+def cards(variants: Mapping[str, Figures]) -> Html | None:
+    """The verdicts as cards."""
+    found = verdicts(variants)
+    if not found:
+        return None
+    return tag(
+        "div",
+        (
+            tag(
+                "div",
+                tag("h3", v.title),
+                tag("p", v.figure, class_="figure"),
+                tag("p", v.text),
+                class_=f"card {v.tone}",
+            )
+            for v in found
+        ),
+        class_="cards",
+    )
