@@ -79,12 +79,24 @@ def _conv2d_weight_only_shape(x: Tensor, weight: Tensor, *rest) -> Tensor:
     return x.new_empty((x.shape[0], *size, weight.shape[0]))
 
 
+def _inference(name: str):
+    """Autograd's entry: the products are integer ones, so nothing is recorded, whatever requires a gradient (a
+    layer's bias does unless it is frozen)."""
+
+    def run(*arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.inductor_kernels, name).default(*arguments)
+
+    return run
+
+
 def _register() -> None:
     for schema in _SCHEMAS:
         name = schema.split("(")[0]
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
         library.impl(name, getattr(cpu, name), "CPU")
+        library.impl(name, _inference(name), "Autograd")
         torch.library.register_fake(f"inductor_kernels::{name}", globals()[f"_{name}_shape"], lib=library)
 
 

@@ -120,7 +120,8 @@ def bos_aware(pipe: Any) -> Any:
     embedding = bos_embedding_of(denoiser(pipe))
     if embedding is None:
         raise TextEncoderError(
-            f"{type(denoiser(pipe)).__name__} holds no BOS embedding; quantize it first with a plan calibrated with BOS rows"
+            f"{type(denoiser(pipe)).__name__} holds no BOS embedding; "
+            "quantize it first with a plan calibrated with BOS rows"
         )
     encoders = text_encoders(pipe)
     widths = {n: int(e.config.hidden_size) for n, e in encoders.items()}

@@ -178,6 +178,10 @@ class MixDQTensor(TorchAOBaseTensor):
         """The plain tensors this weight holds, by attribute name."""
         return {name: getattr(self, name) for name in self.__tensor_flatten__()[0]}
 
+    def _stable_hash_for_caching(self) -> str:
+        """Everything compiled code depends on, and no values: two processes that quantize alike share a compilation."""
+        return stable_hash(self, self.bits, self.length, self.act_levels)
+
     def describe(self) -> str:
         act = {None: 16, 15: 4, 255: 8}[self.act_levels]
         return f"W{self.bits}A{act}" + (" BOS" if self.bos_output is not None else "")
@@ -229,6 +233,9 @@ class SplitMixDQTensor(TorchAOBaseTensor):
         halves = (("first", self.first), ("second", self.second))
         return {f"{half}.{n}": t for half, tensor in halves for n, t in tensor.stored_tensors().items()}
 
+    def _stable_hash_for_caching(self) -> str:
+        return stable_hash(self, self.split)
+
     def describe(self) -> str:
         return f"{self.first.describe()} split at {self.split}"
 
@@ -236,6 +243,13 @@ class SplitMixDQTensor(TorchAOBaseTensor):
         return (
             f"SplitMixDQTensor({self.describe()}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
         )
+
+
+def stable_hash(weight: MixDQTensor | SplitMixDQTensor, *attributes: object) -> str:
+    """A key of types, shapes, strides, devices and attributes, the same in every process."""
+    layout = [(n, t.dtype, tuple(t.shape), t.stride(), t.device.type) for n, t in weight.stored_tensors().items()]
+    text = repr((type(weight).__name__, weight.dtype, attributes, layout))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def is_quantized(weight: object) -> bool:

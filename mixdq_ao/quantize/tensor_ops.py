@@ -187,6 +187,25 @@ def _(func, types, args, kwargs):
     return return_and_correct_aliasing(func, args, kwargs, with_dtype(moved, dtype))
 
 
+@MixDQTensor.implements(aten.copy_.default)
+def _(func, types, args, kwargs):
+    """In place from a weight of the same kind. Row sums follow from the codes: each side keeps or drops its own."""
+    weight, source = args[:2]
+    if not isinstance(source, MixDQTensor) or not _alike(weight, source):
+        raise ValueError(f"copy_ into {weight}: metadata mismatch, the source is {source!r}")
+    tensors = source.stored_tensors()
+    for name, tensor in weight.stored_tensors().items():
+        tensor.copy_(tensors[name] if name in tensors else _row_sums(source.integers()))
+        # Below the dispatcher nothing else counts versions; forms prepared of the old weight must be dropped.
+        torch.autograd.graph.increment_version(tensor)
+    return weight
+
+
+def _alike(a: MixDQTensor, b: MixDQTensor) -> bool:
+    layouts = [{n: t.shape for n, t in w.stored_tensors().items() if n != "weight_sum"} for w in (a, b)]
+    return layouts[0] == layouts[1] and (a.bits, a.length, a.act_levels) == (b.bits, b.length, b.act_levels)
+
+
 @SplitMixDQTensor.implements(aten._to_copy.default)
 def _(func, types, args, kwargs):
     halves = [func(half, **kwargs) for half in (args[0].first, args[0].second)]

@@ -1,8 +1,8 @@
 """Replay: runs a model again with everything before one layer taken from the first run instead of computed.
 
 While recording, the calls of all modules are numbered as they start and end, and their outputs kept (as far as the
-memory budget allows: the outputs of the most deeply nested modules are dropped first). To measure a change in layer L, every recorded call that ended before L
-was first called gives its kept output; the rest runs.
+memory budget allows: the outputs of the most deeply nested modules are dropped first). To measure a change in layer
+L, every recorded call that ended before L was first called gives its kept output; the rest runs.
 """
 
 from __future__ import annotations

@@ -103,7 +103,8 @@ class Store:
         if header.get("fingerprint") != self.fingerprint:
             raise SensitivityError(
                 f"{self.path}: holds results of another model, other prompts or other settings "
-                f"(fingerprint {header.get('fingerprint')}, expected {self.fingerprint}); choose another file or delete it"
+                f"(fingerprint {header.get('fingerprint')}, expected {self.fingerprint}); "
+                "choose another file or delete it"
             )
 
     def get(self, key: str) -> dict[str, float] | None:

@@ -1,0 +1,115 @@
+"""Small random models and the bundled pipeline, built once for all tests."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+
+
+def small_unet() -> UNet2DConditionModel:
+    """SDXL's layout at toy size: cross attention, GEGLU, concatenated shortcuts, text_time conditioning."""
+    torch.manual_seed(1)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=1,
+        attention_head_dim=(1, 2),
+        use_linear_projection=True,
+        cross_attention_dim=24,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 12,
+    ).eval()
+
+
+def text_rows(batch: int, length: int = 7, bos: torch.Tensor | None = None) -> torch.Tensor:
+    """[batch, length, 24] with an outlier BOS row first, as CLIP gives."""
+    rows = torch.randn(batch, length, 24)
+    rows[:, 0] = bos_row() if bos is None else bos
+    return rows
+
+
+def bos_row() -> torch.Tensor:
+    row = torch.linspace(-1, 1, 24)
+    row[5] = 300.0
+    return row
+
+
+def unet_inputs(batch: int = 2) -> dict[str, object]:
+    return {
+        "sample": torch.randn(batch, 4, 8, 8),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": text_rows(batch),
+        "added_cond_kwargs": {
+            "text_embeds": torch.randn(batch, 12),
+            "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]]).expand(batch, -1),
+        },
+        "return_dict": False,
+    }
+
+
+@pytest.fixture(scope="session")
+def _unet() -> UNet2DConditionModel:
+    return small_unet()
+
+
+@pytest.fixture
+def unet(_unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A fresh copy for each test; the same weights every time."""
+    return copy.deepcopy(_unet)
+
+
+@pytest.fixture(scope="session")
+def calibration(_unet: UNet2DConditionModel):
+    """Ranges of the small UNet over three random batches."""
+    from mixdq_ao import calibrate
+
+    def run() -> None:
+        torch.manual_seed(2)
+        for _ in range(3):
+            _unet(**unet_inputs())
+
+    return calibrate(_unet, run=run)
+
+
+@pytest.fixture(scope="session")
+def shapes():
+    """The bundled pipeline's module: load_pipeline, prompts, load_scorer."""
+    from mixdq_ao.app.subject import bundled
+
+    return bundled()
+
+
+@pytest.fixture(scope="session")
+def _bundled(shapes):
+    pipe = shapes.load_pipeline()
+    texts = [p.text for p in shapes.prompts(8, seed=3)]
+    from mixdq_ao import calibrate
+
+    return SimpleNamespace(pipe=pipe, prompts=texts, calibration=calibrate(pipe, texts, steps=(1, 2)))
+
+
+@pytest.fixture
+def bundled(_bundled) -> Callable[[], SimpleNamespace]:
+    """The bundled pipeline with a fresh UNet, eight prompts and a calibration."""
+    pipe = copy.copy(_bundled.pipe)
+    object.__setattr__(pipe, "unet", copy.deepcopy(_bundled.pipe.unet))
+    return SimpleNamespace(pipe=pipe, prompts=_bundled.prompts, calibration=_bundled.calibration)

@@ -1,0 +1,97 @@
+"""Layers of a model: SDXL's 794, groups, split points, bytes; plans that do not fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from mixdq_ao import LayerPlan, Plan, PlanError, mixdq_config, quantize_
+from mixdq_ao.app.measure import held_bytes
+from mixdq_ao.layers import find_layers, group_of, reads_text, split_points
+
+SDXL = {
+    "sample_size": 128,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+@pytest.fixture(scope="module")
+def sdxl() -> UNet2DConditionModel:
+    with torch.device("meta"):
+        return UNet2DConditionModel(**SDXL)
+
+
+def test_sdxl_has_794_layers(sdxl):
+    layers = find_layers(sdxl)
+    kinds = [type(m) for m in layers.values()]
+    assert (len(layers), kinds.count(nn.Linear), kinds.count(nn.Conv2d)) == (794, 743, 51)
+    assert sum(map(reads_text, layers)) == 140
+    assert sum(group_of(n) == "content" for n in layers) == 420
+
+
+def test_sdxl_split_points_come_from_the_model(sdxl):
+    assert list(split_points(sdxl).values()) == [1280, 1280, 1280, 1280, 640, 640, 640, 320, 320]
+    assert all(n in find_layers(sdxl) for n in split_points(sdxl))
+
+
+def test_a_plan_covers_sdxl_by_name(sdxl):
+    plan = Plan.uniform(sdxl, 4, 16)
+    assert set(mixdq_config(plan).fqn_to_config) == set(find_layers(sdxl))
+    summary = plan.summary(sdxl)
+    assert summary.average_weight_bits == 4 and summary.counts == {4: 794}
+    weights = sum(m.weight.numel() for m in find_layers(sdxl).values())
+    assert 0.5 <= summary.bytes / weights <= 0.51
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_predicted_bytes_are_the_bytes_held(unet, calibration, bits):
+    plan = Plan.uniform(unet, bits, 8).with_calibration(calibration)
+    predicted = plan.summary(unet).bytes
+    quantize_(unet, mixdq_config(plan))
+    assert held_bytes(unet) == predicted
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "says"),
+    [
+        ("nowhere", LayerPlan(weight_bits=8), "'nowhere' is not a linear or convolution layer"),
+        ("in", LayerPlan(weight_bits=8), "is not a linear"),
+        ("conv_in", LayerPlan(weight_bits=8, act_bits=8), "'conv_in': act_bits is 8 but there is no act_range"),
+        ("conv_in", LayerPlan(weight_bits=8, split=4), "split is 4"),
+        ("conv_in", LayerPlan(weight_bits=8, bos=True), "bos is true"),
+        ("time_embedding.linear_1", LayerPlan(weight_bits=8, split=2), "split is 2"),
+    ],
+)
+def test_a_plan_that_does_not_fit(unet, name, layer, says):
+    before = {n: p.clone() for n, p in unet.named_parameters()}
+    plan = Plan({"conv_out": LayerPlan(weight_bits=8), name: layer}, {}, (1.0,))
+    with pytest.raises(PlanError, match=says):
+        plan.validate(unet)
+    with pytest.raises(PlanError, match=says):
+        quantize_(unet, mixdq_config(plan))
+    assert all(torch.equal(before[n], p) for n, p in unet.named_parameters())
+
+
+def test_bos_embedding_of_another_width(unet):
+    name = next(n for n in find_layers(unet) if reads_text(n))
+    plan = Plan({name: LayerPlan(weight_bits=8, bos=True)}, {}, (1.0, 2.0))
+    with pytest.raises(PlanError, match="bos_embedding has 2"):
+        plan.validate(unet)
+
+
+@pytest.mark.parametrize("module", [nn.Conv2d(4, 4, 3, padding="same"), nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")])
+def test_convolutions_that_cannot_be_quantized(module):
+    model = nn.ModuleDict({"c": module})
+    with pytest.raises(PlanError, match="layer 'c': padding"):
+        Plan.uniform(model, 8, 16).validate(model)
