@@ -32,6 +32,8 @@ class Allocation:
         repaired: layers whose measured errors were not monotone in bits (see ``additive_errors``).
         k: {"weight": B_content / B_quality, "act": ...} where a budget was split between the groups.
         seconds: time the solver took for this plan's programs.
+        totals: {"weight_bytes", "act_bytes", "seconds", "bit_operations": amount} of the limits given to
+            ``allocate_jointly``.
     """
 
     plan: Plan
@@ -43,6 +45,7 @@ class Allocation:
     repaired: tuple[str, ...] = ()
     k: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    totals: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

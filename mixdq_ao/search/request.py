@@ -75,7 +75,7 @@ def check_request(
         raise AllocationError(f"time_limit is {time_limit!r}, expected seconds > 0")
     if (weight_bits is None) == (weight_bytes is None):
         raise AllocationError("give exactly one of weight_bits (an average) and weight_bytes (a total)")
-    protected = _protect(sensitivity, protect)
+    protected = protected_names(sensitivity, protect)
     if len(protected) == len(sensitivity.layers):
         raise AllocationError(f"protect names all {len(protected)} layers; nothing is left to allocate")
     in_bytes = weight_bytes is not None
@@ -86,7 +86,7 @@ def check_request(
         weight=_demand("weight", budget, weight_choices, weight_splits, objective, in_bytes),
         act=_demand("act", act_bits, act_choices, act_splits, objective, False),
         protect=protected,
-        units=_units(sensitivity, protected, tie),
+        units=tied_units(sensitivity, protected, tie),
         time_limit=float(time_limit),
     )
 
@@ -144,11 +144,11 @@ def _budget(name: str, budget: Budget) -> float | dict[str, float]:
     if isinstance(budget, Mapping):
         if name == "weight_bytes" or set(budget) != set(GROUPS):
             raise AllocationError(f"{name} is {dict(budget)!r}, expected a number or {{'content': b, 'quality': b}}")
-        return {group: _positive(f"{name} of {group} layers", budget[group]) for group in GROUPS}
-    return _positive(name, budget)
+        return {group: positive(f"{name} of {group} layers", budget[group]) for group in GROUPS}
+    return positive(name, budget)
 
 
-def _positive(name: str, value: object) -> float:
+def positive(name: str, value: object) -> float:
     if not _number(value) or not value > 0:  # type: ignore[operator]
         raise AllocationError(f"{name} is {value!r}, expected a finite number > 0")
     return float(value)  # type: ignore[arg-type]
@@ -162,7 +162,7 @@ def _number(value: object) -> bool:
         return False
 
 
-def _protect(sensitivity: Sensitivity, protect: Iterable[str]) -> frozenset[str]:
+def protected_names(sensitivity: Sensitivity, protect: Iterable[str]) -> frozenset[str]:
     names = frozenset([protect] if isinstance(protect, str) else protect)
     if unknown := sorted(map(str, names - set(sensitivity.layers))):
         raise AllocationError(
@@ -171,7 +171,7 @@ def _protect(sensitivity: Sensitivity, protect: Iterable[str]) -> frozenset[str]
     return names
 
 
-def _units(
+def tied_units(
     sensitivity: Sensitivity, protected: frozenset[str], tie: Iterable[Iterable[str]]
 ) -> tuple[tuple[str, ...], ...]:
     """Tied layers first to last as the sensitivity orders them; groups of ties that overlap are an error."""
