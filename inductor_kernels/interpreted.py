@@ -1,9 +1,11 @@
-"""numpy versions of the device functions that Triton's interpreter lacks."""
+"""What Triton's interpreter lacks: device functions, and bfloat16 in products and conversions from integers."""
 
 import contextlib
 import math
+from unittest import mock
 
 import numpy as np
+import torch
 
 _UNARY = {
     "abs": np.abs, "ceil": np.ceil, "cos": np.cos, "exp": np.exp, "exp2": np.exp2, "expm1": np.expm1,
@@ -49,3 +51,44 @@ def libdevice():
                 delattr(module, name)
             else:
                 setattr(module, name, function)
+
+
+def _wide(handle):
+    """A handle of bfloat16, which the interpreter keeps as raw 16-bit integers, as float32 numbers."""
+    import triton.language as tl
+
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle.data
+    return (handle.data.astype(np.uint32) << 16).view(np.float32)
+
+
+def _narrow(data) -> np.ndarray:
+    """Numbers as raw bfloat16, rounded to nearest as the hardware does (the interpreter cuts off)."""
+    array = np.asarray(data, dtype=np.float32)
+    rounded = torch.from_numpy(np.atleast_1d(array).copy()).to(torch.bfloat16).view(torch.uint16).numpy()
+    return rounded.reshape(array.shape)
+
+
+@contextlib.contextmanager
+def bfloat16():
+    """Repair the interpreter's arithmetic on bfloat16."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def cast_impl(self, src, dst_type):
+        if dst_type.scalar == tl.bfloat16 and src.dtype.scalar != tl.bfloat16:
+            return TensorHandle(_narrow(src.data), tl.bfloat16)
+        return cast(self, src, dst_type)
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        if tl.bfloat16 not in (a.dtype.scalar, b.dtype.scalar):
+            return dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+        return TensorHandle(np.matmul(_wide(a), _wide(b)) + d.data, d.dtype.scalar)
+
+    with (
+        mock.patch.object(InterpreterBuilder, "cast_impl", cast_impl),
+        mock.patch.object(InterpreterBuilder, "create_dot", create_dot),
+    ):
+        yield

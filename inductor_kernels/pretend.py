@@ -98,6 +98,21 @@ def _answers(capability: int) -> dict[str, object]:
 
 
 @contextlib.contextmanager
+def _forgetting():
+    """Torch remembers whether there is a working Triton: let it look again, now and afterwards."""
+    import torch.utils._triton as answers
+
+    caches = [f for f in vars(answers).values() if hasattr(f, "cache_clear")]
+    try:
+        for cache in caches:
+            cache.cache_clear()
+        yield
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
+@contextlib.contextmanager
 def cuda(capability: int):
     """Torch believes that it has one GPU; only fake tensors can live there."""
     import torch._inductor.fx_passes.fuse_attention as attention
@@ -107,6 +122,7 @@ def cuda(capability: int):
     from torch._dynamo.device_interface import CudaInterface
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_forgetting())
         stack.enter_context(driver(capability, "cuda"))
         for owner in (torch.cuda, CudaInterface, CudaInterface.Worker):
             for name, answer in _answers(capability).items():

@@ -19,6 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+PTX_PRODUCT = r"((?:wgmma\.mma_async|\bmma)\.sync\.aligned\.m[\w.]+|tcgen05\.mma[\w.:]+)"
+MACHINE_PRODUCT = r"\b((?:IMMA|HMMA|IGMMA|HGMMA|UTC\w*MMA)[\w.]*)"
+
 
 @dataclass(frozen=True, slots=True)
 class KernelInfo:
@@ -60,7 +63,8 @@ def interpreter():
 
     assert lowering
     options = {"cpu_backend": "triton", "compile_threads": 1, "force_disable_caches": True}
-    with pretend.driver(90, "cpu"), interpreted.libdevice(), compat.config.patch(options):
+    repairs = interpreted.libdevice(), interpreted.bfloat16()
+    with pretend.driver(90, "cpu"), repairs[0], repairs[1], compat.config.patch(options):
         torch._dynamo.reset()
         try:
             yield
@@ -101,6 +105,7 @@ def cuda_code(fn: Callable, *inputs, arch: str = "sm_90") -> str:
     with one choice per operator.
     """
     from . import lowering, pretend
+    from .indexing import Indexing
 
     assert lowering
     fn, state = _with_state(fn)
@@ -109,6 +114,10 @@ def cuda_code(fn: Callable, *inputs, arch: str = "sm_90") -> str:
     rebuild = {i: _unwrap(v, plain) for i, v in enumerate(values) if isinstance(v, Tensor)}
 
     def on_plain(*tensors):
+        with Indexing():
+            return call(tensors)
+
+    def call(tensors):
         return fn(*(rebuild[i](list(tensors)) if i in rebuild else v for i, v in enumerate(values)))
 
     with pretend.cuda(capability(arch)), torch._subclasses.FakeTensorMode() as mode, torch.no_grad():
@@ -190,13 +199,15 @@ def _inspect(compiled, number: int, folder: str) -> KernelInfo:
 
     usage = tool(binaries / "cuobjdump", "-res-usage", path)
     machine = tool(binaries / "nvdisasm", path)
-    ptx = re.findall(r"((?:wgmma\.mma_async|tcgen05\.mma|\bmma)\.sync\.aligned\.m[\w.]+|tcgen05\.mma[\w.:]+)", compiled.asm["ptx"])
+    ptx = re.findall(
+        r"((?:wgmma\.mma_async|tcgen05\.mma|\bmma)\.sync\.aligned\.m[\w.]+|tcgen05\.mma[\w.:]+)", compiled.asm["ptx"]
+    )
     used = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
     return KernelInfo(
         shared_bytes=compiled.metadata.shared,
         registers=used["REG"],
         spill_bytes=used["STACK"] + used["LOCAL"],
-        instructions=tuple(sorted({*ptx, *re.findall(r"\b((?:IMMA|HMMA|IGMMA|HGMMA|UTC\w*MMA)[\w.]*)", machine)})),
+        instructions=tuple(sorted({*ptx, *re.findall(MACHINE_PRODUCT, machine)})),
         warps=compiled.metadata.num_warps,
         fits=compiled.metadata.shared <= SHARED_BYTES[family(number)],
     )

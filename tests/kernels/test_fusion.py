@@ -1,0 +1,142 @@
+"""What becomes one kernel on a GPU, counted in the code Inductor generates."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from inductor_kernels import lowering, testing
+
+from . import cases
+from .layers import OPS, conv2d, image, linear, parameters, product, quantize, tokens
+
+pytest.importorskip("triton")
+N, K = 1280, 640
+
+
+def kinds(fn, *inputs, arch="sm_90"):
+    """Kernels in order: "tem" (template), "poi" (pointwise), "red"/"per" (reduction); "call" for operators called."""
+    code = testing.cuda_code(fn, *inputs, arch=arch)
+    called = ["call"] * code.split("async_compile.wait")[1].count("= torch.ops.inductor_kernels")
+    return [name.split("_")[1] for name in testing.kernels(code)] + called
+
+
+@pytest.fixture
+def always_in_front(monkeypatch):
+    monkeypatch.setattr(lowering, "SMALL_ACTIVATION", 1 << 60)
+
+
+@pytest.mark.parametrize("bits", cases.BITS)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_quantize_product_bias_silu_residual(bits, arch, always_in_front):
+    def f(x, r, *p):
+        return F.silu(linear(x, p, bits)) + r
+
+    assert kinds(f, tokens(2, 77, K), tokens(2, 77, N), *parameters(N, K, bits), arch=arch) == ["tem"]
+
+
+@pytest.mark.parametrize("bits", cases.BITS)
+def test_convolution_time_embedding_silu_residual(bits, always_in_front):
+    def f(x, r, time, *p):
+        return F.silu(conv2d(x, p, bits) + time[:, :, None, None]) + r
+
+    inputs = image(2, 64, 16, 16), image(2, 128, 16, 16), tokens(2, 128), *parameters(128, 64, bits, (3, 3))
+    assert kinds(f, *inputs) == ["tem"]
+
+
+def test_pointwise_convolution_is_a_product(always_in_front):
+    def f(x, r, *p):
+        return conv2d(x, p, padding=0) + r
+
+    code = testing.cuda_code(f, image(2, 64, 16, 16), image(2, 128, 16, 16), *parameters(128, 64, 8, (1, 1)))
+    (source,) = testing.kernels(code).values()
+    assert "triton_tem" in source and "tap_h" not in source
+
+
+def test_norm_takes_the_quantize():
+    def f(x, w, b, *p):
+        return linear(F.layer_norm(x, (K,), w, b), p)
+
+    found = kinds(f, tokens(2, 1024, K), tokens(K), tokens(K), *parameters(N, K))
+    assert len(found) == 2 and found[0] in ("red", "per") and found[1] == "tem"
+
+
+def test_per_token_scales_come_from_the_norm():
+    def f(x, w, b, *p):
+        y = F.layer_norm(x, (K,), w, b).float()
+        row = y.abs().amax(-1).clamp(min=1e-6) / 127
+        x_q = torch.round(y / row.unsqueeze(-1)).clamp(-127, 127).to(torch.int8)
+        return product(x_q, p, rows=row)
+
+    found = kinds(f, tokens(2, 1024, K), tokens(K), tokens(K), *parameters(N, K))
+    assert len(found) == 2 and found[1] == "tem"
+
+
+def test_query_key_and_value_share_one_quantize():
+    def f(x, *p):
+        x_q = quantize(x, p[6], p[4])
+        return [product(x_q, q) for q in (p[:7], p[7:14], p[14:])]
+
+    found = kinds(f, tokens(2, 1024, K), *(parameters(K, K) * 3))
+    assert found.count("poi") == 1 and len(found) <= 4
+
+
+def test_geglu_takes_the_next_quantize():
+    """ff.net.0 -> value * gelu(gate) -> quantize -> ff.net.2: the middle is one pointwise kernel writing codes."""
+
+    def f(x_q, *p):
+        value, gate = product(x_q, p[:7]).chunk(2, -1)
+        return linear(value * F.gelu(gate), p[7:])
+
+    inputs = tokens(2, 1024, K, dtype=torch.int8), *parameters(8 * K, K), *parameters(K, 4 * K)
+    assert kinds(f, *inputs) == ["tem", "poi", "tem"]
+
+
+def test_product_hands_codes_to_the_next():
+    def f(x_q, *p):
+        return linear(F.silu(product(x_q, p[:7])), p[7:], 4)
+
+    inputs = tokens(2, 1024, K, dtype=torch.int8), *parameters(N, K), *parameters(K, N, 4)
+    assert kinds(f, *inputs) == ["tem", "tem"]
+
+
+def test_large_quantize_stays_in_front_of_many_columns():
+    assert kinds(lambda x, *p: linear(x, p), tokens(4096, K), *parameters(N, K)) == ["poi", "tem"]
+
+
+def test_residual_block_of_convolutions():
+    """norm-free core of a ResNet block: conv, time embedding, SiLU, conv, shortcut."""
+
+    def f(x, time, *p):
+        h = F.silu(conv2d(F.silu(x), p[:7]) + time[:, :, None, None])
+        return conv2d(h, p[7:14]) + conv2d(x, p[14:], padding=0)
+
+    first, second, shortcut = (parameters(128, k, 8, s) for k, s in ((64, (3, 3)), (128, (3, 3)), (64, (1, 1))))
+    found = kinds(f, image(2, 64, 32, 32), tokens(2, 128), *first, *second, *shortcut)
+    assert found.count("tem") == 3 and len(found) <= 5, found
+
+
+@pytest.mark.parametrize("bits", cases.BITS)
+def test_weight_only(bits):
+    def f(x, *p):
+        return F.gelu(OPS.linear_weight_only(x, *p[:2], p[3], p[5], bits))
+
+    assert kinds(f, tokens(2, 77, K), *parameters(N, K, bits)) == ["tem"]
+
+
+def test_what_cannot_be_generated_is_called(caplog):
+    def grouped(x, *p):
+        return OPS.conv2d(x, *p[:6], 8, [1, 1], [1, 1], [1, 1], 2, torch.float16)
+
+    lowering._note.cache_clear()
+    x = torch.zeros(1, 8, 8, 8, dtype=torch.int8)
+    for _ in range(2):
+        assert kinds(grouped, x, *parameters(8, 4, 8, (3, 3))) == ["call"]
+    assert [r.message for r in caplog.records if "inductor_kernels" in r.name].count(
+        "inductor_kernels: no kernel is generated (grouped convolution); the operator is called instead"
+    ) == 1
+
+
+def test_modules_and_subclasses_are_opened():
+    """A module's state becomes inputs of the code."""
+    code = testing.cuda_code(torch.nn.Linear(16, 8), torch.zeros(4, 16))
+    assert "addmm" in code and "cuda" in code
