@@ -5,7 +5,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-ACROSS, SCALE, TEXT = 4, 3, 44  # pictures in a row, their enlargement, pixels for a caption
+ACROSS, SCALE, TEXT = 4, 2, 52  # pictures in a row, their enlargement, pixels for a caption
 
 
 def save_grid(images: Tensor, captions: list[str], path: Path) -> None:
@@ -17,11 +17,11 @@ def save_grid(images: Tensor, captions: list[str], path: Path) -> None:
     draw = ImageDraw.Draw(sheet)
     for i, text in enumerate(captions):
         x, y = i % ACROSS * (versions * side + 12), i // ACROSS * (side + TEXT)
-        draw.text((x + 2, y + 2), _wrap(text, versions * side // 7), fill="black", font_size=13)
+        draw.text((x + 2, y + 2), _wrap(text, versions * side // 6), fill="black", font_size=11)
         for v in range(versions):
             tile = Image.fromarray(pixels[v * len(captions) + i]).resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(tile, (x + v * side, y + TEXT - 4))
-    sheet.quantize(128).save(path, optimize=True)
+    sheet.save(path, optimize=True)
 
 
 def _wrap(text: str, width: int) -> str:
