@@ -36,10 +36,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
-def parser() -> Parser:
-    common = argparse.ArgumentParser(add_help=False)
+def parser() -> argparse.ArgumentParser:
+    common = Parser(add_help=False)
     common.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help="show errors in full")
-    top = Parser(
+    top: argparse.ArgumentParser = Parser(
         prog="mixdq",
         description="Mixed-precision quantization of few-step diffusion models.",
         epilog=STEPS,

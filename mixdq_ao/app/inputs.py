@@ -50,7 +50,7 @@ def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = N
             f"{name}: is no pipeline, expected a directory with a model_index.json or a name like org/model"
         )
     import torch
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     from .quiet import silence_loading_bars
 

@@ -103,9 +103,9 @@ def _cpu_speed(facts: Facts) -> str:
         return f"CPU: int8 is faster than float32 here: oneDNN multiplies 8-bit integers with {unit}."
     if routes["4-bit weights"] == "onednn-int8":
         return (
-            "CPU: this processor has neither VNNI nor AMX, so its 8-bit products would overflow 16 bits. Layers with 4- "
-            "and 2-bit weights still run as integers, exactly; most with 8-bit weights run in float32 on the integer "
-            "codes: right to the last bit and small in memory, but not faster than float32."
+            "CPU: this processor has neither VNNI nor AMX, so its 8-bit products would overflow 16 bits. Layers with "
+            "4- and 2-bit weights still run as integers, exactly; most with 8-bit weights run in float32 on the "
+            "integer codes: right to the last bit and small in memory, but not faster than float32."
         )
     if None in routes.values():
         return "CPU: the inductor_kernels package is missing, so quantized layers run the slow reference formula."

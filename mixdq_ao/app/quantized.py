@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixdq_ao import bos_aware, mixdq_config, quantize_
 from mixdq_ao.models.pipelines import denoiser
@@ -15,7 +15,7 @@ from mixdq_ao.plan import Plan
 
 
 def apply_plan(pipe: Any, plan: Plan) -> None:
-    """Quantizes the denoiser of ``pipe`` in place; its text encoders vouch for their BOS row where the plan needs it."""
+    """Quantizes the denoiser of ``pipe`` in place; its text encoders check their BOS row where the plan needs it."""
     quantize_(denoiser(pipe), mixdq_config(plan))
     if any(layer.bos for layer in plan.layers.values()):
         bos_aware(pipe)
@@ -26,24 +26,6 @@ def compile_denoiser(pipe: Any) -> None:
     model = denoiser(pipe)
     name = next(n for n in ("unet", "transformer") if getattr(pipe, n, None) is model)
     setattr(pipe, name, torch.compile(model, fullgraph=True))
-
-
-def held_bytes(model: nn.Module) -> int:
-    """Bytes of every tensor a model's parameters and buffers hold, each storage once."""
-    sizes: dict[int, int] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        for part in plain_tensors(tensor):
-            storage = part.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-    return sum(sizes.values())
-
-
-def plain_tensors(tensor: Tensor) -> list[Tensor]:
-    """The ordinary tensors a tensor is made of: itself, or what a subclass holds."""
-    flatten = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is None:
-        return [tensor]
-    return [part for name in flatten()[0] for part in plain_tensors(getattr(tensor, name))]
 
 
 def save_png(image: Tensor, directory: Path, number: int, prompt: str) -> Path:

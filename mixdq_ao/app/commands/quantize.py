@@ -25,7 +25,8 @@ def run(args: argparse.Namespace) -> None:
     pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
     from mixdq_ao.models.pipelines import denoiser
 
-    from ..quantized import apply_plan, held_bytes
+    from ..measure import held_bytes
+    from ..quantized import apply_plan
 
     model = denoiser(pipe)
     plan.validate(model)

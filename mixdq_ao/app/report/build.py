@@ -50,9 +50,9 @@ def render(inputs: Inputs) -> str:
         "layers": layers_section(inputs),
         "environment": environment_section(inputs.environment),
     }
-    here = files(__package__)
+    here = files("mixdq_ao.app.report")
     return Template((here / "page.html").read_text(encoding="utf-8")).substitute(
-        css=(here / "page.css").read_text(encoding="utf-8") + plan_css(len(inputs.plans)),
+        css=(here / "page.css").read_text(encoding="utf-8") + plan_css(inputs.plans),
         js=(here / "page.js").read_text(encoding="utf-8"),
         lede=tag("p", _lede(inputs), class_="lede"),
         links=join(*(tag("a", LINKS[name], href=f"#{name}") for name, html in sections.items() if html)),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import MixDQError
-from .html import Html, section, tag
+from .html import Html, join, section, tag
 from .names import describe, label
 
 if TYPE_CHECKING:
@@ -21,24 +21,25 @@ LARGEST = 256  # pixels a cell is shown at; bigger ones are scaled down so that 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Pictures as data URIs: ``cells[row][column]``."""
+    """Pictures as data URIs: ``cells[row][column]``; or ``whole``, where the file does not say where the cells are."""
 
     columns: tuple[str, ...]
     rows: tuple[str, ...]
-    cells: tuple[tuple[str, ...], ...]
+    cells: tuple[tuple[str, ...], ...] = ()
+    whole: str | None = None
 
 
 def read_grid(path: Path, document: Mapping[str, Any] | None) -> Grid | None:
-    """The grid, or None unless both files are there. ``document``: {"columns": names, "rows": captions, "gap": pixels}.
+    """The grid, or None unless both files are there.
 
-    Raises MixDQError when the picture cannot be read or does not divide into the cells.
+    ``document``: {"columns": names, "rows": captions, "cell": [width, height], "origin": [x, y], "gap": pixels}.
+    Without "cell" the picture is shown in one piece.
+
+    Raises MixDQError when the picture cannot be read or is smaller than its cells.
     """
     if document is None or not path.exists():
         return None
     columns, rows = (_texts(path, document, key) for key in ("columns", "rows"))
-    gap = document.get("gap", 0)
-    if type(gap) is not int or gap < 0:
-        raise MixDQError(f"{path.with_suffix('.json')}: gap is {gap!r}, expected pixels between the cells")
     from PIL import Image
 
     try:
@@ -46,16 +47,19 @@ def read_grid(path: Path, document: Mapping[str, Any] | None) -> Grid | None:
             picture = file.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise MixDQError(f"{path}: cannot be read as a picture: {e}") from e
-    cell = [(extent + gap) / len(names) - gap for extent, names in zip(picture.size, (columns, rows), strict=True)]
-    if any(side < 1 or side != int(side) for side in cell):
+    if document.get("cell") is None:
+        return Grid(columns, rows, whole=_uri(picture))
+    (width, height), (left, top) = _pixels(path, document, "cell"), _pixels(path, document, "origin")
+    across, down = (v + _pixels(path, document, "gap")[0] for v in (width, height))
+    corners = [[(left + c * across, top + r * down) for c in range(len(columns))] for r in range(len(rows))]
+    x, y = corners[-1][-1]
+    if x + width > picture.width or y + height > picture.height or not width or not height:
         raise MixDQError(
             f"{path}: is {picture.width}x{picture.height} pixels, expected {len(columns)} columns and {len(rows)} rows "
-            f"of equal size, {gap} pixels apart"
+            f"of {width}x{height} from ({left}, {top})"
         )
-    width, height = int(cell[0]), int(cell[1])
-    corners = [[(c * (width + gap), r * (height + gap)) for c in range(len(columns))] for r in range(len(rows))]
-    cells = tuple(tuple(_uri(picture.crop((x, y, x + width, y + height))) for x, y in row) for row in corners)
-    return Grid(columns, rows, cells)
+    crops = [[picture.crop((x, y, x + width, y + height)) for x, y in row] for row in corners]
+    return Grid(columns, rows, tuple(tuple(_uri(crop, LARGEST) for crop in row) for row in crops))
 
 
 def _texts(path: Path, document: Mapping[str, Any], key: str) -> tuple[str, ...]:
@@ -65,8 +69,18 @@ def _texts(path: Path, document: Mapping[str, Any], key: str) -> tuple[str, ...]
     return tuple(values)
 
 
-def _uri(picture: Image) -> str:
-    picture.thumbnail((LARGEST, LARGEST))
+def _pixels(path: Path, document: Mapping[str, Any], key: str) -> tuple[int, int]:
+    """[x, y] or one number for both; 0 where the file says nothing."""
+    value = document.get(key, 0)
+    pair = value if isinstance(value, list) else [value, value]
+    if len(pair) != 2 or not all(type(v) is int and v >= 0 for v in pair):
+        raise MixDQError(f"{path.with_suffix('.json')}: {key} is {value!r:.60}, expected whole pixels")
+    return pair[0], pair[1]
+
+
+def _uri(picture: Image, largest: int | None = None) -> str:
+    if largest is not None:
+        picture.thumbnail((largest, largest))
     data = io.BytesIO()
     picture.save(data, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
@@ -76,25 +90,29 @@ def grid_section(grid: Grid | None) -> Html:
     """Captions down, variants across."""
     if grid is None:
         return Html()
+    shown = _whole(grid) if grid.whole else _table(grid)
+    intro = "Each row is one caption, drawn from the same noise by every variant."
+    return section("pictures", "Pictures", tag("p", intro), shown)
+
+
+def _table(grid: Grid) -> Html:
     head = [tag("th", label(name), scope="col", title=describe(name)) for name in grid.columns]
-    return section(
-        "pictures",
-        "Pictures",
-        tag("p", "Each row is one caption, drawn from the same noise by every variant."),
-        tag(
-            "div",
-            tag(
-                "table",
-                tag("thead", tag("tr", tag("th", "Caption", scope="col"), head)),
-                tag("tbody", (_row(grid, i) for i in range(len(grid.rows)))),
-                class_="pictures",
-            ),
-            class_="scroll",
-            tabindex="0",
-            role="region",
-            aria_label="Pictures",
-        ),
+    table = tag(
+        "table",
+        tag("thead", tag("tr", tag("th", "Caption", scope="col"), head)),
+        tag("tbody", (_row(grid, i) for i in range(len(grid.rows)))),
+        class_="pictures",
     )
+    return tag("div", table, class_="scroll", tabindex="0", role="region", aria_label="Pictures")
+
+
+def _whole(grid: Grid) -> Html:
+    """The picture in one piece, what its columns and rows are as text below it."""
+    alt = f"{len(grid.rows)} captions down, {len(grid.columns)} variants across"
+    picture = tag("img", src=grid.whole, alt=alt, class_="whole")
+    columns = "Columns: " + ", ".join(label(name) for name in grid.columns) + ". Rows:"
+    box = tag("div", picture, class_="scroll", tabindex="0", role="region", aria_label="Pictures")
+    return join(box, tag("p", columns), tag("ol", (tag("li", caption) for caption in grid.rows)))
 
 
 def _row(grid: Grid, i: int) -> Html:

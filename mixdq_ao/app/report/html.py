@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
-VOID = frozenset({"img", "input", "br", "wbr", "circle", "rect", "line", "path", "polygon"})
+VOID = frozenset({"img", "input", "br", "wbr"})
 
 
 class Html(str):
@@ -20,8 +20,8 @@ def join(*children: Child) -> Html:
     return Html("".join(_render(child) for child in children))
 
 
-def tag(name: str, *children: Child, **attributes: object) -> Html:
-    """One element. ``class_`` is class, ``data_sort`` data-sort; None or False leaves an attribute out, True is bare."""
+def tag(name: str, /, *children: Child, **attributes: object) -> Html:
+    """One element. ``class_`` is class, ``data_sort`` data-sort; None and False leave an attribute out."""
     start = f"<{name}{''.join(_attribute(n, v) for n, v in attributes.items())}>"
     return Html(start if name in VOID else f"{start}{join(*children)}</{name}>")
 

@@ -51,6 +51,7 @@ class Inputs:
     variants: Mapping[str, Figures] = field(default_factory=dict)
     one_step: Mapping[str, Figures] = field(default_factory=dict)
     ablation: Mapping[str, Figures] = field(default_factory=dict)
+    ablation_one_step: Mapping[str, Figures] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     sensitivity: Sensitivity | None = None
     plans: Mapping[str, Plan] = field(default_factory=dict)
@@ -68,6 +69,7 @@ def read_inputs(directory: Path) -> Inputs:
         variants=_figures(where, results, "variants"),
         one_step=_figures(where, results, "variants_1_step"),
         ablation=_figures(where, results, "ablation"),
+        ablation_one_step=_figures(where, results, "ablation_1_step"),
         environment=_object(where, results, "environment"),
         sensitivity=_optional(directory / "sensitivity.json", Sensitivity.load, None),
         plans={path.stem: Plan.load(path) for path in sorted(directory.glob("plan_*.json"), key=plan_order)},

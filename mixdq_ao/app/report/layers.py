@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ...plan import LayerPlan, Plan
-from ...search.sensitivity import LayerSensitivity
-from .html import Html, breakable, join, section, tag
+from .html import Html, section, tag
 from .inputs import Inputs
-from .names import block_of, block_rank, plan_label
-from .reasons import Reasons, score
-from .strip import scales, strip
+from .names import anchor, block_of, block_rank, plan_label
+from .reasons import score
+from .sensitivity import sensitivity_table
 
 BITS = (2, 4, 8, 16)
-NONE = LayerPlan()
 
 
 def layers_section(inputs: Inputs) -> Html:
@@ -24,23 +22,35 @@ def layers_section(inputs: Inputs) -> Html:
     return section(
         "layers",
         "Layer by layer",
-        _switch(list(inputs.plans)) if inputs.plans else None,
+        _switch(inputs.plans) if inputs.plans else None,
         tag("h3", "Bits per layer") if maps else None,
         maps,
-        _table(inputs),
+        sensitivity_table(inputs),
     )
 
 
-def plan_css(count: int) -> str:
-    """Shows what belongs to the chosen plan, without a script; the first one in browsers that cannot."""
-    rules = [f"body:has(#plan-{k}:checked) .p{k}{{display:revert}}" for k in range(count)]
-    return "\n".join([".plan{display:none}", *rules, "@supports not selector(:has(a)){.p0{display:revert}}"])
+def plan_css(plans: Mapping[str, Plan]) -> str:
+    """Shows what belongs to the chosen plan, without a script; the first choice in browsers that cannot."""
+    rules = [f"body:has(#plan-{k}:checked) .p{k}{{display:revert}}" for k in range(len(plans))]
+    fallback = f"@supports not selector(:has(a)){{.p{_first(plans)}{{display:revert}}}}"
+    return "\n".join([".plan{display:none}", *rules, fallback])
 
 
-def _switch(names: list[str]) -> Html:
+def _first(plans: Mapping[str, Plan]) -> int:
+    """The plan to show first: one that really mixes bit widths."""
+    mixed = (k for k, plan in enumerate(plans.values()) if len(_widths(plan)) > 1)
+    return next(mixed, 0)
+
+
+def _widths(plan: Plan) -> set[int]:
+    return {layer.weight_bits for layer in plan.layers.values()} - {16}
+
+
+def _switch(plans: Mapping[str, Plan]) -> Html:
+    first = _first(plans)
     choices = [
-        tag("label", tag("input", type="radio", name="plan", id=f"plan-{k}", checked=k == 0), plan_label(name))
-        for k, name in enumerate(names)
+        tag("label", tag("input", type="radio", name="plan", id=f"plan-{k}", checked=k == first), plan_label(name))
+        for k, name in enumerate(plans)
     ]
     return tag("fieldset", tag("legend", "Plan"), choices, class_="switch")
 
@@ -92,83 +102,3 @@ def _cell(inputs: Inputs, name: str, layer: LayerPlan) -> Html:
     classes = f"cell b{layer.weight_bits} a{layer.act_bits}"
     target = f"#{anchor(name)}" if measured else None
     return tag("a" if target else "span", str(layer.weight_bits), href=target, class_=classes, title=hint)
-
-
-def anchor(name: str) -> str:
-    return "layer-" + "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
-
-
-def _table(inputs: Inputs) -> Html:
-    if inputs.sensitivity is None:
-        return Html()
-    layers, reasons = inputs.sensitivity.layers, Reasons(inputs.sensitivity)
-    weight_bits = [b for b in BITS if any(b in v.weight_scores for v in layers.values())]
-    act_bits = [b for b in BITS if any(b in v.act_scores for v in layers.values())]
-    columns = [
-        "Layer",
-        "Group",
-        "Weights",
-        *(f"W{b}" for b in weight_bits),
-        *(f"A{b}" for b in act_bits),
-        "Harm ← → none",
-    ]
-    columns += ["Bits", "Why"] if inputs.plans else []
-    ranges = scales(layers)
-    body = []
-    for number, (name, layer) in enumerate(layers.items()):
-        cells = [_score(layer, layer.weight_scores.get(b)) for b in weight_bits]
-        cells += [_score(layer, layer.act_scores.get(b)) for b in act_bits]
-        cells.append(tag("td", strip(layer, ranges.get(layer.group))))
-        cells += _chosen(name, inputs.plans, reasons) if inputs.plans else []
-        size_cell = tag("td", f"{layer.weight_size:,}".replace(",", "\u2009"), data_sort=layer.weight_size)
-        head = tag("th", breakable(name), scope="row", data_sort=number)
-        body.append(tag("tr", head, tag("td", layer.group), size_cell, cells, id=anchor(name)))
-    header = tag(
-        "thead",
-        tag("tr", (tag("th", c, scope="col", data_sortable=c not in columns[-3:-2] + ["Why"]) for c in columns)),
-    )
-    table = tag("table", header, tag("tbody", body), class_="layers", id="layer-table")
-    return join(
-        tag("h3", "Sensitivity of each layer"),
-        tag("p", _EXPLAIN),
-        _CONTROLS,
-        tag("div", table, class_="scroll tall", tabindex="0", role="region", aria_label="Sensitivity of each layer"),
-    )
-
-
-_EXPLAIN = (
-    "One layer at a time was rounded, its weight (W) or its input (A), with everything else in full precision. Content "
-    "layers are judged by the SSIM of the pictures, quality layers by the signal-to-noise ratio of the model's output in "
-    "dB; higher is less sensitive. A dot's colour is its bits, as above; the scale is shared within a group."
-)
-_CONTROLS = tag(
-    "p",
-    tag("label", "Find ", tag("input", type="search", id="find", placeholder="attn2.to_k")),
-    tag("label", "Group ", tag("select", (tag("option", g, value=v) for g, v in (("all", ""), ("content", "content"), ("quality", "quality"))), id="group")),
-    tag("span", "", id="shown", role="status"),
-    class_="controls",
-    hidden=True,
-)  # fmt: skip
-
-
-def _score(layer: LayerSensitivity, value: float | None) -> Html:
-    if value is None:
-        return tag("td", "–")
-    text = f"{value:.4f}" if layer.group == "content" else f"{value:.1f}"
-    return tag("td", text, data_sort=value)
-
-
-def _chosen(name: str, plans: Mapping[str, Plan], reasons: Reasons) -> list[Html]:
-    bits, why = [], []
-    for k, plan in enumerate(plans.values()):
-        layer = plan.layers.get(name, NONE)
-        bits.append(
-            tag(
-                "span",
-                tag("b", str(layer.weight_bits), class_=f"cell b{layer.weight_bits} a{layer.act_bits}"),
-                class_=f"plan p{k}",
-                data_sort=layer.weight_bits,
-            )
-        )
-        why.append(tag("span", reasons.weight(name, layer), class_=f"plan p{k}"))
-    return [tag("td", bits), tag("td", why, class_="why")]

@@ -9,12 +9,15 @@ from pathlib import Path
 KNOWN = {
     "fp32": ("Full precision", "32-bit floating point, the reference"),
     "naive_w8a8": ("Naive W8A8", "every layer 8 bit, one range for everything, BOS inside"),
-    "bos_w8a8": ("BOS-aware W8A8", "the same, with the first text token kept apart"),
-    "mixdq_w8a8": ("MixDQ W8A8", "BOS apart, shortcuts split, bits chosen per layer"),
+    "bos_w8a8": ("BOS-aware W8A8", "the first text token apart, shortcuts split"),
+    "mixdq_w8a8": ("MixDQ W8A8", "also keeps the most sensitive layers at 16 bits"),
     "naive_w4a8": ("Naive W4A8", "4-bit weights everywhere, BOS inside"),
     "bos_w4a8": ("BOS-aware W4A8", "4-bit weights everywhere, BOS apart"),
     "mixdq_w4a8": ("MixDQ W4A8", "4 bits per weight on average, chosen per layer"),
     "mixdq_w3a8": ("MixDQ W3A8", "3 bits per weight on average, chosen per layer"),
+    "additive_w4a8": ("Least summed error", "W4A8, all layers by the error power of the model's output"),
+    "decoupled_w4a8": ("Decoupled metrics", "W4A8 as published: SSIM for content, SQNR for quality layers"),
+    "sqnr_w4a8": ("SQNR for all layers", "W4A8, every layer by the SQNR of the model's output"),
 }
 OBJECTIVES = {
     "additive": "least summed error",
@@ -61,11 +64,11 @@ def block_rank(block: str) -> int:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    return MISSING if value is None else f"{100 * value:.{digits}f} %"
+    return MISSING if value is None else f"{100 * value:.{digits}f}\u00a0%"
 
 
 def decibel(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.1f} dB"
+    return MISSING if value is None else f"{value:.1f}\u00a0dB"
 
 
 def number(value: float | None, digits: int) -> str:
@@ -85,11 +88,16 @@ def size(count: float | None) -> str:
         return MISSING
     for unit, step in (("MiB", 2**20), ("KiB", 2**10)):
         if abs(count) >= step:
-            return f"{count / step:.2f} {unit}" if count < 10 * step else f"{count / step:.1f} {unit}"
-    return f"{count:.0f} B"
+            return f"{count / step:.2f}\u00a0{unit}" if count < 10 * step else f"{count / step:.1f}\u00a0{unit}"
+    return f"{count:.0f}\u00a0B"
 
 
 def ordinal(value: int) -> str:
     """1st, 2nd, 3rd, 4th, ... 11th, 12th, 13th."""
     suffix = "th" if 10 <= value % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(value % 10, "th")
     return f"{value}{suffix}"
+
+
+def anchor(name: str) -> str:
+    """The id of a layer's row."""
+    return "layer-" + "".join(c if c.isalnum() or c in "._-" else "_" for c in name)

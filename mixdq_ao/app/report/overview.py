@@ -13,8 +13,9 @@ from .verdict import cards
 CHAINS = {8: ("naive_w8a8", "bos_w8a8", "mixdq_w8a8"), 4: ("naive_w4a8", "bos_w4a8", "mixdq_w4a8")}
 STEPS = ("one range for everything", "+ BOS apart", "+ bits chosen per layer")
 NOTE = (
-    "Best of the quantized variants in bold. Activations of 4 bits, where a plan has them, use 16 levels of an 8-bit "
-    "container: they cost quality and save no time on current hardware."
+    "Best of the quantized variants in bold; a greyed one no longer draws what was asked and does not count. "
+    "Activations of 4 bits, where a plan has them, use 16 levels of an 8-bit container: they cost quality and save no "
+    "time on current hardware."
 )
 
 
@@ -23,15 +24,21 @@ def overview(inputs: Inputs) -> Html:
     variants = inputs.variants or inputs.one_step
     if not variants:
         return Html()
-    more = inputs.one_step if inputs.variants and inputs.one_step else None
     return tag(
         "section",
         cards(variants),
         figures_table(variants, "Measured, four steps" if inputs.variants else "Measured, one step"),
         tag("p", NOTE, class_="note"),
-        more and tag("details", tag("summary", "The same in one step"), figures_table(more, "Measured, one step")),
+        _folded(inputs.one_step if inputs.variants else {}),
         id="results",
     )
+
+
+def _folded(figures: Mapping[str, Figures]) -> Html | None:
+    """The same table for one step, closed until asked for."""
+    if not figures:
+        return None
+    return tag("details", tag("summary", "The same in one step"), figures_table(figures, "Measured, one step"))
 
 
 def ablation(inputs: Inputs) -> Html:
@@ -49,7 +56,7 @@ def ablation(inputs: Inputs) -> Html:
         "ablation",
         "What each ingredient brings",
         tag("div", chains, class_="chains") if chains else None,
-        join(why, table) if table else None,
+        join(why, table, _folded(inputs.ablation_one_step)) if table else None,
     )
 
 

@@ -35,6 +35,7 @@ COLUMNS = (
     Column("speedup", "Speed", 1, lambda v: "–" if v is None else f"{v:.2f}×", "against compiled fp32, same process"),
 )
 REFERENCE = "fp32"
+FAILED = 0.5  # agreement, as a share of the reference's, below which a variant no longer draws what was asked
 
 
 def figures_table(variants: Mapping[str, Figures], caption: str) -> Html:
@@ -47,7 +48,8 @@ def figures_table(variants: Mapping[str, Figures], caption: str) -> Html:
     for name, figures in variants.items():
         cells = [_cell(c, figures, name in best[c.key], reference) for c in columns]
         words = tag("th", tag("b", label(name)), tag("small", describe(name)), scope="row")
-        body.append(tag("tr", words, cells, class_="reference" if name == REFERENCE else None))
+        state = "reference" if name == REFERENCE else "failed" if failed(variants, name) else None
+        body.append(tag("tr", words, cells, class_=state))
     table = tag(
         "table",
         tag("caption", caption),
@@ -58,9 +60,16 @@ def figures_table(variants: Mapping[str, Figures], caption: str) -> Html:
     return tag("div", table, class_="scroll", tabindex="0", role="region", aria_label=caption)
 
 
+def failed(variants: Mapping[str, Figures], name: str) -> bool:
+    """Whether a variant agrees with its captions less than half as often as the reference does."""
+    own, reference = variants[name].agreement, variants.get(REFERENCE, Figures()).agreement
+    return own is not None and own < FAILED * (1.0 if reference is None else reference)
+
+
 def best_names(variants: Mapping[str, Figures], column: Column) -> set[str]:
-    """The best quantized variants of a column, as displayed: none where they all read the same."""
-    values = {n: getattr(v, column.key) for n, v in variants.items() if n != REFERENCE}
+    """The best working quantized variants of a column, as displayed: none where they all read the same."""
+    names = [n for n in variants if n != REFERENCE and not failed(variants, n)]
+    values = {n: getattr(variants[n], column.key) for n in names}
     known = {n: v for n, v in values.items() if v is not None}
     if not column.better or len({column.show(v) for v in known.values()}) < 2:
         return set()

@@ -15,10 +15,11 @@ WITHIN = 0.01  # one point of agreement
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A card: what it is about, one big figure, one sentence. ``tone``: "good", "bad" or "plain"."""
+    """A card: what it is about, one big figure and its name, some sentences. ``tone``: "good", "bad" or "plain"."""
 
     title: str
     figure: str
+    unit: str
     text: str
     tone: str
 
@@ -43,19 +44,18 @@ def _naive(full: Figures, naive: Figures | None) -> Verdict | None:
     broken = full.agreement is not None and naive.agreement < full.agreement - WITHIN
     start = "Rounding every layer to 8 bits breaks the pipeline" if naive.agreement <= 0.5 else "Every layer at 8 bits"
     text = f"{start}: {percent(naive.agreement)} of the pictures show what their caption says{before}."
-    return Verdict("Naive 8 bit", percent(naive.agreement), text, "bad" if broken else "plain")
+    return Verdict("Naive 8 bit", percent(naive.agreement), "agreement", text, "bad" if broken else "plain")
 
 
 def _bos(naive: Figures | None, bos: Figures | None) -> Verdict | None:
     if naive is None or bos is None or bos.agreement is None:
         return None
-    text = "Keeping the first text token (BOS) in full precision, and nothing else, "
     gained = naive.agreement is not None and bos.agreement > naive.agreement + WITHIN
-    text += "brings agreement to " if gained else "leaves agreement at "
-    text += percent(bos.agreement)
+    verb = "brings agreement to" if gained else "leaves agreement at"
+    text = f"Keeping the first text token (BOS) apart, with 8 bits still everywhere, {verb} {percent(bos.agreement)}"
     if naive.psnr is not None and bos.psnr is not None:
         text += f" and moves the pictures from {decibel(naive.psnr)} to {decibel(bos.psnr)} PSNR"
-    return Verdict("BOS apart", percent(bos.agreement), text + ".", "good" if gained else "plain")
+    return Verdict("BOS apart", percent(bos.agreement), "agreement", text + ".", "good" if gained else "plain")
 
 
 def _mixed(title: str, full: Figures, mixed: Figures | None, uniform: Figures | None) -> Verdict | None:
@@ -65,18 +65,17 @@ def _mixed(title: str, full: Figures, mixed: Figures | None, uniform: Figures | 
     if not parts:
         return None
     close = full.agreement is not None and mixed.agreement is not None and mixed.agreement >= full.agreement - WITHIN
-    figure = decibel(mixed.psnr) if mixed.psnr is not None else percent(mixed.agreement)
-    return Verdict(title, figure, " ".join(parts), "good" if close else "plain")
+    figure, unit = (percent(mixed.agreement), "agreement") if mixed.psnr is None else (decibel(mixed.psnr), "PSNR")
+    return Verdict(title, figure, unit, " ".join(parts), "good" if close else "plain")
 
 
 def _quality(full: Figures, mixed: Figures) -> str | None:
     if mixed.agreement is None or full.agreement is None:
         return None
-    points = 100 * (full.agreement - mixed.agreement)
-    if abs(points) < 0.05:
-        distance = "the same as full precision"
-    else:
-        distance = f"{abs(points):.1f} point{'' if f'{abs(points):.1f}' == '1.0' else 's'} {'below' if points > 0 else 'above'} full precision"
+    points = f"{abs(100 * (full.agreement - mixed.agreement)):.1f}"
+    side = "below" if mixed.agreement < full.agreement else "above"
+    noun = "point" if points == "1.0" else "points"
+    distance = "the same as full precision" if points == "0.0" else f"{points} {noun} {side} full precision"
     return f"Agreement is {percent(mixed.agreement)}, {distance}."
 
 
@@ -103,17 +102,9 @@ def cards(variants: Mapping[str, Figures]) -> Html | None:
     found = verdicts(variants)
     if not found:
         return None
-    return tag(
-        "div",
-        (
-            tag(
-                "div",
-                tag("h3", v.title),
-                tag("p", v.figure, class_="figure"),
-                tag("p", v.text),
-                class_=f"card {v.tone}",
-            )
-            for v in found
-        ),
-        class_="cards",
-    )
+    return tag("div", (_card(v) for v in found), class_="cards")
+
+
+def _card(v: Verdict) -> Html:
+    figure = tag("p", v.figure, tag("small", " ", v.unit), class_="figure")
+    return tag("div", tag("h3", v.title), figure, tag("p", v.text), class_=f"card {v.tone}")
