@@ -1,5 +1,7 @@
 """The stages of training, in order; each reads what earlier ones wrote to a folder, and adds its part."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +92,7 @@ def outlier_stage(out: Path, report: Report) -> dict:
         add_watermarker=False,
     )
     pipe.to(torch.float16).save_pretrained(out / "pipeline")
+    _tidy(out)
     report(1, 1, str(out / "pipeline"))
     return {}
 
@@ -106,6 +109,17 @@ STAGES: dict[str, Callable[[Path, Report], dict]] = {
 }
 # the stages of a group run at once
 GROUPS = (("tokenizer",), ("text", "scorer"), ("vae",), ("cache",), ("unet",), ("decoder",), ("outlier",))
+
+
+def _tidy(out: Path) -> None:
+    """Drops the paths of this machine from the configs, and adds the tokenizers' older files, as SDXL has them."""
+    for path in (out / "pipeline").rglob("config.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
+    for name in ("tokenizer", "tokenizer_2"):
+        for file in ("vocab.json", "merges.txt"):
+            shutil.copy(out / "parts" / name / file, out / "pipeline" / name / file)
 
 
 def _tokenizer(out: Path) -> CLIPTokenizer:
