@@ -18,7 +18,7 @@ from ..plan import LayerPlan
 from ..progress import progress
 from .calibrate import calibrate
 from .calibration import Calibration
-from .sensitivity import LayerSensitivity, Sensitivity
+from .sensitivity import LayerSensitivity, Sensitivity, sqnr_from_error
 from .store import Store, fingerprint
 from .trial import Trials
 
@@ -51,7 +51,7 @@ def analyze(
     prompts: Sequence[str],
     *,
     store: str | os.PathLike[str] | None = None,
-    method: Literal["one_at_a_time"] = "one_at_a_time",
+    method: Literal["one_at_a_time", "probe"] = "one_at_a_time",
     calibration: Calibration | None = None,
     steps: int = 1,
     weight_bits: Sequence[int] = (2, 4, 8),
@@ -61,6 +61,9 @@ def analyze(
     batch_size: int = 16,
     rule: GroupRule = group_of,
     replay: bool = True,
+    probes: int | None = None,
+    precision: float = 0.995,
+    budget: int = 4 << 30,
 ) -> Sensitivity:
     """How much each layer suffers from each bit width, judged by its group's metric.
 
@@ -72,26 +75,35 @@ def analyze(
         pipe: a diffusers pipeline in full precision.
         prompts: texts; 16 to 32 give a stable ranking.
         store: a file that results are appended to after each evaluation; the same call continues from it.
-        method: "one_at_a_time".
+        method: "one_at_a_time", or "probe": estimated to first order from a few backward passes, a hundred times
+            faster; content layers then score in dB of the pictures (see ``probe_sensitivity``).
         calibration: ranges of the activations; calibrated on the same prompts and steps when None.
         steps, guidance_scale, seed, batch_size: see Sampling.
         rule: layer name -> "content" or "quality".
         replay: compute only what follows the changed layer (False: run everything every time).
+        probes, precision: of method "probe" (see ``probe_sensitivity``).
+        budget: bytes of intermediate results kept between runs or probes.
 
     Raises:
         SensitivityError: the store cannot be used. MixDQError: prompts are empty.
     """
-    if method != "one_at_a_time":
-        raise MixDQError(f"method is {method!r}, expected 'one_at_a_time'")
+    if method not in ("one_at_a_time", "probe"):
+        raise MixDQError(f"method is {method!r}, expected 'one_at_a_time' or 'probe'")
     prompts = check_prompts(prompts)
     sampling = Sampling(steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size)
     if calibration is None:
         calibration = calibrate(
             pipe, prompts, steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size
         )
-    settings = {"prompts": prompts, "sampling": asdict(sampling), "calibration": _key(calibration)}
+    if method == "probe":
+        from .probe import probe_sensitivity
+
+        bits = {"weight_bits": weight_bits, "act_bits": act_bits}
+        limits = {"probes": probes, "precision": precision, "budget": budget}
+        return probe_sensitivity(pipe, prompts, sampling, calibration, store=store, rule=rule, **bits, **limits)
+    settings = {"prompts": prompts, "sampling": asdict(sampling), "calibration": calibration_key(calibration)}
     with Store(store, fingerprint(denoiser(pipe), settings)) as results, torch.no_grad():
-        trials = Trials(pipe, prompts, sampling, replay=replay)
+        trials = Trials(pipe, prompts, sampling, replay=replay, budget=budget)
         kinds: tuple[tuple[Kind, Sequence[int]], ...] = (("weight", weight_bits), ("act", act_bits))
         todo = [Evaluation(n, k, b) for n in trials.called() for k, bits in kinds for b in bits]
         _run_all(trials, [e for e in todo if results.get(e.key) is None], calibration, results.put, rule)
@@ -100,7 +112,8 @@ def analyze(
     return Sensitivity({n: _layer(trials, n, values, calibration, rule(n)) for n in trials.called()}, metadata)
 
 
-def _key(calibration: Calibration) -> dict[str, Any]:
+def calibration_key(calibration: Calibration) -> dict[str, Any]:
+    """What results depend on, for a store's fingerprint."""
     return {"layers": {n: asdict(v) for n, v in calibration.layers.items()}, "bos": calibration.bos_embedding}
 
 
@@ -142,7 +155,7 @@ def _layer(
 ) -> LayerSensitivity:
     own = {(e.kind, e.bits): v for e, v in values.items() if e.name == name}
     shape = LayerShape.of(trials.layers[name])
-    score = lambda v: v["ssim"] if group == "content" else sqnr_of(v["error"])  # noqa: E731
+    score = lambda v: v["ssim"] if group == "content" else sqnr_from_error(v["error"])  # noqa: E731
     bits = sorted(b for k, b in own if k == "weight")
     plan = lambda b: calibration.layers[name].plan(LayerPlan(weight_bits=b, act_bits=8), bos=True, split=True)  # noqa: E731
     return LayerSensitivity(
@@ -156,7 +169,3 @@ def _layer(
         weight_bytes={b: stored_bytes(shape, plan(b)) for b in bits},
     )
 
-
-def sqnr_of(error: float) -> float:
-    """dB of a relative error power; 150 where nothing changed at all."""
-    return 150.0 if error <= 1e-15 else -10 * math.log10(error)

@@ -1,0 +1,132 @@
+"""Sensitivity of all layers at all bit widths from a few backward passes with random signs (method="probe")."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ..errors import SensitivityError
+from ..layers import GroupRule
+from ..models.pipelines import Sampling, denoiser
+from ..progress import Bar, progress
+from .analyze import calibration_key
+from .calibration import Calibration
+from .probe_batch import BatchProbe, batches
+from .probe_delta import LayerDeltas, deltas_of
+from .probe_result import to_sensitivity
+from .probe_stats import Estimates
+from .sensitivity import Sensitivity
+from .store import Store, fingerprint
+
+MAX_PROBES = 32
+AT_ONCE = 4
+"""Probes of a batch between two writes to the store; with several steps each step's graph serves so many."""
+
+
+def probe_sensitivity(
+    pipe: Any,
+    prompts: list[str],
+    sampling: Sampling,
+    calibration: Calibration,
+    *,
+    store: str | os.PathLike[str] | None,
+    weight_bits: Sequence[int],
+    act_bits: Sequence[int],
+    rule: GroupRule,
+    probes: int | None = None,
+    precision: float = 0.995,
+    budget: int = 4 << 30,
+) -> Sensitivity:
+    """What ``analyze`` gives, estimated to first order by random probes (see BatchProbe and Estimates).
+
+    ``weight_errors`` and ``act_errors`` are relative error powers of the denoiser's output, each step's own call on
+    the full-precision trajectory, summed over steps; a quality layer's score is their SQNR in dB. A content layer's
+    score is the PSNR of the decoded pictures in dB (at most 100): all its steps changed together, through scheduler,
+    later steps and decoder. SSIM is no squared norm of a linear map, so a probe cannot give it; metadata
+    ``content_score`` says "psnr".
+
+    Probes run in rounds of 2, 2, 4, 8, ... until the estimated rank correlation with infinitely many (see
+    Estimates.settled) reaches ``precision`` for weights and activations at every bit width, or 32 have run. Metadata
+    holds ``probes``, ``settled``, ``standard_errors`` (of the errors), ``picture_errors`` and
+    ``picture_standard_errors`` (mean squared error of the pictures, values in [0, 1]).
+
+    Args:
+        pipe, prompts, store, weight_bits, act_bits, rule: see ``analyze``.
+        probes: exactly so many probes; None: as many as ``precision`` asks for.
+        budget: bytes of layers' output changes kept between probes; what does not fit is computed again.
+
+    Raises:
+        SensitivityError: a layer is out of the gradient's reach, the store cannot be used, an argument is wrong.
+    """
+    if (probes is not None and probes < 1) or not 0 < precision < 1:
+        raise SensitivityError(f"probes is {probes}, precision {precision}; expected at least 1, and between 0 and 1")
+    model = denoiser(pipe)
+    deltas = deltas_of(model, calibration, weight_bits, act_bits)
+    content = {name for name in deltas if rule(name) == "content"}
+    settings = {
+        "method": "probe",
+        "prompts": prompts,
+        "sampling": asdict(sampling),
+        "calibration": calibration_key(calibration),
+        "bits": [list(weight_bits), list(act_bits)],
+        "content": sorted(content),
+    }
+    with Store(store, fingerprint(model, settings)) as results:
+        runs = _Runs(pipe, list(batches(prompts, sampling)), deltas, content, budget, results)
+        estimates = runs.settle(probes, precision)
+    metadata = {"prompts": len(prompts), "sampling": asdict(sampling), "method": "probe", "precision": precision}
+    return to_sensitivity(estimates, deltas, calibration, rule, metadata)
+
+
+class _Runs:
+    """Probes of every batch, taken from the store where they are there already."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        parts: list[tuple[list[str], Sampling]],
+        deltas: Mapping[str, LayerDeltas],
+        content: set[str],
+        budget: int,
+        results: Store,
+    ) -> None:
+        self.pipe, self.parts, self.deltas, self.content = pipe, parts, deltas, content
+        self.budget, self.results = budget, results
+        self._batch: tuple[int, BatchProbe] | None = None
+
+    def settle(self, probes: int | None, precision: float) -> Estimates:
+        with progress("probing", (probes or MAX_PROBES) * len(self.parts)) as bar:
+            if probes is not None:
+                return self._first(probes, bar)
+            count = 2
+            while True:
+                estimates = self._first(count, bar)
+                if count >= MAX_PROBES or min(estimates.settled.values()) >= precision:
+                    return estimates
+                count *= 2
+
+    def _first(self, count: int, bar: Bar) -> Estimates:
+        """The estimates of the first ``count`` probes."""
+        for batch in range(len(self.parts)):
+            todo = [k for k in range(count) if self.results.get(_key(k, batch)) is None]
+            for start in range(0, len(todo), AT_ONCE):
+                part = todo[start : start + AT_ONCE]
+                for k, record in zip(part, self._probed(batch).run(part), strict=True):
+                    self.results.put(_key(k, batch), record)
+                    bar.advance(note=f"batch {batch + 1}")
+        get: Any = self.results.get
+        return Estimates.of([[get(_key(k, b)) for b in range(len(self.parts))] for k in range(count)])
+
+    def _probed(self, batch: int) -> BatchProbe:
+        """The batch's trace; only the last one asked for is kept, so a single batch is traced once."""
+        if self._batch is None or self._batch[0] != batch:
+            self._batch = None
+            args = (self.pipe, *self.parts[batch], batch, self.deltas, self.content, self.budget)
+            self._batch = (batch, BatchProbe(*args))
+        return self._batch[1]
+
+
+def _key(probe: int, batch: int) -> str:
+    return f"probe {probe}|batch {batch}"

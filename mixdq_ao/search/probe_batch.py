@@ -1,0 +1,148 @@
+"""Probes of one batch of prompts: squared answers of every layer and choice, summed over samples and steps."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SensitivityError
+from ..models.pipelines import Sampling, denoiser
+from .probe_delta import LayerDeltas
+from .probe_tape import Tape, add
+from .probe_trace import Trace, frozen_pipeline, trace
+
+Record = dict[str, float]
+OVERFLOW = 1e6
+"""Error power, relative to the signal's, given to a choice whose estimate is not finite; as one-at-a-time does."""
+
+
+def batches(prompts: list[str], sampling: Sampling) -> Iterator[tuple[list[str], Sampling]]:
+    """The prompts cut into batches, each with the sampling that draws the same noise as in the whole list."""
+    for start in range(0, len(prompts), sampling.batch_size):
+        part = prompts[start : start + sampling.batch_size]
+        yield part, replace(sampling, seed=sampling.seed + start, batch_size=len(part))
+
+
+def signs(like: Tensor, *key: object) -> Tensor:
+    """Random signs shaped as ``like``; the same for the same ``key``, on every device and in any order."""
+    seed = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
+    return (torch.randint(0, 2, like.shape, generator=generator) * 2 - 1).to(like.device, like.dtype)
+
+
+@dataclass(slots=True)
+class _Tally:
+    """One probe's answers: of the outputs, already summed; of the pictures, still to be summed over steps."""
+
+    sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    pictures: dict[str, Tensor] = field(default_factory=dict)
+
+    def see_outputs(self, answers: Mapping[str, Tensor]) -> None:
+        for name, p in answers.items():
+            second, fourth = _moments(p)
+            before = self.sums.get(name)
+            self.sums[name] = (second, fourth) if before is None else (before[0] + second, before[1] + fourth)
+
+    def see_pictures(self, answers: Mapping[str, Tensor], count: int) -> None:
+        for name, p in answers.items():
+            one = p.reshape(-1, count, p.shape[1]) if p.shape[0] % count == 0 else p[None].sum(1, keepdim=True)
+            self.pictures[name] = add(self.pictures.get(name), one.sum(0))
+
+
+def _moments(p: Tensor) -> tuple[Tensor, Tensor]:
+    p = p.double()
+    return p.square().sum(0), p.pow(4).sum(0)
+
+
+class BatchProbe:
+    """The trace of one batch, and probes of it.
+
+    For random signs v over the denoiser's output, g_i = J_i^T v at the output of layer i and p = <g_i, dY_i>, the mean
+    of p^2 is |J_i dY_i|^2: the squared change of the output when layer i alone changes by dY_i, to first order
+    (Hutchinson 1990, "A stochastic estimator of the trace of the influence matrix", for the matrix
+    J_i dY_i dY_i^T J_i^T). Samples of a batch do not mix, so each gives its own p. The same with signs over the
+    pictures, where v reaches a step through the decoder, the scheduler and all later steps.
+
+    Args:
+        index: number of the batch; makes its signs its own.
+        content: layers to judge in the pictures as well.
+        budget: bytes for deltas, see Tape.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: list[str],
+        sampling: Sampling,
+        index: int,
+        deltas: Mapping[str, LayerDeltas],
+        content: Set[str],
+        budget: int,
+    ) -> None:
+        self.pipe, self.deltas, self.content, self.budget = pipe, deltas, content, budget
+        self.key = (sampling.seed, index)
+        with frozen_pipeline(pipe):
+            self.trace: Trace = trace(pipe, prompts, sampling, pictures=bool(content))
+        self._tape: tuple[int, Tape] | None = None
+        self.order: dict[str, None] = {}
+        self.power = sum(s.output.detach().double().square().sum().item() for s in self.trace.steps)
+        if not (math.isfinite(self.power) and self.power > 0):
+            raise SensitivityError(f"the denoiser's output has power {self.power}, expected finite and above 0")
+
+    def run(self, probes: Sequence[int]) -> list[Record]:
+        """One record per probe number: {"layer|kind|bits|output": sum of p^2, "...|output|4th": sum of p^4, the same
+        with "picture"} and "power" (of the outputs), "pixels" (number of picture values)."""
+        tallies = {k: _Tally() for k in probes}
+        images, steps = self.trace.images, self.trace.steps
+        pictures = {}
+        if images is not None:
+            pictures = {k: self.trace.picture_gradients(signs(images, *self.key, k, "picture")) for k in probes}
+        with frozen_pipeline(self.pipe):
+            for s in reversed(range(len(steps))):
+                for k, tally in tallies.items():
+                    tape = self.tape(s)
+                    v = signs(steps[s].output, *self.key, k, s)
+                    tally.see_outputs(tape.pull(v, set(self.deltas))[0])
+                    if images is not None:
+                        self._see_pictures(s, tape, tally, pictures[k])
+        return [self._record(tally) for tally in tallies.values()]
+
+    def tape(self, step: int) -> Tape:
+        """The tape of one step; only the last one asked for is kept."""
+        if self._tape is None or self._tape[0] != step:
+            self._tape = None
+            s, model = self.trace.steps[step], denoiser(self.pipe)
+            rows = s.output.shape[0]
+            self._tape = (step, Tape(model, self.deltas, s.flat, s.spec, list(s.links), rows=rows, budget=self.budget))
+            self.order |= dict.fromkeys(call.name for call in self._tape[1].sink.seen)
+        return self._tape[1]
+
+    def _see_pictures(self, step: int, tape: Tape, tally: _Tally, cotangents: list[Tensor]) -> None:
+        """One step's part of the picture's change; ``cotangents`` of earlier steps get what passes through it."""
+        answers, at_links = tape.pull(cotangents[step], self.content)
+        tally.see_pictures(answers, self.trace.count)
+        for earlier, g in enumerate(self.trace.earlier_gradients(step, at_links)):
+            cotangents[earlier] = cotangents[earlier] + g
+
+    def _record(self, tally: _Tally) -> Record:
+        pixels = 0 if self.trace.images is None else self.trace.images.numel()
+        record: Record = {"power": self.power, "pixels": float(pixels)}
+        for name in self.order:
+            self._write(record, name, "output", tally.sums[name], self.power)
+            if name in tally.pictures:
+                self._write(record, name, "picture", _moments(tally.pictures[name]), float(pixels))
+        return record
+
+    def _write(self, record: Record, name: str, target: str, moments: tuple[Tensor, Tensor], reference: float) -> None:
+        for choice, second, fourth in zip(
+            self.deltas[name].choices, moments[0].tolist(), moments[1].tolist(), strict=True
+        ):
+            finite = math.isfinite(second) and math.isfinite(fourth)
+            record[f"{choice.key}|{target}"] = second if finite else OVERFLOW * reference
+            record[f"{choice.key}|{target}|4th"] = fourth if finite else 0.0

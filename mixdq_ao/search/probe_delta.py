@@ -1,0 +1,100 @@
+"""The change of one layer's own output at every bit width, weight or activation: what a probe is multiplied with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import MixDQError, SensitivityError
+from ..layers import check_layer, find_layers
+from ..quantize.bos import bos_mask
+from ..quantize.config import MixDQLayerConfig, fake_quantizer
+from ..quantize.quantizer import refuse_unusable
+from .analyze import Evaluation, Kind
+from .calibration import Calibration
+
+
+class LayerDeltas:
+    """Rounds one layer's weight or input in each of the given ways, with the numerics of fake mode.
+
+    Split halves have their own scales, and rows that are the BOS embedding stay as they are, as in real mode.
+
+    Args:
+        module: a linear or convolution layer in floating point.
+        choices: what to quantize; all of them name this layer.
+        embedding: the BOS embedding [K], or None.
+
+    Raises:
+        MixDQError: the layer cannot be quantized as asked, or was not calibrated.
+    """
+
+    def __init__(
+        self,
+        module: nn.Linear | nn.Conv2d,
+        choices: Sequence[Evaluation],
+        calibration: Calibration,
+        embedding: Tensor | None,
+    ) -> None:
+        self.module, self.choices = module, tuple(choices)
+        self.bos: Tensor | None = None
+        self.quantizers = []
+        for choice in self.choices:
+            plan = _checked(module, choice, calibration)
+            config = MixDQLayerConfig(plan, "fake", embedding if plan.bos else None, choice.name)
+            self.quantizers.append(fake_quantizer(config).to(module.weight.device))
+            self.bos = self.quantizers[-1].bos_embedding if plan.bos else self.bos
+
+    @torch.no_grad()
+    def stack(self, x: Tensor, groups: int) -> Tensor:
+        """What quantizing adds to the layer's output for the input ``x``.
+
+        Returns:
+            float32 [groups, choices, elements of the output / groups]; the output is cut along its first dimension.
+        """
+        module, x = self.module, x.detach()
+        weight, rounded = module.weight.detach().float(), []
+        for choice, quantizer in zip(self.choices, self.quantizers, strict=True):
+            if choice.kind == "weight":
+                change = self._apply(x.float(), quantizer.weight(module.weight.detach()).float() - weight)
+            else:
+                change = self._apply(quantizer.input(x).float() - x.float(), weight)
+            rounded.append(change)
+        if self.bos is not None:
+            mask = bos_mask(x, self.bos)
+            rounded = [change.masked_fill(mask, 0.0) for change in rounded]
+        return torch.stack([change.reshape(groups, -1) for change in rounded], 1)
+
+    def _apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        if isinstance(self.module, nn.Linear):
+            return F.linear(x, weight)
+        return self.module._conv_forward(x, weight, None)
+
+
+def _checked(module: nn.Linear | nn.Conv2d, choice: Evaluation, calibration: Calibration):
+    try:
+        plan = choice.layer(calibration)
+        check_layer(module, plan)
+        refuse_unusable(module.weight)
+    except MixDQError as e:
+        raise type(e)(f"layer {choice.name!r}: {e}") from e
+    return plan
+
+
+def deltas_of(
+    model: nn.Module, calibration: Calibration, weight_bits: Sequence[int], act_bits: Sequence[int]
+) -> dict[str, LayerDeltas]:
+    """The deltas of every calibrated layer of ``model``: its weight at each of ``weight_bits``, its input at each of
+    ``act_bits``. Raises SensitivityError where neither is given."""
+    if not weight_bits and not act_bits:
+        raise SensitivityError("weight_bits and act_bits are both empty, expected at least one bit width")
+    embedding = None if calibration.bos_embedding is None else torch.tensor(calibration.bos_embedding)
+    kinds: tuple[tuple[Kind, Sequence[int]], ...] = (("weight", weight_bits), ("act", act_bits))
+    deltas = {}
+    for name, module in find_layers(model).items():
+        if name in calibration.layers:
+            choices = [Evaluation(name, kind, bits) for kind, widths in kinds for bits in widths]
+            deltas[name] = LayerDeltas(module, choices, calibration, embedding)
+    return deltas

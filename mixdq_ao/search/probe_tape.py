@@ -1,0 +1,180 @@
+"""One call of a model with gradients, pulled back to every layer's output and used there, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import SensitivityError
+from .probe_delta import LayerDeltas
+
+Contract = Callable[[Tensor, Tensor], Tensor]
+
+
+def inner(deltas: Tensor, gradient: Tensor) -> Tensor:
+    """<g, dY>: deltas [groups, choices, n], gradient [groups, n] -> [groups, choices]."""
+    return torch.bmm(deltas, gradient.unsqueeze(-1)).squeeze(-1)
+
+
+def add(a: Tensor | None, b: Tensor) -> Tensor:
+    """Sum of two results [groups, choices]; where their groups differ, over all groups: [1, choices]."""
+    if a is None or a.shape == b.shape:
+        return b if a is None else a + b
+    return a.sum(0, keepdim=True) + b.sum(0, keepdim=True)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """One call of one layer: its input, or the deltas themselves where the memory budget had room."""
+
+    name: str
+    groups: int
+    x: Tensor | None
+    deltas: Tensor | None = None
+
+
+@dataclass(slots=True)
+class _Sink:
+    """Where gradients go. Holds no part of the graph, whose hooks refer to it: the graph dies with its tape."""
+
+    deltas: Mapping[str, LayerDeltas]
+    room: int
+    rows: int = 1
+    seen: list[_Seen] = field(default_factory=list)
+    results: dict[str, Tensor] = field(default_factory=dict)
+    reached: set[str] = field(default_factory=set)
+    names: Set[str] = frozenset()
+    contract: Contract = inner
+
+    def see(self, name: str, x: Tensor, y: Tensor) -> int:
+        groups = self.rows if y.shape[0] % self.rows == 0 else 1
+        call = _Seen(name, groups, x.detach())
+        needed = 4 * y.numel() * len(self.deltas[name].choices)
+        if needed <= self.room:
+            self.room -= needed
+            call.deltas, call.x = self.deltas[name].stack(x, groups), None
+        self.seen.append(call)
+        return len(self.seen) - 1
+
+    @torch.no_grad()
+    def take(self, index: int, gradient: Tensor) -> None:
+        call = self.seen[index]
+        self.reached.add(call.name)
+        if call.name not in self.names:
+            return
+        deltas = call.deltas
+        if deltas is None:
+            assert call.x is not None
+            deltas = self.deltas[call.name].stack(call.x, call.groups)
+        result = self.contract(deltas, gradient.reshape(call.groups, -1).float())
+        self.results[call.name] = add(self.results.get(call.name), result)
+
+
+class Tape:
+    """The graph of one call ``model(*args, **kwargs)``, and every layer's deltas for it.
+
+    Kept besides autograd's own tensors: deltas up to ``budget`` bytes, and the inputs of the layers whose deltas did
+    not fit (computed again at each pull). A layer's gradient is used as soon as it is there and freed.
+
+    Args:
+        model: parameters must not require gradients; its first output is what is differentiated.
+        flat, spec: the arguments (args, kwargs) as flattened by torch.utils._pytree.
+        wanted: indices of ``flat`` whose gradients pull() returns; floating-point tensors.
+        rows: samples in the first dimension of layers' outputs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        deltas: Mapping[str, LayerDeltas],
+        flat: Sequence[Any],
+        spec: Any,
+        wanted: Sequence[int] = (),
+        *,
+        rows: int,
+        budget: int,
+    ) -> None:
+        flat = list(flat)
+        for i in wanted:
+            flat[i] = flat[i].detach().clone().requires_grad_(True)
+        self.links = [flat[i] for i in wanted]
+        self.leaves: list[Tensor] = []
+        self.sink = _Sink(deltas, budget, rows)
+        args, kwargs = pytree.tree_unflatten(flat, spec)
+        with _watched(model, deltas, self._see), torch.enable_grad():
+            self.output = first_output(model(*args, **kwargs))
+
+    def _see(self, name: str, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        """A forward hook: from here on the output's gradient is asked for, whether or not anything before needs it."""
+        index = self.sink.see(name, args[0], y)
+        if not y.requires_grad:
+            self.leaves.append(y.detach().requires_grad_(True))
+            y = self.leaves[-1].clone()  # a leaf may not be changed in place, and models do that
+        y.register_hook(partial(self.sink.take, index))
+        return y
+
+    def pull(
+        self, cotangent: Tensor, names: Set[str], contract: Contract = inner
+    ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+        """One backward pass with ``cotangent``, shaped like the output.
+
+        Returns:
+            {name: contract(dY, g) [groups, choices]} for the layers in ``names`` that were called, and the gradients
+            of the wanted arguments.
+
+        Raises:
+            SensitivityError: naming the layers the gradient did not reach.
+        """
+        sink = self.sink
+        sink.results, sink.names, sink.contract = {}, names, contract
+        sink.reached.clear()
+        gradients: Sequence[Tensor | None] = ()
+        if self.output.requires_grad:
+            inputs = [*self.links, *self.leaves]
+            gradients = torch.autograd.grad(self.output, inputs, cotangent, retain_graph=True, allow_unused=True)
+        missed = sorted({call.name for call in sink.seen} - sink.reached)
+        if missed:
+            raise SensitivityError(
+                f"layers {', '.join(missed)}: called, but no gradient of the model's output reaches their own output; "
+                "analyze with method='one_at_a_time'"
+            )
+        results, sink.results = sink.results, {}
+        return results, list(gradients[: len(self.links)])
+
+
+def first_output(output: Any) -> Tensor:
+    """A denoiser's prediction from what its forward returns."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@contextmanager
+def _watched(model: nn.Module, names: Mapping[str, Any], hook: Callable[..., Tensor]) -> Iterator[None]:
+    """``hook(name, module, args, output)`` after every call of the named layers inside the block."""
+    handles = []
+    try:
+        for name in names:
+            handles.append(model.get_submodule(name).register_forward_hook(partial(hook, name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """No parameter of ``modules`` requires gradients inside the block; each is as it was afterwards."""
+    parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+    try:
+        for p in parameters:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)

@@ -1,0 +1,138 @@
+"""One sampling run as a chain of denoiser calls, with what links them to each other and to the pictures kept."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import SensitivityError
+from ..models.pipelines import Sampling, denoiser, generate
+from .probe_tape import first_output, frozen
+
+
+@dataclass(slots=True)
+class Step:
+    """One call of the denoiser.
+
+    Attributes:
+        flat, spec: its arguments, detached copies.
+        links: {index in ``flat``: the argument as a function of earlier steps' outputs}.
+        output: what it gave, a leaf that everything later depends on. [rows, ...]
+    """
+
+    flat: list[Any]
+    spec: Any
+    links: dict[int, Tensor]
+    output: Tensor
+
+
+@dataclass(slots=True)
+class Trace:
+    """The steps of a run over ``count`` prompts and its pictures [count, 3, H, W] (None where not asked for)."""
+
+    steps: list[Step]
+    images: Tensor | None
+    count: int
+
+    def picture_gradients(self, cotangent: Tensor) -> list[Tensor]:
+        """Gradients of <cotangent, images> at every step's output; later denoiser calls counted as constant."""
+        assert self.images is not None
+        return _gradients([self.images], [s.output for s in self.steps], [cotangent])
+
+    def earlier_gradients(self, step: int, at_links: list[Tensor | None]) -> list[Tensor]:
+        """Gradients at a step's links carried on to the outputs of the steps before it."""
+        links = [(a, g) for a, g in zip(self.steps[step].links.values(), at_links, strict=True) if g is not None]
+        return _gradients([a for a, _ in links], [s.output for s in self.steps[:step]], [g for _, g in links])
+
+
+def _gradients(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
+    if not outputs or not inputs:
+        return [torch.zeros_like(x) for x in inputs]
+    found = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+
+
+class _Differentiable:
+    """A pipeline whose call keeps gradients: the function under diffusers' ``torch.no_grad`` decorator."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe, self.images = pipe, None
+
+    def __call__(self, **kwargs: Any) -> Any:
+        with torch.enable_grad():
+            result = inspect.unwrap(type(self.pipe).__call__)(self.pipe, **kwargs)
+        self.images = result.images
+        return result
+
+
+def trace(pipe: Any, prompts: list[str], sampling: Sampling, *, pictures: bool) -> Trace:
+    """Samples ``prompts`` in one batch. The denoiser itself runs without gradients; the scheduler, and the decoder
+    where pictures are asked for, with them.
+
+    Raises:
+        SensitivityError: the pictures do not depend on the denoiser's output in a differentiable way.
+    """
+    steps: list[Step] = []
+    run = _Differentiable(pipe)
+    with _unmarked(pipe), _recorded(denoiser(pipe), steps):
+        for _ in generate(run, prompts, sampling, "pt" if pictures else "latent"):
+            pass
+    images = run.images if pictures else None
+    if not steps or (images is not None and not images.requires_grad):
+        raise SensitivityError(
+            f"{type(pipe).__name__}: its {'pictures do' if steps else 'call does'} not depend on the denoiser in a way "
+            "that gradients pass; judge every layer by the denoiser's output, rule=lambda name: 'quality'"
+        )
+    return Trace(steps, images, len(prompts))
+
+
+@contextmanager
+def _recorded(model: nn.Module, steps: list[Step]) -> Iterator[None]:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        links = {i: x for i, x in enumerate(flat) if isinstance(x, Tensor) and x.requires_grad}
+        flat = [x.detach().clone() if isinstance(x, Tensor) else x for x in flat]
+        steps.append(Step(flat, spec, links, torch.empty(0)))
+        return pytree.tree_unflatten(flat, spec)
+
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
+        steps[-1].output = leaf = first_output(output).detach().requires_grad_(True)
+        if isinstance(output, Tensor | tuple):
+            return leaf if isinstance(output, Tensor) else (leaf, *output[1:])
+        return type(output)(sample=leaf)
+
+    handles = [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _unmarked(pipe: Any) -> Iterator[None]:
+    """No watermark inside the block: it leaves the graph, and changes no picture visibly."""
+    watermark = getattr(pipe, "watermark", None)
+    try:
+        if watermark is not None:
+            pipe.watermark = None
+        yield
+    finally:
+        if watermark is not None:
+            pipe.watermark = watermark
+
+
+@contextmanager
+def frozen_pipeline(pipe: Any) -> Iterator[None]:
+    """No parameter of any model of the pipeline requires gradients inside the block."""
+    parts = getattr(pipe, "components", None)
+    parts = parts if isinstance(parts, dict) else vars(pipe)
+    with frozen(denoiser(pipe), *(m for m in parts.values() if isinstance(m, nn.Module))):
+        yield
