@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in steps of their own processes: one failure does not lose the rest.
+#
+#   benchmarks/gpu.sh [STEP ...]      tests kernels unet-512-1 unet-512-4 unet-1024-1 unet-1024-4 (default: all)
+#   DRY=1                             walk the same code on a CPU with tiny sizes
+#   WHEELS=folder                     install the packages there first; no network is needed
+#   OUT=folder  PYTHON=python3  LIMIT=seconds per step
+set -u
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-benchmarks/results/gpu}
+LIMIT=${LIMIT:-300}
+DRY=${DRY:+--dry-run}
+steps=("$@")
+[ ${#steps[@]} -gt 0 ] || steps=(tests kernels unet-512-1 unet-512-4 unet-1024-1 unet-1024-4)
+mkdir -p "$OUT"
+[ -z "${WHEELS:-}" ] || "$PYTHON" -m pip install --no-index --no-deps "$WHEELS"/*.whl
+
+failed=0
+for step in "${steps[@]}"; do
+    echo "== $step"
+    if [ "$step" = tests ]; then
+        timeout "$LIMIT" "$PYTHON" -m pytest -m gpu tests/kernels -p no:cacheprovider >"$OUT/tests.log" 2>&1
+        status=$?
+        tail -1 "$OUT/tests.log"
+    else
+        timeout "$LIMIT" "$PYTHON" -m benchmarks.gpu "$step" --out "$OUT" $DRY 2>&1 | tee "$OUT/$step.log"
+        status=${PIPESTATUS[0]}
+    fi
+    [ "$status" -eq 0 ] || { echo "== $step ended with status $status (see $OUT/$step.log)"; failed=1; }
+done
+"$PYTHON" -m benchmarks.gpu report --out "$OUT" || failed=1
+exit $failed

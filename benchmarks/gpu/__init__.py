@@ -1,0 +1,1 @@
+"""Measurements on a GPU; ``benchmarks/gpu.sh`` runs them."""

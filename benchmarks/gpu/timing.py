@@ -1,0 +1,35 @@
+"""Medians of interleaved runs."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def _once(fn: Callable[[], object]) -> float:
+    """Milliseconds of one run."""
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        fn()
+        return (time.perf_counter() - start) * 1e3
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    fn()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def interleaved(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each function; they take turns, so that all meet the same clock and temperature."""
+    for fn in functions.values():
+        for _ in range(3):
+            fn()
+    flush = torch.empty(64 << 20, dtype=torch.int8, device="cuda") if torch.cuda.is_available() else None
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, fn in functions.items():
+            if flush is not None:
+                flush.zero_()  # weights come from memory, as they do in a model
+            times[name].append(_once(fn))
+    return {name: sorted(values)[len(values) // 2] for name, values in times.items()}

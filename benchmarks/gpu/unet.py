@@ -1,0 +1,149 @@
+"""SDXL's UNet with random weights, one step end to end: how long, how much memory, what is left unfused."""
+
+import dataclasses
+import gc
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from .timing import interleaved
+
+SDXL = dict(
+    sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2, attention_head_dim=(5, 10, 20),
+    transformer_layers_per_block=(1, 2, 10), cross_attention_dim=2048, addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816, norm_num_groups=32,
+)  # fmt: skip
+TINY = SDXL | dict(
+    sample_size=16, block_out_channels=(32, 64), layers_per_block=1, attention_head_dim=(2, 4),
+    transformer_layers_per_block=(1, 1), cross_attention_dim=32, addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=64, norm_num_groups=8,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+)  # fmt: skip
+LAYOUT = dict(
+    in_channels=4, out_channels=4, use_linear_projection=True, addition_embed_type="text_time",
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+)  # fmt: skip
+
+
+def build(*, dry: bool, device: str, dtype: torch.dtype) -> nn.Module:
+    """SDXL's UNet (2.57 billion random weights), made on the device."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        unet = UNet2DConditionModel(**(LAYOUT | (TINY if dry else SDXL)))
+    return unet.to(dtype).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def inputs(unet, pixels: int, batch: int, device: str, dtype: torch.dtype) -> dict:
+    size, config = pixels // 8, unet.config
+    ids = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], device=device, dtype=dtype).repeat(batch, 1)
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return dict(
+        sample=torch.randn(batch, 4, size, size, device=device, dtype=dtype),
+        timestep=torch.tensor(500, device=device),
+        encoder_hidden_states=torch.randn(batch, 77, config.cross_attention_dim, device=device, dtype=dtype),
+        added_cond_kwargs={"text_embeds": torch.randn(batch, pooled, device=device, dtype=dtype), "time_ids": ids},
+        return_dict=False,
+    )
+
+
+def _quantized(unet: nn.Module, weight_bits: int) -> nn.Module:
+    """Every layer, with one made-up activation range: the time does not depend on it."""
+    from mixdq_ao import Plan, mixdq_config, quantize_
+
+    plan = Plan.uniform(unet, weight_bits, 8)
+    ranged = {name: dataclasses.replace(layer, act_range=(-4.0, 4.0)) for name, layer in plan.layers.items()}
+    quantize_(unet, mixdq_config(plan.with_layers(ranged)))
+    return unet
+
+
+def _torchao(unet: nn.Module) -> nn.Module:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(unet, Int8DynamicActivationInt8WeightConfig())
+    return unet
+
+
+VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "fp16": lambda unet: unet,
+    "torchao int8 dynamic": _torchao,
+    "W8A8": lambda unet: _quantized(unet, 8),
+    "W4A8": lambda unet: _quantized(unet, 4),
+}
+
+
+def _bytes(module: nn.Module) -> int:
+    """Storage of the state, tensor subclasses opened, shared memory counted once."""
+    seen: dict[int, int] = {}
+
+    def visit(tensor: torch.Tensor) -> None:
+        if hasattr(tensor, "__tensor_flatten__"):
+            for name in tensor.__tensor_flatten__()[0]:
+                visit(getattr(tensor, name))
+        else:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+
+    for tensor in (*module.parameters(), *module.buffers()):
+        visit(tensor)
+    return sum(seen.values())
+
+
+def _profile(step: Callable[[], object]) -> str:
+    """The five kernels that take the most time, with their share."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        step()
+        torch.cuda.synchronize()
+    events = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events) or 1
+    return ", ".join(f"{event.key[:40]} {100 * event.self_device_time_total / total:.0f}%" for event in events[:5])
+
+
+def _measure(name: str, unet: nn.Module, call: dict, mode: str, *, dry: bool) -> dict:
+    cuda = not dry
+    row: dict = {"variant": f"{name} {mode}"}
+    torch._dynamo.reset()
+    if mode == "compiled":
+        options = {"max_autotune_gemm": True, "triton.cudagraphs": True}
+        how = {"options": options} if cuda else {"backend": "aot_eager"}  # code for the CPU would take minutes
+        run = torch.compile(unet, fullgraph=True, **how)
+    else:
+        run = unet
+    start = time.perf_counter()
+    run(**call)
+    row["first call s"] = time.perf_counter() - start
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    row["ms"] = interleaved({"step": lambda: run(**call)}, 2 if dry else 10)["step"]
+    row["weight bytes"] = _bytes(unet)
+    if cuda:
+        row["peak bytes"] = torch.cuda.max_memory_allocated()
+        row["most time"] = _profile(lambda: run(**call))
+    return row
+
+
+def compare(pixels: int, batch: int, *, dry: bool) -> Iterator[dict]:
+    """Eager and compiled fp16, torchao, W8A8, W4A8. A variant that fails is a row that says why."""
+    device, dtype = ("cpu", torch.float32) if dry else ("cuda", torch.float16)
+    base: dict[str, float] = {}
+    for name, prepare in VARIANTS.items():
+        for mode in ("eager", "compiled") if name == "fp16" else ("compiled",):
+            try:
+                unet = prepare(build(dry=dry, device=device, dtype=dtype))
+                call = inputs(unet, 64 if dry else pixels, batch, device, dtype)
+                row = _measure(name, unet, call, mode, dry=dry)
+            except Exception as error:
+                row = {"variant": f"{name} {mode}", "error": f"{type(error).__name__}: {str(error)[:200]}"}
+            if "ms" in row:
+                base.setdefault(mode, row["ms"])
+                row |= {f"vs fp16 {known}": value / row["ms"] for known, value in base.items()}
+            yield row
+            unet = call = None
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()

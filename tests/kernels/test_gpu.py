@@ -1,0 +1,90 @@
+"""The generated kernels on a real GPU, compiled by Inductor as a user would have them."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from inductor_kernels import compat
+
+from . import cases
+from .layers import OPS, quantize
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def check(name, arguments, dtype=torch.float32, **options):
+    """Compiled on the GPU, compared with exact arithmetic on the CPU."""
+    moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
+    op = getattr(OPS, name)
+    y = torch.compile(lambda *a: op(*a), fullgraph=True, **options)(*moved)
+    cases.assert_right(name, arguments, y.cpu(), dtype)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("bits", cases.BITS)
+@pytest.mark.parametrize(
+    "lead, n, k", [((1,), 1280, 1280), ((77,), 640, 2048), ((2, 1024), 1280, 640), ((33,), 50, 101)]
+)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_linear(bits, lead, n, k, dtype):
+    check("linear", cases.linear(lead, n, k, bits, dtype, out=torch.float16, rows=True), torch.float16)
+
+
+@pytest.mark.parametrize("bits", cases.BITS)
+@pytest.mark.parametrize("z", [0, 255])
+def test_extreme_codes(bits, z):
+    check("linear", cases.linear((256,), 128, 4096, bits, torch.int8, z=z, extreme=True))
+
+
+@pytest.mark.parametrize("bits", cases.BITS)
+@pytest.mark.parametrize("stride, kernel, c", [(1, 3, 320), (2, 3, 64), (1, 1, 64), (1, 3, 4)])
+def test_conv2d(bits, stride, kernel, c):
+    padding = (kernel // 2, kernel // 2)
+    arguments = cases.conv2d(2, (32, 31), c, 320, (kernel, kernel), bits, torch.int8, stride=(stride, stride),
+                             padding=padding, out=torch.bfloat16)  # fmt: skip
+    check("conv2d", arguments, torch.bfloat16)
+
+
+@pytest.mark.parametrize("bits", cases.BITS)
+def test_weight_only(bits):
+    for dtype in (torch.float16, torch.bfloat16):
+        flat = cases.weight_only(cases.linear((77,), 320, 640, bits), dtype, conv=False)
+        check("linear_weight_only", flat, dtype)
+        image = cases.weight_only(cases.conv2d(2, (16, 16), 32, 64, bits=bits), dtype, conv=True)
+        check("conv2d_weight_only", image, dtype)
+
+
+@pytest.mark.parametrize("bits", cases.BITS)
+def test_autotuned(bits):
+    with compat.config.patch(max_autotune_gemm=True):
+        check("linear", cases.linear((512,), 640, 320, bits, torch.int8))
+        check("conv2d", cases.conv2d(1, (32, 32), 64, 128, bits=bits, dtype=torch.int8))
+
+
+def test_cuda_graphs_need_no_host():
+    arguments = [a.cuda() if isinstance(a, torch.Tensor) else a for a in cases.linear((64,), 64, 64, 4, torch.int8)]
+    x = torch.randn(64, 64, device="cuda")
+
+    def f(x, *rest):
+        return F.silu(OPS.linear(quantize(x, 20, rest[4]), *rest))
+
+    expected = f(x, *arguments[1:])
+    compiled = torch.compile(f, mode="reduce-overhead", fullgraph=True)
+    for _ in range(3):
+        y = compiled(x, *arguments[1:])
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_eager_serves_as_well():
+    arguments = cases.linear((9,), 20, 30, 4, torch.int8)
+    y = OPS.linear(*[a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments])
+    cases.assert_right("linear", arguments, y.cpu())
