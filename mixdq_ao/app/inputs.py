@@ -56,9 +56,9 @@ def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = N
 
     silence_loading_bars()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or ("float32" if device.startswith("cpu") else "float16")
+    wanted = getattr(torch, dtype or ("float32" if device.startswith("cpu") else "float16"))
     try:
-        pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=getattr(torch, dtype)).to(device)
+        pipe = DiffusionPipeline.from_pretrained(name, dtype=wanted).to(device=device, dtype=wanted)
     except (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError) as e:
         raise MixDQError(f"{name}: cannot be loaded as a diffusers pipeline: {first_line(e)}") from e
     if getattr(pipe, "watermark", None) is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .. import options
+from ..inputs import load_pipeline, load_plan
 from ..output import mebibytes, show, show_json
 
 HELP = "check a plan on a pipeline, quantize, and say what it saves"
@@ -19,8 +20,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..inputs import load_pipeline, load_plan
-
     plan = load_plan(args.plan, args.calibration)
     pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
     from mixdq_ao.models.pipelines import denoiser

@@ -8,6 +8,7 @@ from typing import Any
 from .html import Html, section, tag
 from .names import significant
 
+DEPTH = 4
 STEPS = """make demo                      # everything on this page
 
 mixdq calibrate PIPELINE --prompts prompts.txt --out calibration.json
@@ -28,18 +29,20 @@ def environment_section(environment: Mapping[str, Any]) -> Html:
     )
 
 
-def flatten(value: object, name: str = "") -> Iterator[tuple[str, str]]:
-    """Nested objects as "a b": text."""
-    if isinstance(value, Mapping):
+def flatten(value: object, name: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
+    """Nested objects as "a b": text, four levels deep."""
+    if isinstance(value, Mapping) and depth < DEPTH:
         for key, inner in value.items():
-            yield from flatten(inner, f"{name} {key}".strip().replace("_", " "))
-    elif isinstance(value, list):
-        yield name, ", ".join(text for inner in value for _, text in flatten(inner))
+            yield from flatten(inner, f"{name} {key}".strip().replace("_", " "), depth + 1)
+    elif isinstance(value, list) and depth < DEPTH:
+        yield name, ", ".join(text for inner in value for _, text in flatten(inner, "", depth + 1))
     else:
         yield name, _text(value)
 
 
 def _text(value: object) -> str:
+    if isinstance(value, Mapping | list):
+        return "..."
     if value is None:
         return "none"
     if isinstance(value, bool):

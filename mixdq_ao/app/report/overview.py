@@ -67,7 +67,7 @@ def _chain(variants: Mapping[str, Figures], bits: int, names: tuple[str, ...]) -
         return None
     use_psnr = all(f.psnr is not None for _, _, f in rows)
     values = [(f.psnr if use_psnr else f.agreement) or 0.0 for _, _, f in rows]
-    top = max(values) or 1.0
+    top = max(*values, 1e-9)
     bars = [
         tag(
             "li",

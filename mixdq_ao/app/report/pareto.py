@@ -41,7 +41,11 @@ def pareto_section(points: Sequence[Point]) -> Html:
 def _height(point: Point, measured: bool) -> float | None:
     if measured:
         return point.psnr
-    return -10 * math.log10(point.predicted_error) if point.predicted_error else None
+    return (
+        -10 * math.log10(point.predicted_error)
+        if point.predicted_error is not None and point.predicted_error > 0
+        else None
+    )
 
 
 def dominated(placed: Sequence[Placed]) -> list[bool]:

@@ -1,0 +1,236 @@
+"""The command line: what it accepts, its errors in one line, its exit codes, and that it starts at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mixdq_ao.app import cli
+from mixdq_ao.plan import LayerPlan, Plan
+from mixdq_ao.search.sensitivity import Sensitivity
+
+from .synthetic import sensitivity
+
+PIPELINE = Path(__file__).parents[2] / "examples" / "shapes" / "pipeline"
+
+
+def mixdq(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    """The command in its own process."""
+    command = [sys.executable, "-m", "mixdq_ao.app.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60, **options)
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    """The command in this process: exit code, standard output, standard error."""
+    try:
+        code = cli.main([str(a) for a in arguments])
+    except SystemExit as e:
+        code = int(e.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeffa large red circle\n\n  a small blue square  \n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def scores(tmp_path) -> Path:
+    path = tmp_path / "sensitivity.json"
+    sensitivity(["conv_in", "mid_block.attn2.to_k", "up_blocks.0.ff.net.2", "conv_out"]).save(path)
+    return path
+
+
+def test_help_is_instant_and_imports_no_torch():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    shown = mixdq("--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert shown.returncode == 0 and all(name in shown.stdout for name in cli.COMMANDS)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    script = "import sys; from mixdq_ao.app import cli; cli.parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_each_command_shows_an_example(capsys, command):
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0 and f"mixdq {command}" in out.partition("example:")[2]
+
+
+def test_errors_reach_the_shell_as_one_line_and_a_code(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    done = mixdq("calibrate", PIPELINE, "--prompts", tmp_path / "empty.txt")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"mixdq: error: {tmp_path}/empty.txt: holds no prompt, expected one a line\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "required: COMMAND"),
+        (["paint"], "invalid choice: 'paint'"),
+        (["calibrate", "p"], "required: --prompts"),
+        (["calibrate", "p", "--prompts", "f", "--steps", "1,x"], "'1,x' is not a list of whole numbers"),
+        (["generate", "p", "--prompt", "t", "--steps", "0"], "'0' is not a whole number of at least 1"),
+        (["generate", "p"], "one of the arguments --prompt --prompts is required"),
+        (["allocate", "s.json", "--weight-bits", "four"], "'four' is not a number of bits"),
+        (["allocate", "s.json", "--weight-bits", "4", "--objective", "luck"], "invalid choice: 'luck'"),
+    ],
+)
+def test_wrong_arguments_are_one_line(capsys, arguments, words):
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert words in err and "--help" in err
+
+
+def test_wrong_files_are_one_line(capsys, tmp_path, prompts, scores):
+    plan, latin = tmp_path / "plan.json", tmp_path / "latin.txt"
+    plan.write_text('{"format": "mixdq-plan", "version": 1, "layers": {')
+    latin.write_bytes("ein grüner Kreis".encode("latin-1"))
+    here, missing = tmp_path, tmp_path / "missing"
+    (here / "empty").mkdir()
+    cases = [
+        (["calibrate", PIPELINE, "--prompts", missing], "missing: cannot be read"),
+        (["calibrate", PIPELINE, "--prompts", latin], "is not UTF-8 text"),
+        (["calibrate", here, "--prompts", prompts], "is no pipeline"),
+        (["calibrate", missing, "--prompts", prompts], "is no pipeline"),
+        (["analyze", PIPELINE, "--prompts", prompts, "--calibration", plan], "plan.json: not valid JSON"),
+        (["quantize", PIPELINE, "--plan", plan], "plan.json: not valid JSON"),
+        (["quantize", PIPELINE, "--plan", missing], "missing: cannot be read"),
+        (["quantize", PIPELINE, "--plan", scores], "expected 'mixdq-plan'"),
+        (["generate", PIPELINE, "--prompts", missing, "--out", here / "x"], "missing: cannot be read"),
+        (["allocate", missing, "--weight-bits", "4"], "missing: cannot be read"),
+        (["allocate", scores, "--weight-bits", "0.5", "--out", here / "p"], "weight_bits"),
+        (["allocate", scores, "--weight-bits", "4", "--protect", "nope", "--out", here / "p"], "'nope'"),
+        (["allocate", scores, "--weight-bits", "content=4", "--out", here / "p"], "quality"),
+        (["import", "plan", "--weight", missing], "missing: cannot be read"),
+        (["report", here / "empty"], "nothing to report"),
+        (["report", missing], "is no folder"),
+    ]
+    for arguments, words in cases:
+        code, out, err = run(capsys, *arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1), (arguments, err)
+        assert err.startswith("mixdq: error: ") and words in err, (arguments, err)
+    assert not (here / "p").exists() and not (here / "x").exists()
+
+
+def test_a_result_that_cannot_be_written_is_one_line(capsys, tmp_path, scores):
+    (tmp_path / "file").write_text("")
+    code, _, err = run(capsys, "allocate", scores, "--weight-bits", "4", "--out", tmp_path / "file" / "plan.json")
+    assert code == 2 and err.count("\n") == 1 and "file" in err
+
+
+def test_traceback_only_when_asked(capsys, tmp_path):
+    code, _, err = run(capsys, "report", tmp_path / "none", "--traceback")
+    assert code == 2 and "Traceback" in err and err.splitlines()[-1].startswith("mixdq: error: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "stopped"),
+        (OSError(28, "No space left on device"), 2, "No space left"),
+        (RuntimeError("a defect\nof two lines"), 1, "unexpected RuntimeError: a defect of two lines (--traceback"),
+    ],
+)
+def test_exit_codes(capsys, monkeypatch, error, code, words):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr("mixdq_ao.app.commands.report.run", fail)
+    found, out, err = run(capsys, "report", "somewhere")
+    assert found == code and out == "" and err.count("\n") == 1 and words in err
+
+
+def test_a_closed_pipe_is_no_error(scores, tmp_path):
+    command = [sys.executable, "-m", "mixdq_ao.app.cli", "allocate", str(scores), "--weight-bits", "4", "--json"]
+    command += ["--out", str(tmp_path / "plan.json")]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, cwd=PIPELINE.parents[2])
+    os.close(write)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "Broken" not in done.stderr
+
+
+def test_allocate_writes_a_plan_and_json(capsys, scores, tmp_path):
+    out = tmp_path / "deep" / "plan.json"
+    options = ["--objective", "additive", "--protect", "conv_in", "--json"]
+    code, text, err = run(capsys, "allocate", scores, "--weight-bits", "4", *options, "--out", out)
+    found, plan = json.loads(text), Plan.load(out)
+    assert code == 0 and found["status"] == "optimal" and found["weight_bytes"] > 0
+    assert plan.layers["conv_in"].weight_bits == 16 and len(plan.layers) == 4
+    assert str(out) in err.replace("\n", "")
+
+
+def test_import_plan_and_sensitivity(capsys, tmp_path):
+    weights, ssim, sqnr, ratio = (tmp_path / f"{n}.yaml" for n in ("weights", "ssim", "sqnr", "ratio"))
+    weights.write_text("model.conv_in: 8\nmodel.mid_block.ff.net.2: 4\n")
+    out = tmp_path / "plan.json"
+    assert run(capsys, "import", "plan", "--weight", weights, "--protect", "conv_in", "--out", out)[0] == 0
+    assert Plan.load(out).layers["mid_block.ff.net.2"] == LayerPlan(weight_bits=4)
+    sqnr.write_text("model.conv_in: [10.0, 20.0, 30.0]\nmodel.mid_block.ff.net.2: [15.0, 25.0, 35.0]\n")
+    ssim.write_text("model.mid_block.ff.net.2: [0.8, 0.9, 0.99]\n")
+    ratio.write_text("model.conv_in: 1.0\nmodel.mid_block.ff.net.2: 2.0\n")
+    files = [f"--{k}-{m}={p}" for k in ("weight", "act") for m, p in (("ssim", ssim), ("sqnr", sqnr), ("ratio", ratio))]
+    code, _, err = run(capsys, "import", "sensitivity", *files, "--out", tmp_path / "s.json")
+    assert code == 0, err
+    assert Sensitivity.load(tmp_path / "s.json").layers["mid_block.ff.net.2"].group == "content"
+
+
+def test_quantize_and_generate(capsys, tmp_path, monkeypatch, bundled):
+    from mixdq_ao.layers import find_layers
+
+    model = bundled.pipe.unet
+    path, foreign = tmp_path / "plan.json", tmp_path / "foreign.json"
+    chosen = [n for n in find_layers(model) if n.startswith("mid_block")]
+    layers = {n: LayerPlan(weight_bits=4, act_bits=8) for n in chosen}
+    Plan(layers).with_calibration(bundled.calibration).save(path)
+    Plan({"decoder.layer": LayerPlan(weight_bits=4)}).save(foreign)
+    for command in ("quantize", "generate"):
+        monkeypatch.setattr(f"mixdq_ao.app.commands.{command}.load_pipeline", lambda *args, **kwargs: bundled.pipe)
+
+    code, _, err = run(capsys, "quantize", PIPELINE, "--plan", foreign)
+    assert code == 2 and err.count("\n") == 1 and "'decoder.layer'" in err
+    code, out, _ = run(capsys, "quantize", PIPELINE, "--plan", path, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["bytes_after"] < found["bytes_before"]
+    assert found["layers_by_weight_bits"]["4"] == len(chosen)
+    pictures = tmp_path / "pictures"
+    code, _, _ = run(capsys, "generate", PIPELINE, "--prompt", "a Red/../circle", "--steps", "1", "--out", pictures)
+    assert code == 0 and [p.name for p in pictures.iterdir()] == ["0000-a-red-circle.png"]
+
+
+def test_load_pipeline_says_what_is_wrong(tmp_path):
+    from mixdq_ao.app.inputs import load_pipeline, looks_local
+    from mixdq_ao.errors import MixDQError
+
+    (tmp_path / "model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
+    with pytest.raises(MixDQError, match="cannot be loaded as a diffusers pipeline"):
+        load_pipeline(str(tmp_path))
+    assert looks_local("./x") and looks_local("a/b/c") and looks_local("name") and not looks_local("org/model")
+
+
+def test_doctor_in_words(capsys):
+    from mixdq_ao.app.machine import advice
+
+    code, out, _ = run(capsys, "doctor", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["versions"]["torch"] and set(found["int8 products"]) >= {"8-bit weights"}
+    assert found["advice"][0].startswith("CPU: ") and found["advice"][1].startswith("GPU: ")
+    routes = {f"{b}-bit weights": "onednn-int8" for b in (8, 4, 2)}
+    fast = advice(found | {"int8 products": routes, "cpu": found["cpu"] | {"amx": False}})
+    assert "int8 is faster" in fast[0] and "VNNI" in fast[0]
+    assert "neither VNNI nor AMX" in advice(found | {"int8 products": routes | {"8-bit weights": "float32"}})[0]
+    assert "no oneDNN" in advice(found | {"int8 products": dict.fromkeys(routes, "float32")})[0]
+    assert "missing" in advice(found | {"int8 products": dict.fromkeys(routes, None)})[0]
+    gpu = {"name": "Imaginary GPU", "int8 tensor cores": False}
+    assert "no int8 tensor cores" in advice(found | {"gpu": gpu})[1]
