@@ -90,7 +90,9 @@ def test_bos_embedding_of_another_width(unet):
         plan.validate(unet)
 
 
-@pytest.mark.parametrize("module", [nn.Conv2d(4, 4, 3, padding="same"), nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")])
+@pytest.mark.parametrize(
+    "module", [nn.Conv2d(4, 4, 3, padding="same"), nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")]
+)
 def test_convolutions_that_cannot_be_quantized(module):
     model = nn.ModuleDict({"c": module})
     with pytest.raises(PlanError, match="layer 'c': padding"):

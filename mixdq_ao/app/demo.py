@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 
 from ..jsonfile import write_document
@@ -23,6 +24,7 @@ from ..search.metrics import psnr
 from .environment import environment
 from .grid import save_grid
 from .measure import Exam, held_bytes, interleaved
+from .quiet import silence_loading_bars
 from .subject import bundled
 from .variants import PARETO_BITS, Choice, Variants, best, summaries
 
@@ -53,6 +55,7 @@ def run_demo(out: Path, quick: bool = False) -> Path:
     size, out = (QUICK if quick else Size()), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     subject = bundled()
+    silence_loading_bars()
     pipe, scorer = subject.load_pipeline(), subject.load_scorer()
     variants, choices = search(pipe, subject, size, out)
     plans = {
@@ -205,22 +208,20 @@ def unet_inputs(pipe: Any, prompts: list[str]) -> dict[str, Any]:
     return seen[0]
 
 
-def _print(results: dict[str, Any], report: Path) -> None:
-    from rich.table import Table
+COLUMNS = (
+    ("agreement", "agree", ".1%"),
+    ("ssim", "SSIM", ".4f"),
+    ("psnr", "PSNR", ".1f"),
+    ("frechet", "Fréchet", ".2f"),
+    ("average_weight_bits", "W bits", ".2f"),
+    ("speedup", "speed", ".2f"),
+)
 
-    table = Table("variant", "agreement", "SSIM", "PSNR", "Fréchet", "MiB", "W bits", "ms", "speedup", title="4 steps")
-    for name, v in results["variants"].items():
-        cell = lambda key, form, v=v: "-" if v[key] is None else format(v[key], form)  # noqa: E731
-        table.add_row(
-            name,
-            cell("agreement", ".1%"),
-            cell("ssim", ".4f"),
-            cell("psnr", ".1f"),
-            cell("frechet", ".3f"),
-            f"{v['weight_bytes'] / 2**20:.2f}",
-            cell("average_weight_bits", ".2f"),
-            cell("latency_ms", ".1f"),
-            cell("speedup", ".2f"),
-        )
+
+def _print(results: dict[str, Any], report: Path) -> None:
+    table = Table("4 steps", *(title for _, title, _ in COLUMNS), "MiB")
+    for name, figures in results["variants"].items():
+        cells = ["-" if figures[key] is None else format(figures[key], form) for key, _, form in COLUMNS]
+        table.add_row(name, *cells, f"{figures['weight_bytes'] / 2**20:.2f}")
     console.print(table)
     console.print(f"report: {report}")

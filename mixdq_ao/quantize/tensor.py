@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
-from inductor_kernels.packing import pack, unpack_weight
 from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
 from inductor_kernels import ops as _ops  # noqa: F401  (registers torch.ops.inductor_kernels)
+from inductor_kernels.packing import pack, unpack_weight
 
 from .quantizer import ActQuant, WeightQuant, quantize_weight
 

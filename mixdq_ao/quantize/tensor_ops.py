@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from inductor_kernels.packing import pack
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import return_and_correct_aliasing
+
+from inductor_kernels.packing import pack
 
 from .bos import bos_mask
 from .quantizer import quantize_act

@@ -38,7 +38,9 @@ def test_codes_and_scales_are_the_formula(weight, bits, symmetric):
     integers, scale = reference.round_weight(w, bits, symmetric)
     assert torch.equal(quant.integers().double(), integers)
     assert torch.equal(quant.scale.double(), scale)
-    assert torch.equal(quant.dequantize().double(), (integers * scale.reshape(-1, *[1] * (w.dim() - 1))).float().double())
+    assert torch.equal(
+        quant.dequantize().double(), (integers * scale.reshape(-1, *[1] * (w.dim() - 1))).float().double()
+    )
     assert (quant.zero_point is None) == (bits == 8)
 
 

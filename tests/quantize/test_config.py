@@ -1,0 +1,137 @@
+"""quantize_ on whole models: real against fake, coverage, overrides, and errors before anything changes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig
+
+from mixdq_ao import LayerPlan, MixDQTensor, Plan, PlanError, QuantizationError, mixdq_config, quantize_
+from mixdq_ao.layers import find_layers
+from mixdq_ao.quantize.fake import FakeQuantLinear
+from mixdq_ao.quantize.tensor import SplitMixDQTensor, is_quantized
+
+from ..conftest import unet_inputs
+
+
+def sqnr(reference, other):
+    return 10 * torch.log10(reference.square().sum() / (reference - other).square().sum().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("act_bits", [8, 16])
+def test_real_mode_is_fake_mode(unet, calibration, bits, act_bits):
+    plan = Plan.uniform(unet, bits, act_bits).with_calibration(calibration)
+    fake, real = copy.deepcopy(unet), copy.deepcopy(unet)
+    quantize_(fake, mixdq_config(plan, mode="fake"))
+    quantize_(real, mixdq_config(plan))
+    inputs = unet_inputs()
+    with torch.no_grad():
+        y, expected, full = real(**inputs)[0], fake(**inputs)[0], unet(**inputs)[0]
+    # A code may flip where rounding differs in the last place of float32; far below the quantization error itself.
+    assert sqnr(expected, y) >= sqnr(full, expected) + 20
+    if bits == 8:
+        assert sqnr(full, y) > 20
+
+
+def test_every_planned_layer_is_quantized(unet, calibration):
+    plan = Plan.uniform(unet, 4, 8).with_calibration(calibration)
+    plan = plan.with_layers({"conv_in": LayerPlan()})
+    quantize_(unet, mixdq_config(plan))
+    kept = [n for n, m in find_layers(unet).items() if not is_quantized(m.weight)]
+    assert kept == ["conv_in"]
+    splits = [n for n, m in find_layers(unet).items() if isinstance(m.weight, SplitMixDQTensor)]
+    assert splits == [n for n, v in plan.layers.items() if v.split is not None] != []
+
+
+def test_layers_that_read_the_text_share_one_bos_embedding(unet, calibration):
+    quantize_(unet, mixdq_config(Plan.uniform(unet, 4, 8).with_calibration(calibration)))
+    weights = [m.weight for n, m in find_layers(unet).items() if n.endswith(("attn2.to_k", "attn2.to_v"))]
+    assert weights and len({id(w.bos_embedding) for w in weights}) == 1
+
+
+def test_overrides_combine_with_other_torchao_features(unet, calibration):
+    plan = Plan.uniform(unet, 8, 8).with_calibration(calibration)
+    overrides = {"re:.*ff\\.net\\.0\\.proj": Int8WeightOnlyConfig(), "conv_out": None}
+    quantize_(unet, mixdq_config(plan, overrides=overrides))
+    layers = find_layers(unet)
+    assert not is_quantized(layers["conv_out"].weight)
+    other = [m.weight for n, m in layers.items() if n.endswith("ff.net.0.proj")]
+    assert other and not any(isinstance(w, MixDQTensor) for w in other)
+    with torch.no_grad():
+        assert torch.isfinite(unet(**unet_inputs())[0]).all()
+
+
+def test_an_override_that_matches_nothing(unet, calibration):
+    plan = Plan.uniform(unet, 8, 8).with_calibration(calibration)
+    with pytest.raises(PlanError, match="overrides names 'conv_inn'"):
+        quantize_(unet, mixdq_config(plan, overrides={"conv_inn": None}))
+
+
+def test_not_a_number_in_the_last_layer_leaves_the_model_unchanged(unet, calibration):
+    with torch.no_grad():
+        unet.conv_out.weight[0, 0, 0, 0] = float("nan")
+    config = mixdq_config(Plan.uniform(unet, 8, 8).with_calibration(calibration))
+    with pytest.raises(QuantizationError, match="'conv_out'.*NaN"):
+        quantize_(unet, config)
+    assert not any(is_quantized(m.weight) for m in find_layers(unet).values())
+
+
+def test_missing_ranges(unet):
+    with pytest.raises(PlanError, match="no act_range; run calibrate"):
+        mixdq_config(Plan.uniform(unet, 8, 8))
+
+
+def test_quantizing_twice(unet, calibration):
+    config = mixdq_config(Plan.uniform(unet, 8, 8).with_calibration(calibration))
+    quantize_(unet, config)
+    with pytest.raises(QuantizationError, match="quantized already"):
+        quantize_(unet, config)
+
+
+def test_activation_alone_is_for_fake_mode(unet, calibration):
+    plan = Plan({"conv_in": LayerPlan(act_bits=8)}).with_calibration(calibration)
+    with pytest.raises(PlanError, match="'conv_in'.*mode='fake'"):
+        mixdq_config(plan)
+    quantize_(unet, mixdq_config(plan, mode="fake"))
+
+
+def test_unknown_mode(unet):
+    with pytest.raises(PlanError, match="mode is 'dry'"):
+        mixdq_config(Plan.uniform(unet, 8, 16), mode="dry")  # type: ignore[arg-type]
+
+
+def test_fake_mode_learns_and_becomes_real(unet, calibration):
+    plan = Plan.uniform(unet, 4, 8).with_calibration(calibration)
+    quantize_(unet, mixdq_config(plan, mode="fake"))
+    inputs = unet_inputs()
+    unet(**inputs)[0].square().mean().backward()
+    grads = [m.weight.grad for m in find_layers(unet).values()]
+    assert all(g is not None and torch.isfinite(g).all() for g in grads)
+    assert sum(g.abs().sum() > 0 for g in grads) > 0.9 * len(grads)
+    fake = unet(**inputs)[0].detach()
+    quantize_(unet, mixdq_config(plan))
+    assert not any(isinstance(m, FakeQuantLinear) for m in unet.modules())
+    with torch.no_grad():
+        assert sqnr(fake, unet(**inputs)[0]) > 40
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_whole_small_unet_compiles_into_one_graph(unet, calibration, bits):
+    quantize_(unet, mixdq_config(Plan.uniform(unet, bits, 8).with_calibration(calibration)))
+    inputs = unet_inputs()
+    with torch.no_grad():
+        expected = unet(**inputs)[0]
+        torch._dynamo.reset()
+        y = torch.compile(unet, fullgraph=True)(**inputs)[0]
+    # Fused code keeps float32 where eager code stores it: codes at a rounding border flip.
+    assert sqnr(expected, y) > 35
+
+
+def test_a_layer_outside_a_unet():
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    quantize_(model, mixdq_config(Plan.uniform(model, 4, 16)))
+    assert model(torch.randn(2, 6)).shape == (2, 3)

@@ -1,0 +1,119 @@
+"""Sensitivity analysis: replay changes nothing, values are what a direct run gives, kill -9 loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixdq_ao import LayerPlan, MixDQError, Plan, Sampling, SensitivityError, analyze, mixdq_config, quantize_
+from mixdq_ao.models.pipelines import generate_all
+from mixdq_ao.search.metrics import error_power, ssim
+from mixdq_ao.search.trial import Trials
+
+LAYERS = ("conv_in", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k", "up_blocks.2.resnets.1.conv_shortcut")
+PROGRAM = Path(__file__).with_name("analyze_program.py")
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_replay_gives_what_a_full_run_gives(bundled, steps):
+    sampling = Sampling(steps=steps, batch_size=2)
+    embedding = torch.tensor(bundled.calibration.bos_embedding)
+    trials = [Trials(bundled.pipe, bundled.prompts[:3], sampling, replay=replay) for replay in (True, False)]
+    for name in LAYERS:
+        layer = bundled.calibration.layers[name].plan(LayerPlan(weight_bits=4, act_bits=8), bos=True, split=True)
+        fast, slow = (t.measure(name, layer, embedding, images=True) for t in trials)
+        assert fast == slow, name
+        assert fast["error"] > 0
+
+
+def test_a_small_memory_budget_changes_speed_only(bundled):
+    sampling = Sampling(batch_size=2)
+    trials = [Trials(bundled.pipe, bundled.prompts[:2], sampling, budget=b) for b in (4 << 30, 1 << 20)]
+    assert trials[1].batches[0].recorder.bytes <= 1 << 20
+    results = [t.measure("conv_out", LayerPlan(weight_bits=4), None, images=False) for t in trials]
+    assert results[0] == results[1]
+
+
+def test_scores_are_what_quantizing_that_layer_alone_gives(bundled):
+    pipe, prompts = bundled.pipe, bundled.prompts[:2]
+    result = analyze(pipe, prompts, calibration=bundled.calibration, weight_bits=(4,), act_bits=(), batch_size=2)
+    outputs = []
+    reference_images = generate_all(pipe, prompts, Sampling(batch_size=2))
+    handle = pipe.unet.register_forward_hook(lambda m, a, o: outputs.append(o[0]))
+    generate_all(pipe, prompts, Sampling(batch_size=2), "latent")
+    for name in LAYERS[:2]:
+        plan = Plan({name: LayerPlan(weight_bits=4)}).with_calibration(bundled.calibration)
+        original = pipe.unet.get_submodule(name).weight
+        quantize_(pipe.unet, mixdq_config(plan))
+        images = generate_all(pipe, prompts, Sampling(batch_size=2))
+        pipe.unet.get_submodule(name).weight = original
+        layer = result.layers[name]
+        assert layer.weight_errors[4] == pytest.approx(error_power(outputs[0], outputs[-1]), rel=1e-2)
+        if layer.group == "content":
+            assert layer.weight_scores[4] == pytest.approx(ssim(images, reference_images).mean().item(), abs=1e-6)
+        else:
+            assert layer.weight_scores[4] == pytest.approx(
+                -10 * torch.tensor(layer.weight_errors[4]).log10().item(), abs=1e-3
+            )
+    handle.remove()
+
+
+def test_more_bits_hurt_less(bundled):
+    result = analyze(
+        bundled.pipe,
+        bundled.prompts[:2],
+        calibration=bundled.calibration,
+        weight_bits=(2, 8),
+        act_bits=(),
+        batch_size=2,
+    )
+    assert len(result.layers) == 175
+    better = [v.weight_errors[2] > v.weight_errors[8] for v in result.layers.values()]
+    assert sum(better) > 0.97 * len(better)
+    assert {v.group for v in result.layers.values()} == {"content", "quality"}
+
+
+def run_program(store: Path, out: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(PROGRAM), str(store), str(out)], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    )
+
+
+def test_kill_nine_in_the_middle_loses_nothing_and_repeats_nothing(tmp_path):
+    """The store grows, the process is killed, a second run continues; the result is the one of an undisturbed run."""
+    store = tmp_path / "s.jsonl"
+    process = run_program(store, tmp_path / "never.json")
+    deadline = time.time() + 120
+    while time.time() < deadline and (not store.exists() or store.read_bytes().count(b"\n") < 8):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = [json.loads(line)["key"] for line in store.read_bytes().splitlines()[1:] if line.endswith(b"}")]
+    assert 1 <= len(done) and not (tmp_path / "never.json").exists()
+    assert run_program(store, tmp_path / "resumed.json").wait() == 0
+    keys = [json.loads(line)["key"] for line in store.read_text().splitlines()[1:]]
+    assert keys[: len(done)] == done and len(set(keys)) == len(keys)
+    assert run_program(tmp_path / "fresh.jsonl", tmp_path / "fresh.json").wait() == 0
+    assert (tmp_path / "resumed.json").read_text() == (tmp_path / "fresh.json").read_text()
+
+
+def test_a_store_of_other_prompts(bundled, tmp_path):
+    options = {"calibration": bundled.calibration, "weight_bits": (), "act_bits": (), "batch_size": 2}
+    analyze(bundled.pipe, bundled.prompts[:2], store=tmp_path / "s", **options)
+    with pytest.raises(SensitivityError, match="other prompts"):
+        analyze(bundled.pipe, bundled.prompts[1:3], store=tmp_path / "s", **options)
+
+
+def test_bad_input(bundled):
+    with pytest.raises(MixDQError, match="prompts is empty"):
+        analyze(bundled.pipe, [])
+    with pytest.raises(MixDQError, match="method is 'guess'"):
+        analyze(bundled.pipe, bundled.prompts, method="guess")  # type: ignore[arg-type]

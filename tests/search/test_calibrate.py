@@ -1,0 +1,153 @@
+"""Calibration: exact ranges, ties, splits, BOS, and files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from mixdq_ao import Calibration, CalibrationError, MixDQError, Plan, calibrate
+from mixdq_ao.search.observe import RangeObserver
+
+from ..conftest import bos_row, text_rows, unet_inputs
+
+
+def test_ranges_are_the_inputs_extremes(unet):
+    seen: dict[str, list[float]] = {}
+
+    def hook(name):
+        def record(module, args):
+            seen.setdefault(name, []).extend([args[0].min().item(), args[0].max().item()])
+
+        return record
+
+    names = ["conv_in", "conv_out", "time_embedding.linear_1"]
+    for name in names:
+        unet.get_submodule(name).register_forward_pre_hook(hook(name))
+    calibration = calibrate(unet, run=lambda: [unet(**unet_inputs()) for _ in range(2)])
+    for name in names:
+        assert calibration.layers[name].act_range == (min(seen[name]), max(seen[name]))
+
+
+def test_layers_that_read_one_tensor_share_a_range(calibration):
+    qkv = [n for n in calibration.layers if n.startswith("mid_block") and "attn1.to_" in n and "out" not in n]
+    assert len(qkv) == 3
+    assert any(set(qkv) == set(tie) for tie in calibration.ties)
+    assert len({calibration.layers[n].act_range for n in qkv}) == 1
+    text = [n for n in calibration.layers if n.endswith(("attn2.to_k", "attn2.to_v"))]
+    assert len({calibration.layers[n].prompt_range for n in text}) == 1
+
+
+def test_bos_is_found_and_kept_out(calibration):
+    assert calibration.bos_embedding == tuple(bos_row().tolist())
+    layer = next(v for n, v in calibration.layers.items() if n.endswith("attn2.to_v"))
+    assert layer.act_range[1] == 300.0 and layer.prompt_range[1] < 6
+
+
+def test_no_outlier_no_bos(unet):
+    inputs = unet_inputs() | {"encoder_hidden_states": torch.randn(2, 7, 24)}
+    assert calibrate(unet, run=lambda: unet(**inputs)).bos_embedding is None
+    with pytest.raises(CalibrationError, match="differs between prompts"):
+        calibrate(unet, run=lambda: unet(**inputs), bos=True)
+    with_bos = unet_inputs()
+    assert calibrate(unet, run=lambda: unet(**with_bos), bos=False).bos_embedding is None
+
+
+def test_zero_negatives_do_not_hide_bos(unet):
+    inputs = unet_inputs() | {"encoder_hidden_states": torch.cat([torch.zeros(1, 7, 24), text_rows(1)])}
+    assert calibrate(unet, run=lambda: unet(**inputs)).bos_embedding is not None
+
+
+def test_hooks_are_gone_and_no_input_is_kept(unet):
+    calibrate(unet, run=lambda: unet(**unet_inputs()))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules())
+
+
+def test_hooks_are_gone_after_an_error(unet):
+    def fail() -> None:
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        calibrate(unet, run=fail)
+    assert not any(m._forward_hooks for m in unet.modules())
+
+
+def test_split_halves_have_ranges_of_their_own(calibration):
+    split = {n: v for n, v in calibration.layers.items() if v.split is not None}
+    assert split and all(n.endswith("conv_shortcut") for n in split)
+    for layer in split.values():
+        lows, highs = zip(layer.first_range, layer.second_range, strict=True)
+        assert (min(lows), max(highs)) == layer.act_range
+
+
+def test_files(calibration, tmp_path):
+    calibration.save(tmp_path / "c.json")
+    assert Calibration.load(tmp_path / "c.json") == calibration
+    document = json.loads((tmp_path / "c.json").read_text())
+    name = next(iter(document["layers"]))
+    for change, says in [
+        ({"act_range": None}, "act_range"),
+        ({"act_range": [1, 0]}, "lo <= hi"),
+        ({"macs": "x"}, "whole numbers"),
+        ({"split": 3}, "come together"),
+    ]:
+        broken = json.loads(json.dumps(document))
+        broken["layers"][name] |= change
+        (tmp_path / "b.json").write_text(json.dumps(broken))
+        with pytest.raises(CalibrationError, match=says):
+            Calibration.load(tmp_path / "b.json")
+    (tmp_path / "b.json").write_text(json.dumps(document)[:1000])
+    with pytest.raises(CalibrationError, match="not valid JSON"):
+        Calibration.load(tmp_path / "b.json")
+
+
+def test_bad_input(bundled, unet):
+    with pytest.raises(MixDQError, match="prompts is empty"):
+        calibrate(bundled.pipe, [])
+    with pytest.raises(MixDQError, match="prompt 1 is ' '"):
+        calibrate(bundled.pipe, ["a", " "])
+    with pytest.raises(MixDQError, match="prompts is the text"):
+        calibrate(bundled.pipe, "a red circle")
+    with pytest.raises(CalibrationError, match="nothing|no linear"):
+        calibrate(unet, run=lambda: None)
+    with pytest.raises(CalibrationError, match="NaN"):
+        calibrate(unet, run=lambda: unet(**(unet_inputs() | {"sample": torch.full((2, 4, 8, 8), float("nan"))})))
+
+
+def test_a_layer_that_never_ran():
+    model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
+    calibration = calibrate(model, run=lambda: model["used"](torch.ones(1, 2)))
+    with pytest.raises(CalibrationError, match="'unused' was never called"):
+        Plan.uniform(model, 8, 8).with_calibration(calibration)
+
+
+def test_percentile_and_mse_clip_an_outlier():
+    torch.manual_seed(0)
+    for method in ("percentile", "mse"):
+        observer = RangeObserver(method)
+        for scale in (0.5, 1, 2):
+            observer.update(torch.randn(20_000) * scale)
+        observer.update(torch.tensor([400.0]))
+        lo, hi = observer.range(8)
+        assert -12 < lo < -3 and 3 < hi < (12 if method == "percentile" else 401), method
+    exact = RangeObserver("minmax")
+    exact.update(torch.tensor([-1.5, 400.0]))
+    assert exact.range() == (-1.5, 400.0)
+
+
+def test_mse_range_is_the_best_of_a_search():
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(50_000), torch.tensor([40.0])])
+    observer = RangeObserver("mse")
+    observer.update(x)
+
+    def error(lo: float, hi: float) -> float:
+        step = (hi - lo) / 15
+        return (((x.clamp(lo, hi) - lo) / step).round() * step + lo - x).square().mean().item()
+
+    best = error(*observer.range(4))
+    assert best <= 1.05 * min(
+        error(*(torch.tensor([x.min(), x.max()]) * s).tolist()) for s in torch.linspace(0.01, 1, 100)
+    )

@@ -1,0 +1,101 @@
+"""The store: continues after a cut, refuses what is not its own, survives a full disk."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from mixdq_ao import SensitivityError
+from mixdq_ao.search.store import Store, fingerprint
+
+
+def fill(path, n=3):
+    with Store(path, "print") as store:
+        for i in range(n):
+            store.put(f"k{i}", {"error": float(i)})
+
+
+def test_results_come_back(tmp_path):
+    fill(tmp_path / "s")
+    with Store(tmp_path / "s", "print") as store:
+        assert store.results == {f"k{i}": {"error": float(i)} for i in range(3)}
+        assert store.get("k9") is None
+
+
+def test_a_torn_last_line_is_dropped_and_written_again(tmp_path):
+    path = tmp_path / "s"
+    fill(path)
+    whole = path.read_bytes()
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        with Store(path, "print") as store:
+            n = len(store.results)
+            store.put("new", {"error": 1.0})
+        with Store(path, "print") as store:
+            assert len(store.results) == n + 1
+
+
+def test_another_fingerprint(tmp_path):
+    fill(tmp_path / "s")
+    with pytest.raises(SensitivityError, match="another model"), Store(tmp_path / "s", "other"):
+        pass
+
+
+@pytest.mark.parametrize("text", ["hello\n", '{"format": "x"}\n', "[]\n"])
+def test_a_file_that_is_no_store_is_left_alone(tmp_path, text):
+    (tmp_path / "s").write_text(text)
+    with pytest.raises(SensitivityError), Store(tmp_path / "s", "print"):
+        pass
+    assert (tmp_path / "s").read_text() == text
+
+
+def test_values_must_be_finite_numbers(tmp_path):
+    fill(tmp_path / "s", 0)
+    with open(tmp_path / "s", "a") as file:
+        file.write(json.dumps({"key": "k", "value": {"error": "x"}}) + "\n")
+    with pytest.raises(SensitivityError, match="line 2"), Store(tmp_path / "s", "print"):
+        pass
+
+
+def test_one_writer_at_a_time(tmp_path):
+    with (
+        Store(tmp_path / "s", "print"),
+        pytest.raises(SensitivityError, match="another process"),
+        Store(tmp_path / "s", "print"),
+    ):
+        pass
+
+
+def test_a_full_disk_keeps_what_was_stored(tmp_path, monkeypatch):
+    with Store(tmp_path / "s", "print") as store:
+        store.put("k0", {"error": 0.0})
+
+        def full(handle: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(SensitivityError, match="No space left on device; 1 results are safe"):
+                store.put("k1", {"error": 1.0})
+        store.put("k2", {"error": 2.0})
+    with Store(tmp_path / "s", "print") as store:
+        assert set(store.results) == {"k0", "k2"}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_device_without_room():
+    with pytest.raises(SensitivityError, match="cannot be written"), Store("/dev/full", "print"):
+        pass
+
+
+def test_the_fingerprint_sees_weights_and_settings():
+    model = nn.Linear(3, 2)
+    first = fingerprint(model, {"a": 1})
+    assert first == fingerprint(model, {"a": 1}) != fingerprint(model, {"a": 2})
+    with torch.no_grad():
+        model.weight[0, 0] += 1
+    assert fingerprint(model, {"a": 1}) != first
