@@ -47,5 +47,10 @@ def wrote(path: Path, what: str) -> None:
     console.print(Text(f"wrote {path}: {what}"), soft_wrap=True)
 
 
+def counted(count: int, noun: str) -> str:
+    """ "1 prompt", "2 prompts"."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def mebibytes(size: float) -> str:
     return f"{size / 2**20:.2f} MiB"

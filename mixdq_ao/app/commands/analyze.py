@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import options
 from ..inputs import integers, load_pipeline, read_prompts
-from ..output import wrote
+from ..output import counted, wrote
 
 HELP = "measure how much each layer suffers from each bit width; a stopped run continues from its store"
 EXAMPLE = (
@@ -50,4 +50,4 @@ def run(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
     )
     result.save(args.out)
-    wrote(args.out, f"scores of {len(result.layers)} layers over {len(prompts)} prompts")
+    wrote(args.out, f"scores of {len(result.layers)} layers over {counted(len(prompts), 'prompt')}")

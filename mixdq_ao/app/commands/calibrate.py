@@ -6,7 +6,7 @@ import argparse
 
 from .. import options
 from ..inputs import load_pipeline, read_prompts
-from ..output import wrote
+from ..output import counted, wrote
 
 HELP = "record the range of every layer's input, and the BOS embedding, over real prompts"
 EXAMPLE = "mixdq calibrate examples/shapes/pipeline --prompts prompts.txt --steps 1,4 --out calibration.json"
@@ -42,4 +42,4 @@ def run(args: argparse.Namespace) -> None:
     result.save(args.out)
     aware = sum(layer.prompt_range is not None for layer in result.layers.values())
     bos = f"BOS kept apart in {aware}" if result.bos_embedding else "no BOS row stands out"
-    wrote(args.out, f"ranges of {len(result.layers)} layers from {len(prompts)} prompts, {bos}")
+    wrote(args.out, f"ranges of {len(result.layers)} layers from {counted(len(prompts), 'prompt')}, {bos}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import options
 from ..inputs import load_pipeline, load_plan, read_prompts
-from ..output import wrote
+from ..output import counted, wrote
 
 HELP = "draw pictures, with a plan or in full precision"
 EXAMPLE = (
@@ -51,4 +51,4 @@ def run(args: argparse.Namespace) -> None:
                 save_png(image, args.out, count, prompts[count])
                 count += 1
             bar.advance(len(batch))
-    wrote(args.out, f"{count} picture{'s' * (count != 1)}")
+    wrote(args.out, counted(count, "picture"))
