@@ -43,7 +43,7 @@ def probe_sensitivity(
 
     ``weight_errors`` and ``act_errors`` are relative error powers of the denoiser's output, each step's own call on
     the full-precision trajectory, summed over steps; a quality layer's score is their SQNR in dB. A content layer's
-    score is the PSNR of the decoded pictures in dB (at most 100): all its steps changed together, through scheduler,
+    score is the PSNR of the decoded pictures in dB (at most 120): all its steps changed together, through scheduler,
     later steps and decoder. SSIM is no squared norm of a linear map, so a probe cannot give it; metadata
     ``content_score`` says "psnr".
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import SensitivityError
 from ..models.pipelines import Sampling, denoiser
 from .probe_delta import LayerDeltas
-from .probe_tape import Tape, add
+from .probe_tape import Contract, Tape, add
 from .probe_trace import Trace, frozen_pipeline, trace
 
 Record = dict[str, float]
@@ -112,6 +112,17 @@ class BatchProbe:
                     if images is not None:
                         self._see_pictures(s, tape, tally, pictures[k])
         return [self._record(tally) for tally in tallies.values()]
+
+    def scores(self, probe: int, contract: Contract) -> dict[str, Tensor]:
+        """One probe with another use of the gradients: {layer: contract(dY, g), summed over samples and
+        steps, [choices]}."""
+        totals: dict[str, Tensor] = {}
+        with frozen_pipeline(self.pipe):
+            for s, step in enumerate(self.trace.steps):
+                v = signs(step.output, *self.key, probe, s)
+                for name, values in self.tape(s).pull(v, set(self.deltas), contract)[0].items():
+                    totals[name] = add(totals.get(name), values.double().sum(0, keepdim=True))
+        return {name: totals[name][0] for name in self.order}
 
     def tape(self, step: int) -> Tape:
         """The tape of one step; only the last one asked for is kept."""

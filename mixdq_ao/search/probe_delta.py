@@ -12,6 +12,7 @@ from ..errors import MixDQError, SensitivityError
 from ..layers import check_layer, find_layers
 from ..quantize.bos import bos_mask
 from ..quantize.config import MixDQLayerConfig, fake_quantizer
+from ..quantize.fake import FakeQuantizer
 from ..quantize.quantizer import refuse_unusable
 from .analyze import Evaluation, Kind
 from .calibration import Calibration
@@ -40,12 +41,21 @@ class LayerDeltas:
     ) -> None:
         self.module, self.choices = module, tuple(choices)
         self.bos: Tensor | None = None
-        self.quantizers = []
-        for choice in self.choices:
-            plan = _checked(module, choice, calibration)
-            config = MixDQLayerConfig(plan, "fake", embedding if plan.bos else None, choice.name)
-            self.quantizers.append(fake_quantizer(config).to(module.weight.device))
-            self.bos = self.quantizers[-1].bos_embedding if plan.bos else self.bos
+        self.quantizers: list[FakeQuantizer] = []
+        try:
+            refuse_unusable(module.weight)
+            for choice in self.choices:
+                self._add(choice, calibration, embedding)
+        except MixDQError as e:
+            raise type(e)(f"layer {self.choices[0].name!r}: {e}") from e
+
+    def _add(self, choice: Evaluation, calibration: Calibration, embedding: Tensor | None) -> None:
+        plan = choice.layer(calibration)
+        check_layer(self.module, plan)
+        config = MixDQLayerConfig(plan, "fake", embedding if plan.bos else None, choice.name)
+        self.quantizers.append(fake_quantizer(config).to(self.module.weight.device))
+        if plan.bos:
+            self.bos = self.quantizers[-1].bos_embedding
 
     @torch.no_grad()
     def stack(self, x: Tensor, groups: int) -> Tensor:
@@ -71,16 +81,6 @@ class LayerDeltas:
         if isinstance(self.module, nn.Linear):
             return F.linear(x, weight)
         return self.module._conv_forward(x, weight, None)
-
-
-def _checked(module: nn.Linear | nn.Conv2d, choice: Evaluation, calibration: Calibration):
-    try:
-        plan = choice.layer(calibration)
-        check_layer(module, plan)
-        refuse_unusable(module.weight)
-    except MixDQError as e:
-        raise type(e)(f"layer {choice.name!r}: {e}") from e
-    return plan
 
 
 def deltas_of(

@@ -9,10 +9,9 @@ from typing import Any
 from ..layers import Group, GroupRule, LayerShape, stored_bytes
 from ..plan import LayerPlan
 from .calibration import Calibration
-from .metrics import MAX_PSNR
 from .probe_delta import LayerDeltas
 from .probe_stats import Estimates, Key
-from .sensitivity import Kind, LayerSensitivity, Sensitivity, sqnr_from_error
+from .sensitivity import ERROR_FLOOR, Kind, LayerSensitivity, Sensitivity, sqnr_from_error
 
 
 def to_sensitivity(
@@ -30,8 +29,8 @@ def to_sensitivity(
 
 
 def psnr_from_mse(mse: float) -> float:
-    """dB of a mean squared error of pictures in [0, 1]; at most 100."""
-    return -10.0 * math.log10(max(mse, 10.0 ** (-MAX_PSNR / 10.0)))
+    """dB of a mean squared error of pictures in [0, 1]; at most 120, where float32 arithmetic itself decides."""
+    return -10.0 * math.log10(max(mse, ERROR_FLOOR))
 
 
 def _layer(
