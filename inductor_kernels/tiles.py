@@ -38,7 +38,6 @@ _HOPPER = [
     Tile(128, 64, 128, 4, 4),
     Tile(128, 128, 64, 4, 8),
     Tile(128, 128, 128, 3, 8),
-    Tile(128, 256, 64, 3, 8),
 ]
 
 TILES = {80: _AMPERE, 86: _SMALL_SHARED, 89: _SMALL_SHARED, 90: _HOPPER, 100: _HOPPER, 120: _SMALL_SHARED}
