@@ -1,12 +1,21 @@
-"""One progress bar for everything that takes long: done, total, time left. Silent when the output is no terminal."""
+"""One progress bar for everything that takes long: done, total, time left; one line each where there is no terminal."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 console = Console(stderr=True)
 
@@ -14,17 +23,23 @@ console = Console(stderr=True)
 class Bar:
     """Handle of a running progress bar."""
 
-    def __init__(self, bar: Progress, task: int) -> None:
+    def __init__(self, bar: Progress | None, task: TaskID) -> None:
         self._bar, self._task = bar, task
 
     def advance(self, by: int = 1, note: str | None = None) -> None:
         """``by`` more items are done; ``note`` says what is being worked on."""
-        self._bar.update(self._task, advance=by, **({} if note is None else {"note": note}))
+        if self._bar is not None:
+            self._bar.update(self._task, advance=by, **({} if note is None else {"note": note}))
 
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Bar]:
-    """A bar on standard error with elapsed and remaining time."""
+    """A bar on standard error with elapsed and remaining time; in a log, one line when it is done."""
+    if not console.is_terminal:
+        start = time.monotonic()
+        yield Bar(None, TaskID(0))
+        console.print(f"{title}: {total} in {time.monotonic() - start:.0f} s", highlight=False)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -34,5 +49,5 @@ def progress(title: str, total: int) -> Iterator[Bar]:
         TimeRemainingColumn(),
         TextColumn("[dim]{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=False) as bar:
+    with Progress(*columns, console=console) as bar:
         yield Bar(bar, bar.add_task(title, total=total, note=""))

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..jsonfile import write_document
 from ..models.pipelines import Sampling, generate_all
 from ..plan import Plan
 from ..progress import console, progress
 from ..quantize.bos_encoder import bos_aware
-from ..quantize.config import mixdq_config, quantize_
 from ..search.analyze import analyze
 from ..search.calibrate import calibrate
 from ..search.metrics import psnr
 from .environment import environment
 from .grid import save_grid
-from .measure import Exam, held_bytes, interleaved
+from .latency import latencies
+from .measure import Exam, held_bytes
+from .quantized import quantized
 from .quiet import silence_loading_bars
 from .subject import bundled
 from .variants import PARETO_BITS, Choice, Variants, best, summaries
@@ -38,7 +36,7 @@ class Size:
 
     calibration: int = 32
     analysis: int = 16
-    judged: int = 32
+    judged: int = 16
     test: int = 256
     latency_batch: int = 8
     compile: bool = True
@@ -71,9 +69,9 @@ def run_demo(out: Path, quick: bool = False) -> Path:
         plans[name].save(out / f"plan_{name.removeprefix('mixdq_')}.json")
     ablation = {f"{c.objective}_w4a8": variants.plan(c) for c in choices[4.0]}
     test = subject.prompts(size.test, seed=2026, held_out=True)
-    exam = Exam([p.text for p in test], [p.spec for p in test], scorer, Sampling(seed=10_000, batch_size=32))
+    exam = Exam([p.text for p in test], [p.spec for p in test], scorer, Sampling(seed=10_000, batch_size=64))
     results = compare(pipe, plans, ablation, exam, size, out)
-    (out / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_document(out / "results.json", results)
 
     from .report import build
 
@@ -104,7 +102,12 @@ def search(pipe: Any, subject: Any, size: Size, out: Path) -> tuple[Variants, di
         for bits in PARETO_BITS:
             choices[bits] = variants.choices(bits)
             bar.advance(note=f"{bits} bits")
-    points = [
+    write_document(out / "pareto.json", {"points": _points(choices)})
+    return variants, choices
+
+
+def _points(choices: dict[float, list[Choice]]) -> list[dict[str, Any]]:
+    return [
         {
             "objective": c.objective,
             "weight_bits": bits,
@@ -117,21 +120,6 @@ def search(pipe: Any, subject: Any, size: Size, out: Path) -> tuple[Variants, di
         for bits, found in choices.items()
         for c in found
     ]
-    write_document(out / "pareto.json", {"points": points})
-    return variants, choices
-
-
-def quantized(pipe: Any, plan: Plan) -> Any:
-    """A shallow copy of the pipeline with a quantized copy of its UNet; the original stays as it is."""
-    clone = copy.copy(pipe)
-    object.__setattr__(clone, "unet", quantized_unet(pipe.unet, plan))
-    return clone
-
-
-def quantized_unet(unet: nn.Module, plan: Plan) -> nn.Module:
-    unet = copy.deepcopy(unet)
-    quantize_(unet, mixdq_config(plan))
-    return unet
 
 
 def compare(
@@ -147,11 +135,15 @@ def compare(
     pictures: dict[str, Tensor] = {}
     fp32 = {"weight_bytes": held_bytes(pipe.unet), "average_weight_bits": 32.0, "average_act_bits": 32.0}
     for name, plan in {"fp32": None, **plans, **ablation}.items():
+        twin = next((n for n, p in plans.items() if name in ablation and p == plan), None)
+        if twin is not None:
+            tables[STEPS[0]][name] = dict(tables[STEPS[0]][twin])
+            continue
         clone = pipe if plan is None else quantized(pipe, plan)
         held = fp32 if plan is None else {"weight_bytes": held_bytes(clone.unet), **bits[name]}
         if plan is not None and plan.bos_embedding is not None:
             bos_aware(clone)
-        for steps in STEPS:
+        for steps in STEPS if name not in ablation else STEPS[:1]:
             drawn = references[steps]
             if plan is not None:
                 drawn = replace(exam, sampling=replace(exam.sampling, steps=steps)).draw(
@@ -163,7 +155,7 @@ def compare(
     shown = ["fp32", *plans]
     save_grid(out, {n: pictures[n] for n in shown}, list(exam.prompts[:SHOWN]))
     if size.compile:
-        timing = latencies(pipe, plans, exam, size.latency_batch)
+        timing = latencies(pipe, plans, list(exam.prompts[: size.latency_batch]))
         for table in tables.values():
             for name, figures in timing.items():
                 table[name].update(figures)
@@ -171,41 +163,8 @@ def compare(
         "variants": {n: tables[4][n] for n in shown},
         "variants_1_step": {n: tables[1][n] for n in shown},
         "ablation": {n: tables[4][n] for n in ablation},
-        "ablation_1_step": {n: tables[1][n] for n in ablation},
         "environment": environment() | {"prompts": len(exam.prompts), "latency_batch": size.latency_batch},
     }
-
-
-@torch.no_grad()
-def latencies(pipe: Any, plans: dict[str, Plan], exam: Exam, batch: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of one compiled UNet call at ``batch`` prompts, and the ratio to compiled fp32."""
-    inputs = unet_inputs(pipe, list(exam.prompts[:batch]))
-    calls = {}
-    with progress("compiling", len(plans) + 1) as bar:
-        for name, plan in {"fp32": None, **plans}.items():
-            unet = copy.deepcopy(pipe.unet) if plan is None else quantized_unet(pipe.unet, plan)
-            torch._dynamo.reset()
-            compiled = torch.compile(unet, fullgraph=True)
-            compiled(**inputs)
-            calls[name] = lambda compiled=compiled: compiled(**inputs)
-            bar.advance(note=name)
-    times = interleaved(calls)
-    return {n: {"latency_ms": t, "speedup": times["fp32"] / t} for n, t in times.items()}
-
-
-def unet_inputs(pipe: Any, prompts: list[str]) -> dict[str, Any]:
-    """The keyword arguments of the UNet's call in the first step of a generation."""
-    seen: list[dict[str, Any]] = []
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append({"sample": args[0], "timestep": args[1], **kwargs})
-
-    handle = pipe.unet.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        generate_all(pipe, prompts, Sampling(batch_size=len(prompts)), "latent")
-    finally:
-        handle.remove()
-    return seen[0]
 
 
 COLUMNS = (

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixdq_ao import bos_aware, mixdq_config, quantize_
 from mixdq_ao.models.pipelines import denoiser
@@ -37,3 +38,17 @@ def save_png(image: Tensor, directory: Path, number: int, prompt: str) -> Path:
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
     Image.fromarray(pixels.numpy()).save(path)
     return path
+
+
+def quantized_unet(unet: nn.Module, plan: Plan) -> nn.Module:
+    """A quantized copy; the original stays as it is."""
+    unet = copy.deepcopy(unet)
+    quantize_(unet, mixdq_config(plan))
+    return unet
+
+
+def quantized(pipe: Any, plan: Plan) -> Any:
+    """A shallow copy of the pipeline with a quantized copy of its UNet."""
+    clone = copy.copy(pipe)
+    object.__setattr__(clone, "unet", quantized_unet(pipe.unet, plan))
+    return clone

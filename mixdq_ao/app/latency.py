@@ -1,0 +1,47 @@
+"""How long one compiled call of each variant's UNet takes, measured in turn."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models.pipelines import Sampling, generate_all
+from ..plan import Plan
+from ..progress import progress
+from .measure import interleaved
+from .quantized import quantized_unet
+
+
+@torch.no_grad()
+def latencies(pipe: Any, plans: dict[str, Plan], prompts: list[str]) -> dict[str, dict[str, float]]:
+    """Milliseconds of one compiled UNet call with ``prompts`` as one batch, and the ratio to compiled fp32."""
+    inputs = unet_inputs(pipe, prompts)
+    calls = {}
+    with progress("compiling", len(plans) + 1) as bar:
+        for name, plan in {"fp32": None, **plans}.items():
+            unet = copy.deepcopy(pipe.unet) if plan is None else quantized_unet(pipe.unet, plan)
+            torch._dynamo.reset()
+            compiled = torch.compile(unet, fullgraph=True)
+            compiled(**inputs)
+            calls[name] = lambda compiled=compiled: compiled(**inputs)
+            bar.advance(note=name)
+    times = interleaved(calls)
+    return {n: {"latency_ms": t, "speedup": times["fp32"] / t} for n, t in times.items()}
+
+
+def unet_inputs(pipe: Any, prompts: list[str]) -> dict[str, Any]:
+    """The keyword arguments of the UNet's call in the first step of a generation."""
+    seen: list[dict[str, Any]] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append({"sample": args[0], "timestep": args[1], **kwargs})
+
+    handle = pipe.unet.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        generate_all(pipe, prompts, Sampling(batch_size=len(prompts)), "latent")
+    finally:
+        handle.remove()
+    return seen[0]
