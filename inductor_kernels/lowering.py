@@ -128,6 +128,8 @@ def _lower(op):
 
 @_lower(OPS.linear.default)
 def _linear(capability, x, weight, wzp, weight_sum, scale, zero_point, bias, row_scale, bits, dtype):
+    if weight_sum is None:
+        return _note("no weight_sum")
     named = {"WZP": wzp, "WSUM": weight_sum, "SCALE": scale, "ZP": zero_point, "BIAS": bias, "ROW": row_scale}
     return _product(x, weight, x.get_size()[:-1], named, dtype, bits, capability, prologue=True)
 
@@ -144,6 +146,8 @@ def _conv2d(
 ):
     if groups != 1:
         return _note("grouped convolution")
+    if weight_sum is None:
+        return _note("no weight_sum")
     named = {"WZP": wzp, "WSUM": weight_sum, "SCALE": scale, "ZP": zero_point, "BIAS": bias}
     return _convolution(x, weight, named, dtype, bits, (stride, padding, dilation), capability, prologue=True)
 
