@@ -151,7 +151,8 @@ def linear(
         if _has_avx2():
             flat, rows = x_q.reshape(-1, 1, 1, k), None if row_scale is None else row_scale.reshape(-1)
             panels = _panels(prepared, weight, weight_zero_point)
-            y = avx2.product(flat, panels, weight_sum, scale, z, bias, rows, n, POINTWISE, (1, 1))
+            sums = _sums(prepared, weight, weight_zero_point, weight_sum)
+            y = avx2.product(flat, panels, sums, scale, z, bias, rows, n, POINTWISE, (1, 1))
             return y.view(*x_q.shape[:-1], n).to(out_dtype)
         total = F.linear(_centered(x_q, z), _float_linear(prepared, weight, weight_zero_point))
         return _scaled(total, scale, row_scale, bias, out_dtype)
@@ -172,6 +173,17 @@ def _panels(prepared: weights.Prepared, weight: Tensor, zero_point: Tensor | Non
     form = prepared.forms.get("avx2")
     if form is None:
         form = prepared.keep("avx2", avx2.pack(weights.integers(weight, zero_point, prepared.bits, prepared.length)))
+    return form
+
+
+def _sums(prepared: weights.Prepared, weight: Tensor, zero_point: Tensor | None, given: Tensor | None) -> Tensor:
+    """int32 [N], the sum of each channel's weights: the caller's, or made once."""
+    if given is not None:
+        return given
+    form = prepared.forms.get("sums")
+    if form is None:
+        w = weights.integers(weight, zero_point, prepared.bits, prepared.length)
+        form = prepared.keep("sums", w.flatten(1).sum(1, dtype=torch.int32))
     return form
 
 
@@ -211,7 +223,8 @@ def conv2d(
     if packed.dtype == torch.int16:
         size = checks.output_size(x_q, weight, stride, padding, dilation)
         around = (weight.shape[1], weight.shape[2], *stride, *padding, *dilation)
-        return avx2.product(x_q, packed, weight_sum, scale, z, bias, None, n, around, size).to(out_dtype)
+        sums = _sums(prepared, weight, weight_zero_point, weight_sum)
+        return avx2.product(x_q, packed, sums, scale, z, bias, None, n, around, size).to(out_dtype)
     if not packed.is_mkldnn:  # the float32 form
         x = _centered(x_q, z).permute(0, 3, 1, 2)
         total = F.conv2d(x, packed, None, stride, padding, dilation, groups)
