@@ -75,7 +75,7 @@ def analyze(
         pipe: a diffusers pipeline in full precision.
         prompts: texts; 16 to 32 give a stable ranking.
         store: a file that results are appended to after each evaluation; the same call continues from it.
-        method: "one_at_a_time", or "probe": estimated to first order from a few backward passes, a hundred times
+        method: "one_at_a_time", or "probe": estimated to first order from a few backward passes, tens of times
             faster; content layers then score in dB of the pictures (see ``probe_sensitivity``).
         calibration: ranges of the activations; calibrated on the same prompts and steps when None.
         steps, guidance_scale, seed, batch_size: see Sampling.
@@ -168,4 +168,3 @@ def _layer(
         act_errors={b: v["error"] for (k, b), v in own.items() if k == "act"},
         weight_bytes={b: stored_bytes(shape, plan(b)) for b in bits},
     )
-

@@ -47,6 +47,11 @@ def probe_sensitivity(
     later steps and decoder. SSIM is no squared norm of a linear map, so a probe cannot give it; metadata
     ``content_score`` says "psnr".
 
+    First order has a limit no number of probes lifts: where a large error (4 and 2 bits) tips a saturated attention
+    over, the estimate is off in either direction. On the bundled pipeline, 16 prompts, every third layer, rank
+    correlations with one layer at a time are .98 and .99 at 2 and 4-bit weights, .999 at 8, .996 and .999 at 4 and
+    8-bit activations; one layer at a time repeats itself on other prompts with .96 to .98.
+
     Probes run in rounds of 2, 2, 4, 8, ... until the estimated rank correlation with infinitely many (see
     Estimates.settled) reaches ``precision`` for weights and activations at every bit width, or 32 have run. Metadata
     holds ``probes``, ``settled``, ``standard_errors`` (of the errors), ``picture_errors`` and

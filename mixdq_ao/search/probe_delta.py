@@ -26,7 +26,7 @@ class LayerDeltas:
     Args:
         module: a linear or convolution layer in floating point.
         choices: what to quantize; all of them name this layer.
-        embedding: the BOS embedding [K], or None.
+        embedding: the BOS embedding [K] on the model's device, or None.
 
     Raises:
         MixDQError: the layer cannot be quantized as asked, or was not calibrated.
@@ -53,7 +53,7 @@ class LayerDeltas:
         plan = choice.layer(calibration)
         check_layer(self.module, plan)
         config = MixDQLayerConfig(plan, "fake", embedding if plan.bos else None, choice.name)
-        self.quantizers.append(fake_quantizer(config).to(self.module.weight.device))
+        self.quantizers.append(fake_quantizer(config))
         if plan.bos:
             self.bos = self.quantizers[-1].bos_embedding
 
@@ -90,11 +90,12 @@ def deltas_of(
     ``act_bits``. Raises SensitivityError where neither is given."""
     if not weight_bits and not act_bits:
         raise SensitivityError("weight_bits and act_bits are both empty, expected at least one bit width")
-    embedding = None if calibration.bos_embedding is None else torch.tensor(calibration.bos_embedding)
+    device, embedding = next(model.parameters()).device, calibration.bos_embedding
+    bos = None if embedding is None else torch.tensor(embedding, device=device)
     kinds: tuple[tuple[Kind, Sequence[int]], ...] = (("weight", weight_bits), ("act", act_bits))
     deltas = {}
     for name, module in find_layers(model).items():
         if name in calibration.layers:
             choices = [Evaluation(name, kind, bits) for kind, widths in kinds for bits in widths]
-            deltas[name] = LayerDeltas(module, choices, calibration, embedding)
+            deltas[name] = LayerDeltas(module, choices, calibration, bos)
     return deltas
