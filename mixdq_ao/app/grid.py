@@ -15,7 +15,8 @@ SCALE, GAP, HEADER = 2, 6, 30
 
 
 def save_grid(directory: Path, columns: Mapping[str, Tensor], captions: Sequence[str]) -> None:
-    """Writes grid.png (with the variants' names above the columns) and grid.json (names and captions as text).
+    """Writes grid.png (with the variants' names above the columns) and grid.json (names and captions as text, and where the cells
+    are, in pixels).
 
     ``columns``: {name: pictures [N, 3, H, W] in [0, 1]}, the same N prompts and seeds in each.
     """
@@ -29,7 +30,8 @@ def save_grid(directory: Path, columns: Mapping[str, Tensor], captions: Sequence
         for y, image in enumerate(images):
             sheet.paste(_picture(image), (GAP + x * width, HEADER + y * height))
     sheet.save(directory / "grid.png", optimize=True)
-    write_document(directory / "grid.json", {"columns": list(columns), "rows": list(captions)})
+    where = {"cell": [width - GAP, height - GAP], "origin": [GAP, HEADER], "gap": GAP}
+    write_document(directory / "grid.json", {"columns": list(columns), "rows": list(captions), **where})
 
 
 def _picture(image: Tensor) -> Image.Image:

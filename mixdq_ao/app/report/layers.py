@@ -37,9 +37,9 @@ def plan_css(plans: Mapping[str, Plan]) -> str:
 
 
 def _first(plans: Mapping[str, Plan]) -> int:
-    """The plan to show first: one that really mixes bit widths."""
-    mixed = (k for k, plan in enumerate(plans.values()) if len(_widths(plan)) > 1)
-    return next(mixed, 0)
+    """The plan to show first: the one that mixes most bit widths."""
+    widths = [len(_widths(plan)) for plan in plans.values()]
+    return widths.index(max(widths)) if widths else 0
 
 
 def _widths(plan: Plan) -> set[int]:

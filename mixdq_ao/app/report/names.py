@@ -10,7 +10,7 @@ KNOWN = {
     "fp32": ("Full precision", "32-bit floating point, the reference"),
     "naive_w8a8": ("Naive W8A8", "every layer 8 bit, one range for everything, BOS inside"),
     "bos_w8a8": ("BOS-aware W8A8", "the first text token apart, shortcuts split"),
-    "mixdq_w8a8": ("MixDQ W8A8", "also keeps the most sensitive layers at 16 bits"),
+    "mixdq_w8a8": ("MixDQ W8A8", "8 bits per weight on average, chosen per layer"),
     "naive_w4a8": ("Naive W4A8", "4-bit weights everywhere, BOS inside"),
     "bos_w4a8": ("BOS-aware W4A8", "4-bit weights everywhere, BOS apart"),
     "mixdq_w4a8": ("MixDQ W4A8", "4 bits per weight on average, chosen per layer"),
@@ -79,7 +79,9 @@ def significant(value: float | None, digits: int = 3) -> str:
     """Three digits that matter, without an exponent where that reads well."""
     if value is None:
         return MISSING
-    return f"{value:.{digits}g}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.1e}"
+    if 1000 <= abs(value) < 1e7:
+        return f"{value:.0f}"
+    return f"{value:.{digits}g}" if value == 0 or 1e-3 <= abs(value) < 1000 else f"{value:.1e}"
 
 
 def size(count: float | None) -> str:

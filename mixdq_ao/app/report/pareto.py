@@ -59,7 +59,8 @@ def dominated(placed: Sequence[Placed]) -> list[bool]:
 def _chart(placed: list[Placed], y_title: str) -> Html:
     x = Scale.around([p[1] for p in placed], 64, WIDTH - 16)
     y = Scale.around([p[2] for p in placed], HEIGHT - 52, 14)
-    objectives = list(dict.fromkeys(p[0].objective for p in placed))
+    found = {p[0].objective for p in placed}
+    objectives = [name for name in OBJECTIVES if name in found] + sorted(found - set(OBJECTIVES))
     beaten = dominated(placed)
     lines, marks = [], []
     for kind, objective in enumerate(objectives):

@@ -92,8 +92,9 @@ def _cost(full: Figures, mixed: Figures) -> str | None:
     if full.weight_bytes and mixed.weight_bytes:
         parts.append(f"The weights take {100 * mixed.weight_bytes / full.weight_bytes:.0f} % of their fp32 bytes")
     if mixed.speedup is not None:
-        faster = mixed.speedup >= 1
-        parts.append(f"{'it runs' if parts else 'It runs'} {mixed.speedup:.2f}× as fast{'' if faster else ' (slower)'}")
+        fast = f"runs {mixed.speedup:.2f}× as fast as compiled fp32"
+        slow = f"is slower than compiled fp32 here ({mixed.speedup:.2f}×)"
+        parts.append(f"{'it' if parts else 'It'} {fast if mixed.speedup >= 1 else slow}")
     return f"{', and '.join(parts)}." if parts else None
 
 
