@@ -15,8 +15,8 @@ SCALE, GAP, HEADER = 2, 6, 30
 
 
 def save_grid(directory: Path, columns: Mapping[str, Tensor], captions: Sequence[str]) -> None:
-    """Writes grid.png (with the variants' names above the columns) and grid.json (names and captions as text, and where the cells
-    are, in pixels).
+    """Writes grid.png (with the variants' names above the columns), and grid.json: names and captions as text, and
+    where the cells are, in pixels.
 
     ``columns``: {name: pictures [N, 3, H, W] in [0, 1]}, the same N prompts and seeds in each.
     """
