@@ -60,7 +60,7 @@ def test_probe(benchmark: Any, subject: SimpleNamespace, probes: int) -> None:
     ratio = [result.layers[n].weight_errors[8] / v.weight_errors[8] for n, v in s.one.layers.items()]
     benchmark.extra_info.update(correlations, speedup=s.seconds / benchmark.stats.stats.median)
     print(f"median estimated / measured at W8: {np.median(ratio):.2f}")
-    assert min(correlations.values()) > 0.95
+    assert min(correlations.values()) > 0.93
 
 
 def test_published_gradient_score(benchmark: Any, subject: SimpleNamespace) -> None:
