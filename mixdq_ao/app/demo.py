@@ -35,22 +35,24 @@ class Size:
     """How much work a demo does."""
 
     calibration: int = 32
-    analysis: int = 16
+    analysis: int = 12
     judged: int = 16
     test: int = 256
     latency_batch: int = 8
-    compile: bool = True
+    timed: tuple[str, ...] = ("mixdq_w8a8", "mixdq_w4a8")
 
 
-QUICK = Size(calibration=8, analysis=4, judged=8, test=16, compile=False)
+QUICK = Size(calibration=8, analysis=4, judged=8, test=16, timed=())
+ALL = ("naive_w8a8", "bos_w8a8", "mixdq_w8a8", "naive_w4a8", "bos_w4a8", "mixdq_w4a8", "mixdq_w3a8")
 
 
-def run_demo(out: Path, quick: bool = False) -> Path:
+def run_demo(out: Path, quick: bool = False, full: bool = False) -> Path:
     """Writes plans, sensitivities, pictures, results.json and report.html to ``out``; returns the report's path.
 
-    A run that was interrupted continues its sensitivity analysis where it was. ``quick``: few prompts, no compilation.
+    A run that was interrupted continues its sensitivity analysis where it was. ``quick``: few prompts, no
+    compilation. ``full``: compiles and times every variant (a minute or more each) and not only two of them.
     """
-    size, out = (QUICK if quick else Size()), Path(out)
+    size, out = (QUICK if quick else Size(timed=ALL) if full else Size()), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     subject = bundled()
     silence_loading_bars()
@@ -154,8 +156,8 @@ def compare(
                 pictures[name] = drawn[:SHOWN]
     shown = ["fp32", *plans]
     save_grid(out, {n: pictures[n] for n in shown}, list(exam.prompts[:SHOWN]))
-    if size.compile:
-        timing = latencies(pipe, plans, list(exam.prompts[: size.latency_batch]))
+    if size.timed:
+        timing = latencies(pipe, {n: plans[n] for n in size.timed}, list(exam.prompts[: size.latency_batch]))
         for table in tables.values():
             for name, figures in timing.items():
                 table[name].update(figures)

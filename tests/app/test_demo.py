@@ -30,7 +30,7 @@ FIGURES = {
 def out(tmp_path_factory):
     directory = tmp_path_factory.mktemp("demo")
     patch = pytest.MonkeyPatch()
-    patch.setattr(demo, "QUICK", demo.Size(calibration=8, analysis=2, judged=2, test=8, compile=False))
+    patch.setattr(demo, "QUICK", demo.Size(calibration=8, analysis=2, judged=2, test=8, timed=()))
     demo.run_demo(directory, quick=True)
     patch.undo()
     return directory

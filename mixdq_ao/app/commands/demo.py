@@ -15,9 +15,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="fewer prompts and variants: minutes less, figures rougher"
     )
+    parser.add_argument("--full", action="store_true", help="time every variant compiled: a minute or more for each")
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..demo import run_demo  # pyright: ignore[reportMissingImports]
+    from ..demo import run_demo
 
-    run_demo(args.out, args.quick)
+    run_demo(args.out, args.quick, args.full)
