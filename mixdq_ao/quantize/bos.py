@@ -7,16 +7,17 @@ their quantizer excludes it.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-# A row is BOS when it is within this fraction of the embedding's largest magnitude, in every element. Type rounding
-# is 2^-8 of an element's own size (bfloat16), at most 2^-8 of the largest; other rows differ by nearly all of it.
-RELATIVE_TOLERANCE = 2.0**-6
+# An element may be off by what a 16-bit text encoder does to it: a share of its own size, and a share of what is
+# usual in the row. The row of another layer (clip skip) or encoder has the same outlier but differs elsewhere by as
+# much as is usual, so the outlier must not set the tolerance of the others.
+OWN_SHARE, USUAL_SHARE = 2.0**-6, 2.0**-2
 
 
 def bos_mask(x: Tensor, embedding: Tensor) -> Tensor:
     """Which rows of ``x`` [..., D] are the BOS ``embedding`` [D]: bool [..., 1]."""
-    reference = embedding.to(torch.float32)
-    tolerance = reference.abs().amax() * RELATIVE_TOLERANCE
-    return ((x.to(torch.float32) - reference).abs() <= tolerance).all(-1, keepdim=True)
+    reference = embedding.float()
+    size = reference.abs()
+    usual = size.sqrt().mean().square()  # a mean that one outlier of 1000 hardly moves
+    return ((x.float() - reference).abs() <= OWN_SHARE * size + USUAL_SHARE * usual).all(-1, keepdim=True)

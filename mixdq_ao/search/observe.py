@@ -30,8 +30,10 @@ class RangeObserver:
             return
         x = x.detach().float()
         lo, hi = (v.item() for v in torch.aminmax(x))
+        if lo != lo:  # NaN, which min and max would pass over
+            lo, hi = float("-inf"), float("inf")
         self.lo, self.hi = min(self.lo, lo), max(self.hi, hi)
-        if self.method != "minmax" and lo == lo and hi - lo < float("inf"):
+        if self.method != "minmax" and hi - lo < float("inf"):
             self._widen(max(abs(lo), abs(hi)))
             self.counts += torch.histc(x, BINS, -self.limit, self.limit).double().cpu()
 

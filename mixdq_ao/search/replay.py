@@ -78,16 +78,20 @@ class Recorder:
         if not self.calls[until]:
             raise SensitivityError(f"layer {until!r} was never called in the recorded run")
         stop = self.calls[until][0].start
-        counts: dict[str, int] = defaultdict(int)
+        position = 0
 
         def replaying(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
             calls = self.calls[name]
 
             def run(*args: Any, **kwargs: Any) -> Any:
-                index = counts[name]
-                counts[name] += 1
-                if index < len(calls) and calls[index].kept and calls[index].end < stop:
-                    return _unchanged(name, calls[index])
+                # The recorded call this one repeats is the first after the last one seen. Counting calls would go
+                # wrong: where a module's kept output is given, the modules inside it are not called.
+                nonlocal position
+                call = next((c for c in calls if c.start > position), None)
+                if call is not None and call.kept and call.end < stop:
+                    position = call.end
+                    return _unchanged(name, call)
+                position = position if call is None else call.start
                 return forward(*args, **kwargs)
 
             return run
