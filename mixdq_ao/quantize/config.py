@@ -163,9 +163,10 @@ def quantize_(model: nn.Module, config: AOBaseConfig, **kwargs: object) -> None:
 
 def _check(model: nn.Module, config: MixDQConfig) -> None:
     check_plan(config.plan, model, need_ranges=False)
-    layers, names = find_layers(model), dict(model.named_modules())
+    layers = find_layers(model)
+    names = {n for n, _ in model.named_modules()} | {n for n, _ in model.named_parameters()}
     for name in config.overrides:
-        if not name.startswith("re:") and name not in names and name.rpartition(".")[0] not in names:
+        if not name.startswith("re:") and name not in names:
             raise PlanError(f"overrides names {name!r}, which {type(model).__name__} does not have")
     for name, layer_config in config.fqn_to_config.items():
         if not isinstance(layer_config, MixDQLayerConfig):
