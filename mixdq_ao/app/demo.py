@@ -35,7 +35,7 @@ class Size:
     """How much work a demo does."""
 
     calibration: int = 32
-    analysis: int = 12
+    analysis: int = 8
     judged: int = 16
     test: int = 256
     latency_batch: int = 8
