@@ -53,6 +53,8 @@ class Store:
     def __enter__(self) -> Store:
         if self.path is None:
             return self
+        if self.path.exists() and not self.path.is_file():
+            raise SensitivityError(f"{self.path}: is not a regular file, expected a path for a store")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "a+b")
