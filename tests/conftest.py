@@ -74,6 +74,28 @@ def unet_inputs(batch: int = 2) -> dict[str, object]:
     }
 
 
+SDXL = {
+    "sample_size": 128,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+@pytest.fixture(scope="session")
+def sdxl() -> UNet2DConditionModel:
+    """The full-size SDXL UNet on the meta device: names and shapes, no weights."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(**SDXL)
+
+
 @pytest.fixture(scope="session")
 def _unet() -> UNet2DConditionModel:
     return small_unet()

@@ -89,28 +89,6 @@ def test_unreadable_unknown_and_mismatched_files(tmp_path: Path) -> None:
         Plan.from_mixdq_yaml(weight, protect=["z"])
 
 
-@pytest.fixture(scope="module")
-def sdxl() -> torch.nn.Module:
-    diffusers = pytest.importorskip("diffusers")
-    with torch.device("meta"):
-        return diffusers.UNet2DConditionModel(**SDXL)
-
-
-SDXL = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-
-
 def test_split_points_of_sdxl(sdxl: torch.nn.Module) -> None:
     assert list(split_points(sdxl).values()) == [1280, 1280, 1280, 1280, 640, 640, 640, 320, 320]
 
