@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -138,8 +138,9 @@ def _bundled(shapes):
 
 
 @pytest.fixture
-def bundled(_bundled) -> Callable[[], SimpleNamespace]:
-    """The bundled pipeline with a fresh UNet, eight prompts and a calibration."""
+def bundled(_bundled) -> SimpleNamespace:
+    """The bundled pipeline with what tests change in place (UNet, text encoders) fresh, eight prompts, a calibration."""
     pipe = copy.copy(_bundled.pipe)
-    object.__setattr__(pipe, "unet", copy.deepcopy(_bundled.pipe.unet))
+    for name in ("unet", "text_encoder", "text_encoder_2"):
+        object.__setattr__(pipe, name, copy.deepcopy(getattr(_bundled.pipe, name)))
     return SimpleNamespace(pipe=pipe, prompts=_bundled.prompts, calibration=_bundled.calibration)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,9 +50,7 @@ class BOSAwareTextEncoder(nn.Module):
         Raises:
             TextEncoderError: no layer of this encoder puts ``row`` first.
         """
-        if isinstance(encoder, BOSAwareTextEncoder):
-            encoder.bos_row = row.to(encoder.bos_row.device)
-            return encoder
+        wrapped = isinstance(encoder, BOSAwareTextEncoder)
         own = type(encoder)
         found = _matching_state(encoder, row, bos_token_id)
         if found is None:
@@ -60,7 +58,8 @@ class BOSAwareTextEncoder(nn.Module):
                 f"{name} ({own.__name__}): no hidden state begins with the calibrated BOS embedding (largest value "
                 f"{row.abs().max():.4g}); the plan was calibrated with another encoder, calibrate again with this one"
             )
-        encoder.__class__ = type(own.__name__, (BOSAwareTextEncoder, own), {"__module__": own.__module__})
+        if not wrapped:
+            encoder.__class__ = type(own.__name__, (BOSAwareTextEncoder, own), {"__module__": own.__module__})
         encoder.register_buffer("bos_row", row, persistent=False)
         encoder.bos_from_last = found == "last"  # type: ignore[assignment]
         return encoder
@@ -88,10 +87,11 @@ class BOSAwareTextEncoder(nn.Module):
 def _matching_state(encoder: nn.Module, row: Tensor, bos_token_id: int | None) -> str | None:
     """Where ``row`` stands in the encoder's outputs: "hidden", "last", or None. BOS sees no other token (causal)."""
     config: Any = encoder.config
+    unchecked: Any = super(BOSAwareTextEncoder, encoder) if isinstance(encoder, BOSAwareTextEncoder) else encoder
     device = next(encoder.parameters()).device
     bos = config.bos_token_id if bos_token_id is None else bos_token_id
     ids = torch.tensor([[bos, config.eos_token_id]], device=device)
-    output = encoder(ids, output_hidden_states=True)
+    output = unchecked.forward(ids, output_hidden_states=True)
     matches = lambda state: state.shape[-1] == row.numel() and bool(bos_mask(state[0, 0], row.to(device)).all())  # noqa: E731
     if any(matches(state) for state in output.hidden_states):
         return "hidden"
@@ -124,7 +124,7 @@ def bos_aware(pipe: Any) -> Any:
             "quantize it first with a plan calibrated with BOS rows"
         )
     encoders = text_encoders(pipe)
-    widths = {n: int(e.config.hidden_size) for n, e in encoders.items()}
+    widths = {n: int(cast(Any, e).config.hidden_size) for n, e in encoders.items()}
     if sum(widths.values()) != embedding.numel():
         raise TextEncoderError(
             f"text encoders are {widths} wide, together not the {embedding.numel()} of the BOS embedding"

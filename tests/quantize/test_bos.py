@@ -93,6 +93,12 @@ def test_batches_and_guidance(bundled, guidance):
     assert psnr(pictures, full).min() > 35
 
 
+def test_wrapping_twice_is_wrapping_once(bundled):
+    pipe = quantized_pipe(bundled)
+    wrapped = type(pipe.text_encoder)
+    assert type(bos_aware(pipe).text_encoder) is wrapped
+
+
 def test_the_wrapper_is_the_encoder(bundled):
     pipe = quantized_pipe(bundled)
     assert isinstance(pipe.text_encoder, BOSAwareTextEncoder)
@@ -106,10 +112,11 @@ def test_another_clip_skip_is_refused(bundled):
         pipe("a red circle", num_inference_steps=1, guidance_scale=0.0, clip_skip=1)
 
 
-def test_a_foreign_encoder_is_refused(bundled):
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_foreign_encoder_is_refused(bundled, wrapped):
     pipe = bundled.pipe
     quantize_(pipe.unet, mixdq_config(Plan.uniform(pipe.unet, 8, 8).with_calibration(bundled.calibration)))
-    foreign = copy.deepcopy(pipe.text_encoder)
+    foreign = copy.deepcopy(bos_aware(pipe).text_encoder if wrapped else pipe.text_encoder)
     with torch.no_grad():
         foreign.get_input_embeddings().weight.normal_()
     object.__setattr__(pipe, "text_encoder", foreign)
