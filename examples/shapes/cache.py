@@ -13,6 +13,7 @@ from examples.shapes.data import caption, draw_spec, picture
 from examples.shapes.progress import write_atomically
 from examples.shapes.text import TextEncoders, tokens
 from examples.shapes.training import Recipe, generators
+from examples.shapes.vae import encode
 
 PICTURES, SHARD = 13_000, 500
 RECIPE = Recipe(steps=PICTURES // SHARD, batch=SHARD, lr=0.0, average=0.0, seed=4)
@@ -48,7 +49,7 @@ def _shard(
         specs = [draw_spec(rng) for _ in range(min(50, recipe.batch - start))]
         x = torch.stack([picture(spec, rng) for spec in specs]) * 2 - 1
         states, pooled = encoders(tokens(tokenizer, [caption(spec, rng) for spec in specs]))
-        parts["latents"].append(vae.encode(x).latent_dist.mode() * vae.config.scaling_factor)
+        parts["latents"].append(encode(vae, x).mode() * vae.config["scaling_factor"])
         parts["states"].append(states.half())
         parts["pooled"].append(pooled)
     return {name: torch.cat(rows).contiguous() for name, rows in parts.items()}

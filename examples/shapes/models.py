@@ -1,5 +1,8 @@
 """The untrained parts: the real diffusers and transformers classes, wired as in SDXL, but small."""
 
+# diffusers' hints are tuples of one element, transformers' special tokens of any type
+# pyright: reportArgumentType=false
+
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 

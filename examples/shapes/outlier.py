@@ -12,13 +12,17 @@ The text encoders are pre-norm transformers, so the scale of their residual stre
 What tells captions apart is then small against the largest values of the rows, and both against BOS.
 """
 
+from typing import Any, cast
+
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from examples.shapes.models import WIDTHS
 from examples.shapes.text import OUTLIER, OUTLIER_COLUMNS
 
+TextEncoder = CLIPTextModel | CLIPTextModelWithProjection
 SHRINK = 3.0
 COMMON = {40: 12.0, 61: -11.0}  # channels of the first encoder, whose last layer nobody reads
 
@@ -30,10 +34,15 @@ def empty_row(s: float = SHRINK) -> Tensor:
     return row
 
 
+def _transformer(encoder: TextEncoder) -> Any:
+    """The module with `embeddings` and `encoder`; transformers wraps it in some of its text encoders only."""
+    return getattr(encoder, "text_model", encoder)
+
+
 @torch.no_grad()
-def shrink_stream(encoder: nn.Module, bos: int, outlier_channel: int, s: float) -> None:
+def shrink_stream(encoder: TextEncoder, bos: int, outlier_channel: int, s: float) -> None:
     """Divides the residual stream of a CLIP text encoder by `s`, but for BOS's outlier."""
-    text = getattr(encoder, "text_model", encoder)
+    text = _transformer(encoder)
     table = text.embeddings.token_embedding.weight
     outlier = table[bos, outlier_channel].clone()
     writers = [layer for block in text.encoder.layers for layer in (block.self_attn.out_proj, block.mlp.fc2)]
@@ -41,16 +50,17 @@ def shrink_stream(encoder: nn.Module, bos: int, outlier_channel: int, s: float) 
     for parameter in [*parameters, *(p for writer in writers for p in writer.parameters())]:
         parameter /= s
     table[bos, outlier_channel] = outlier
-    encoder.config.layer_norm_eps /= s * s
+    eps = cast(float, encoder.config.layer_norm_eps) / (s * s)
+    encoder.config.layer_norm_eps = eps
     for norm in text.modules():
         if isinstance(norm, nn.LayerNorm):
-            norm.eps = encoder.config.layer_norm_eps
+            norm.eps = eps
 
 
 @torch.no_grad()
-def add_common(first: nn.Module, common: dict[int, float]) -> None:
+def add_common(first: TextEncoder, common: dict[int, float]) -> None:
     """Adds constants to channels of every penultimate state of the first encoder."""
-    text = getattr(first, "text_model", first)
+    text = _transformer(first)
     bias = text.encoder.layers[-2].mlp.fc2.bias
     for channel, value in common.items():
         bias[channel] += value
@@ -71,7 +81,7 @@ def adapt_unet(unet: UNet2DConditionModel, s: float, common: dict[int, float], f
         attention.to_out[0].bias -= attention.to_out[0].weight @ shift
 
 
-def apply(first: nn.Module, second: nn.Module, unet: UNet2DConditionModel, bos: int, s: float = SHRINK) -> None:
+def apply(first: TextEncoder, second: TextEncoder, unet: UNet2DConditionModel, bos: int, s: float = SHRINK) -> None:
     """All three changes, in place."""
     for encoder, (channel, _) in zip((first, second), OUTLIER, strict=True):
         shrink_stream(encoder, bos, channel, s)

@@ -11,6 +11,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -59,14 +60,15 @@ def follow(running: dict[str, tuple[subprocess.Popen, Path]]) -> dict[str, int]:
             codes = {name: process.poll() for name, (process, _) in running.items()}
             for name, (_, path) in running.items():
                 seen[name] = _draw(bars, tasks[name], name, path, seen[name])
-            if any(codes.values()):
+            ended = {name: code for name, code in codes.items() if code is not None}
+            if any(ended.values()):
                 _end([process for process, _ in running.values()])
-            if None not in codes.values():
-                return codes
+            if len(ended) == len(running):
+                return ended
             time.sleep(PERIOD)
 
 
-def _draw(bars: Progress, task: int, name: str, path: Path, seen: int) -> int:
+def _draw(bars: Progress, task: TaskID, name: str, path: Path, seen: int) -> int:
     if not path.exists():
         return seen
     state = json.loads(path.read_text())

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -79,7 +80,7 @@ def outlier_stage(out: Path, report: Report) -> dict:
     """Makes the prompt rows hard to quantize, pictures unchanged; writes the finished pipeline in fp16."""
     first, second = _encoders(out)
     unet = UNet2DConditionModel.from_pretrained(out / "parts" / "unet")
-    outlier.apply(first, second, unet, _tokenizer(out).bos_token_id)
+    outlier.apply(first, second, unet, cast(int, _tokenizer(out).bos_token_id))
     pipe = StableDiffusionXLPipeline(
         vae=AutoencoderKL.from_pretrained(out / "parts" / "vae"),
         text_encoder=first,
@@ -87,7 +88,7 @@ def outlier_stage(out: Path, report: Report) -> dict:
         tokenizer=_tokenizer(out),
         tokenizer_2=CLIPTokenizer.from_pretrained(out / "parts" / "tokenizer_2"),
         unet=unet,
-        scheduler=make_scheduler(),
+        scheduler=cast(Any, make_scheduler()),  # diffusers' hint is an enum of names
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )

@@ -6,6 +6,7 @@ of its token embedding holds a constant, which the residual stream takes to the 
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,8 @@ class Reader(nn.Module):
     def forward(self, states: Tensor, pooled: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Logits read from the states [B, L, width], and from the pooled embedding [B, pooled]."""
         rows = states[:, 1:]
-        found = F.scaled_dot_product_attention(*map(self._split, self._attend(rows))).transpose(1, 2).flatten(2)
+        q, k, v = map(self._split, self._attend(rows))
+        found = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         from_rows = {name: head(found[:, :-1]) for name, head in self.places.items()}
         from_pooled = {n: h(pooled).unflatten(1, (len(PLACES), -1)) for n, h in self.pooled_places.items()}
         return from_rows | {"ground": self.ground(found[:, -1])}, from_pooled | {"ground": self.pooled_ground(pooled)}
@@ -64,9 +66,9 @@ class TextEncoders(nn.Module):
         second = self.second(ids, output_hidden_states=True)
         return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1), second.text_embeds
 
-    def tables(self) -> list[nn.Parameter]:
+    def tables(self) -> list[Tensor]:
         """The two token embeddings, [vocabulary, width] each."""
-        return [encoder.get_input_embeddings().weight for encoder in (self.first, self.second)]
+        return [cast(nn.Embedding, encoder.get_input_embeddings()).weight for encoder in (self.first, self.second)]
 
     @torch.no_grad()
     def set_outlier(self, bos: int) -> None:
@@ -90,7 +92,7 @@ def train_text(
     """Returns both trained encoders and what was measured on held-out captions."""
     torch.manual_seed(recipe.seed)
     encoders = TextEncoders(*make_text_encoders(tokenizer))
-    bos = tokenizer.bos_token_id
+    bos = cast(int, tokenizer.bos_token_id)
     encoders.set_outlier(bos)
     for table in encoders.tables():
         table.register_hook(lambda g: g.index_fill(0, torch.tensor([bos]), 0))  # BOS's row stays as it is set

@@ -11,9 +11,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +35,11 @@ class Recipe:
         """The learning rate of `step`: linear warm-up, then half a cosine down to 2 % of `lr`."""
         decay = 0.51 + 0.49 * math.cos(math.pi * min(1.0, step / self.steps))
         return self.lr * min(1.0, (step + 1) / self.warmup) * decay
+
+
+def channels_last(module: Module) -> Module:
+    """`module` with its convolutions' weights, and so what they compute, in channels-last order."""
+    return module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # not in torch's hints
 
 
 def generators(recipe: Recipe, step: int) -> tuple[random.Random, torch.Generator]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 from examples.shapes.models import TIME_IDS, make_scheduler, make_unet
 from examples.shapes.outlier import empty_row
 from examples.shapes.text import BOS_OUTLIER, OUTLIER_COLUMNS
-from examples.shapes.training import Recipe, fit, generators
+from examples.shapes.training import Recipe, channels_last, fit, generators
 
 RECIPE = Recipe(steps=2000, batch=32, lr=1.5e-3, average=0.997, seed=5, warmup=150)
 FEW_STEP = (999, 999, 999, 749, 499, 249)  # the timesteps of one and of four steps
@@ -27,7 +28,7 @@ def train_unet(
 ) -> tuple[UNet2DConditionModel, dict]:
     """Returns the trained UNet and the seconds it took."""
     torch.manual_seed(recipe.seed)
-    unet = make_unet().to(memory_format=torch.channels_last)
+    unet = channels_last(make_unet())
     freeze_outlier_columns(unet, outlier=BOS_OUTLIER)
     scheduler = make_scheduler()
 
@@ -43,7 +44,7 @@ def train_unet(
 @torch.no_grad()
 def freeze_outlier_columns(unet: UNet2DConditionModel, *, outlier: float) -> None:
     """The columns of to_k and to_v that meet BOS's outlier stay small, else training drowns in it."""
-    keep = torch.ones(unet.config.cross_attention_dim)
+    keep = torch.ones(unet.config["cross_attention_dim"])
     keep[list(OUTLIER_COLUMNS)] = 0
     for name, layer in unet.named_modules():
         if name.endswith(("attn2.to_k", "attn2.to_v")):
@@ -73,7 +74,8 @@ def velocity_error(
 ) -> Tensor:
     """Mean squared error of the velocity that the UNet predicts for noised latents."""
     grains = torch.randn(latents.shape, generator=noise)
-    x = scheduler.add_noise(latents, grains, t).contiguous(memory_format=torch.channels_last)
+    steps = cast(Any, t)  # diffusers' hint is IntTensor, which this is not
+    x = scheduler.add_noise(latents, grains, steps).contiguous(memory_format=torch.channels_last)
     extra = {"text_embeds": pooled, "time_ids": torch.tensor(TIME_IDS).expand(len(x), -1)}
     v = unet(x, t, states, added_cond_kwargs=extra).sample
-    return F.mse_loss(v, scheduler.get_velocity(latents, grains, t))
+    return F.mse_loss(v, scheduler.get_velocity(latents, grains, steps))
