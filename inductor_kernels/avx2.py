@@ -21,13 +21,13 @@ SOURCE = Path(__file__).with_name("avx2.c")
 FLAGS = ("-O3", "-mavx2", "-mfma", "-fopenmp", "-shared", "-fPIC", "-ffp-contract=off")
 COLUMNS = 16
 _FIELDS = (
-    "batch height width channels kernel_h kernel_w stride_h stride_w pad_h pad_w dilation_h dilation_w "
-    "out_h out_w columns zero_point is_signed threads"
+    "height width channels kernel_h kernel_w stride_h stride_w pad_h pad_w dilation_h dilation_w out_h out_w columns"
 ).split()
+POINTWISE = (1, 1, 1, 1, 0, 0, 1, 1)  # a 1x1 kernel, stride 1, no padding, no dilation
 
 
-class _Shape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in _FIELDS]
+class _Layout(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("panels", "weight_sum")] + [(n, ctypes.c_int64) for n in _FIELDS]
 
 
 @functools.cache
@@ -66,7 +66,7 @@ def _function():
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("inductor_kernels: the AVX2 kernel was not built, 8-bit weights run in float32: %s", error)
         return None
-    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.POINTER(_Shape)]
+    function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 4
     function.restype = ctypes.c_int
     return function
 
@@ -83,27 +83,61 @@ def pack(w: Tensor) -> Tensor:
     return rows.view(-1, COLUMNS, rows.shape[1] // 2, 2).permute(0, 2, 1, 3).contiguous()
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+class Plan:
+    """A weight laid out for one geometry, with all the kernel need not be told again at each call.
+
+    w: int8 [N, ...]; panels, weight_sum: made of it by an earlier plan, or None; image: (H, W, C, OH, OW);
+    geometry: kernel, stride, padding, dilation, two numbers each. A linear layer has images of one pixel.
+    """
+
+    __slots__ = ("panels", "weight_sum", "layout", "address")
+
+    def __init__(
+        self, panels: Tensor, weight_sum: Tensor, image: tuple[int, int, int, int, int], geometry: tuple[int, ...]
+    ):
+        self.panels, self.weight_sum = panels, weight_sum
+        *size, out_h, out_w = image
+        addresses = panels.data_ptr(), weight_sum.data_ptr()
+        self.layout = _Layout(*addresses, *size, *geometry, out_h, out_w, weight_sum.shape[0])
+        self.address = ctypes.addressof(self.layout)
+
+
+def linear_plan(w: Tensor) -> Plan:
+    """Of an int8 weight [N, K]."""
+    return Plan(pack(w), w.sum(1, dtype=torch.int32), (1, 1, w.shape[1], 1, 1), POINTWISE)
+
+
+def conv_plan(w: Tensor, image: tuple[int, int, int, int, int], geometry: tuple[int, ...]) -> Plan:
+    """Of an int8 weight [N, kh, kw, C]."""
+    return Plan(pack(w), w.flatten(1).sum(1, dtype=torch.int32), image, geometry)
 
 
 def product(
-    x_q: Tensor, panels: Tensor, weight_sum: Tensor, scale: Tensor, zero_point: int, bias: Tensor | None,
-    row_scale: Tensor | None, n: int, geometry: tuple[int, ...], out_size: tuple[int, int],
+    plan: Plan, x_q: Tensor, scale: Tensor, zero_point: int, bias: Tensor | None, row_scale: Tensor | None,
+    shape: tuple[int, ...],
 ) -> Tensor:  # fmt: skip
-    """float32 [B, OH, OW, N] of codes [B, H, W, C]; geometry: kernel, stride, padding, dilation, two numbers each.
-
-    A linear layer passes [M, K] as [M, 1, 1, K].
-    """
+    """float32 ``shape`` [..., N] of the codes [..., C] of as many pixels or rows as the plan's images hold."""
     function = _function()
     assert function is not None
+    layout = plan.layout
     x_q, scale = x_q.contiguous(), scale.contiguous()
-    bias = None if bias is None else bias.to(torch.float32).contiguous()
-    row_scale = None if row_scale is None else row_scale.contiguous()
-    weight_sum = weight_sum.contiguous()
-    y = torch.empty((x_q.shape[0], *out_size, n), dtype=torch.float32)
-    shape = _Shape(*x_q.shape, *geometry, *out_size, n, zero_point, x_q.dtype == torch.int8, torch.get_num_threads())
-    addresses = (_address(t) for t in (x_q, panels, weight_sum, scale, bias, row_scale, y))
-    if function(*addresses, ctypes.byref(shape)):
+    if bias is not None:
+        bias = bias.to(torch.float32).contiguous()
+    if row_scale is not None:
+        row_scale = row_scale.contiguous()
+    y = torch.empty(shape, dtype=torch.float32)
+    failed = function(
+        plan.address,
+        x_q.data_ptr(),
+        y.data_ptr(),
+        scale.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        None if row_scale is None else row_scale.data_ptr(),
+        x_q.numel() // (layout.height * layout.width * layout.channels),
+        zero_point,
+        x_q.dtype is torch.int8,
+        torch.get_num_threads(),
+    )
+    if failed:
         raise MemoryError("inductor_kernels: no memory for the rows of a product")
     return y

@@ -3,13 +3,16 @@
 import logging
 
 import torch
+import torch.utils._triton
 from torch._inductor import config, ir
 from torch._inductor.kernel.mm_common import mm_grid
-from torch._inductor.lowering import fallback_handler, register_lowering, view
+from torch._inductor.lowering import fallback_handler, register_lowering
+from torch._inductor.lowering import view as _view
 from torch._inductor.select_algorithm import (
     SymbolicGridFn,
     TritonTemplate,
     autotune_select_algorithm,
+    extern_kernels,
     realize_inputs,
 )
 from torch._inductor.virtualized import V
@@ -19,6 +22,7 @@ __all__ = [
     "TritonTemplate",
     "V",
     "allow_prologue",
+    "call_python",
     "computed_by_template",
     "config",
     "contiguous",
@@ -70,12 +74,21 @@ def fallback(op, *arguments):
     return fallback_handler(op, add_to_fallback_set=False)(*arguments)
 
 
+def call_python(node, name: str, function) -> None:
+    """Have the generated code call ``function`` where it calls the operator of ``node``, past the dispatcher."""
+    kernel = _buffer(node)
+    kernel = kernel.inputs[0] if isinstance(kernel, ir.MultiOutput) else kernel
+    if isinstance(kernel, ir.FallbackKernel) and not config.cpp_wrapper:
+        setattr(extern_kernels, name, function)
+        kernel.python_kernel_name = f"extern_kernels.{name}"
+
+
 def hint(size) -> int:
     """A likely value of a size, for decisions that change speed but not results."""
     sizevars = V.graph.sizevars
     if hasattr(sizevars, "optimization_hint"):
         return int(sizevars.optimization_hint(size, fallback=4096))
-    return int(sizevars.size_hint(size, fallback=4096))
+    return int(sizevars.size_hint(size, fallback=4096))  # pyright: ignore[reportAttributeAccessIssue]  # torch 2.11
 
 
 def multiple_of(size, divisor: int) -> bool:
@@ -85,6 +98,11 @@ def multiple_of(size, divisor: int) -> bool:
 def passed_as_number(node) -> bool:
     """Whether a kernel gets the value of this tensor: Inductor reads inputs without dimensions on the CPU first."""
     return V.graph.is_unspec_arg(node.get_name())
+
+
+def view(x, sizes):
+    """``x`` in another shape; ``sizes`` are numbers or symbolic expressions."""
+    return _view(x, sizes)
 
 
 def zero(size) -> bool:

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from . import avx2, checks, reference, weights
 
-POINTWISE = (1, 1, 1, 1, 0, 0, 1, 1)  # a 1x1 kernel, stride 1, no padding, no dilation
 SMALL = 1 << 21  # products of fewer multiplications run in float32: oneDNN's int8 call costs 50 us before it starts
 CODES = (torch.uint8, torch.int8)
 
@@ -149,11 +148,12 @@ def linear(
     z = int(zero_point)
     if x_q.numel() * n < SMALL or not _takes_int8(prepared, weight):
         if _has_avx2():
-            flat, rows = x_q.reshape(-1, 1, 1, k), None if row_scale is None else row_scale.reshape(-1)
-            panels = _panels(prepared, weight, weight_zero_point)
-            sums = _sums(prepared, weight, weight_zero_point, weight_sum)
-            y = avx2.product(flat, panels, sums, scale, z, bias, rows, n, POINTWISE, (1, 1))
-            return y.view(*x_q.shape[:-1], n).to(out_dtype)
+            plan = prepared.forms.get("avx2")
+            if plan is None:
+                w = weights.integers(weight, weight_zero_point, weight_bits, k)
+                plan = prepared.keep("avx2", avx2.linear_plan(w))
+            y = avx2.product(plan, x_q, scale, z, bias, row_scale, (*x_q.shape[:-1], n))
+            return y if out_dtype is torch.float32 else y.to(out_dtype)
         total = F.linear(_centered(x_q, z), _float_linear(prepared, weight, weight_zero_point))
         return _scaled(total, scale, row_scale, bias, out_dtype)
     packed = prepared.forms.get("onednn")
@@ -167,24 +167,6 @@ def linear(
         return y if direct else y.to(out_dtype)
     total = _onednn_linear(x, z, packed, scale, None, torch.float32).mul_(row_scale.unsqueeze(-1))
     return (total if bias is None else total.add_(bias)).to(out_dtype)
-
-
-def _panels(prepared: weights.Prepared, weight: Tensor, zero_point: Tensor | None) -> Tensor:
-    form = prepared.forms.get("avx2")
-    if form is None:
-        form = prepared.keep("avx2", avx2.pack(weights.integers(weight, zero_point, prepared.bits, prepared.length)))
-    return form
-
-
-def _sums(prepared: weights.Prepared, weight: Tensor, zero_point: Tensor | None, given: Tensor | None) -> Tensor:
-    """int32 [N], the sum of each channel's weights: the caller's, or made once."""
-    if given is not None:
-        return given
-    form = prepared.forms.get("sums")
-    if form is None:
-        w = weights.integers(weight, zero_point, prepared.bits, prepared.length)
-        form = prepared.keep("sums", w.flatten(1).sum(1, dtype=torch.int32))
-    return form
 
 
 def _float_linear(prepared: weights.Prepared, weight: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -220,11 +202,10 @@ def conv2d(
         prepared = prepared or weights.add(weight, weight_zero_point, weight_bits, length)
         packed = _layout_conv(x_q, z, weight, weight_zero_point, prepared, geometry)
         prepared.keep(geometry, packed)
-    if packed.dtype == torch.int16:
-        size = checks.output_size(x_q, weight, stride, padding, dilation)
-        around = (weight.shape[1], weight.shape[2], *stride, *padding, *dilation)
-        sums = _sums(prepared, weight, weight_zero_point, weight_sum)
-        return avx2.product(x_q, packed, sums, scale, z, bias, None, n, around, size).to(out_dtype)
+    if isinstance(packed, avx2.Plan):
+        size = (packed.layout.out_h, packed.layout.out_w)
+        y = avx2.product(packed, x_q, scale, z, bias, None, (x_q.shape[0], *size, n))
+        return y if out_dtype is torch.float32 else y.to(out_dtype)
     if not packed.is_mkldnn:  # the float32 form
         x = _centered(x_q, z).permute(0, 3, 1, 2)
         total = F.conv2d(x, packed, None, stride, padding, dilation, groups)
@@ -237,14 +218,18 @@ def conv2d(
     return (y if direct else y.to(out_dtype)).permute(0, 2, 3, 1).contiguous()
 
 
-def _layout_conv(x_q, z: int, weight: Tensor, zero_point, prepared: weights.Prepared, geometry) -> Tensor:
+def _layout_conv(
+    x_q: Tensor, z: int, weight: Tensor, zero_point: Tensor | None, prepared: weights.Prepared, geometry
+) -> Tensor | avx2.Plan:
     """The weight as the route of this geometry wants it; oneDNN's layout needs the input's shape and zero point."""
     shape, sh, sw, ph, pw, dh, dw, groups = geometry
     height, width = checks.output_size(x_q, weight, (sh, sw), (ph, pw), (dh, dw))
     multiplications = shape[0] * height * width * weight.shape[0] * weight.shape[1] * weight.shape[2]
     if multiplications * prepared.length < SMALL or not _takes_int8(prepared, weight):
         if groups == 1 and _has_avx2():
-            return _panels(prepared, weight, zero_point)
+            w = weights.integers(weight, zero_point, prepared.bits, prepared.length)
+            image = (shape[1], shape[2], shape[3], height, width)
+            return avx2.conv_plan(w, image, (weight.shape[1], weight.shape[2], sh, sw, ph, pw, dh, dw))
         return _float_conv(prepared, weight, zero_point)
     w = weights.integers(weight, zero_point, prepared.bits, prepared.length).permute(0, 3, 1, 2)
     batch, high, wide, channels = shape

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from . import compat, tiles
+from . import compat, ops, tiles
 from .compat import V, ir, log
 from .templates import conv2d, gemm
 
@@ -119,7 +119,12 @@ def _lower(op):
         def lowering(x, weight, *rest):
             capability = _capability(x, weight)
             node = None if capability is None else generate(capability, x, weight, *rest)
-            return compat.fallback(op, x, weight, *rest) if node is None else node
+            if node is None:
+                node = compat.fallback(op, x, weight, *rest)
+                if x.get_device().type == "cpu":
+                    name = op.__name__.split(".")[0]
+                    compat.call_python(node, f"inductor_kernels_{name}", ops.on_cpu(name))
+            return node
 
         return lowering
 

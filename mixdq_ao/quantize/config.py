@@ -127,7 +127,7 @@ def quantized_weight(weight: Tensor, config: MixDQLayerConfig) -> MixDQTensor | 
     """The quantized form of a layer's weight."""
     layer, acts = config.layer, config.acts() or (None, None)
     if layer.split is None:
-        embedding = _shared(config, weight.device)
+        embedding = None if config.bos_embedding is None else config.bos_embedding.to(weight.device)
         return MixDQTensor.from_hp(
             weight, layer.weight_bits, symmetric=layer.symmetric, act=acts[0], bos_embedding=embedding
         )
@@ -136,11 +136,6 @@ def quantized_weight(weight: Tensor, config: MixDQLayerConfig) -> MixDQTensor | 
         for half, act in zip(weight.tensor_split([layer.split], 1), acts, strict=True)
     ]
     return SplitMixDQTensor(halves[0], halves[1], weight.dtype)
-
-
-def _shared(config: MixDQLayerConfig, device: torch.device) -> Tensor | None:
-    """The one BOS embedding of the plan; every layer on its device holds the same tensor object."""
-    return None if config.bos_embedding is None else config.bos_embedding.to(device)
 
 
 def quantize_(model: nn.Module, config: AOBaseConfig, **kwargs: object) -> None:

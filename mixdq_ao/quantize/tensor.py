@@ -12,6 +12,7 @@ from inductor_kernels import ops as _ops  # noqa: F401  (registers torch.ops.ind
 from inductor_kernels.packing import pack, unpack_weight
 
 from .quantizer import ActQuant, WeightQuant, quantize_weight
+from .shared import share
 
 
 class MixDQTensor(TorchAOBaseTensor):
@@ -27,9 +28,11 @@ class MixDQTensor(TorchAOBaseTensor):
         weight_sum: int32 [N], sum of the signed integers of a channel; held only off the CPU, where kernels take
             it as an argument (on a CPU it is computed once when the weight is prepacked).
         act_scale, act_inv_scale: float32 []; act_zero_point: int32 []. None with 16-bit activations.
-        bos_embedding: float32 [K], shared by all layers; bos_output: [N] in the layer's type. None without BOS.
+        bos_embedding: float32 [K]; bos_output: [N] in the layer's type. None without BOS.
         bits: 8, 4 or 2. length: elements of the last stored dimension before packing (K or C / groups).
         act_levels: largest activation code (255 or 15), None with 16-bit activations.
+
+    ``shared_tensors`` are the same objects in all weights where they are equal (see ``shared``), never changed in place.
     """
 
     tensor_data_names = ["qdata", "scale"]
@@ -44,6 +47,7 @@ class MixDQTensor(TorchAOBaseTensor):
         "bos_output",
     ]
     optional_tensor_attribute_names = ["act_levels"]
+    shared_tensors = ("act_scale", "act_inv_scale", "act_zero_point", "bos_embedding")
 
     qdata: Tensor
     scale: Tensor
@@ -98,9 +102,16 @@ class MixDQTensor(TorchAOBaseTensor):
         super().__init__()
         self.qdata, self.scale, self.bits, self.length = qdata, scale, bits, length
         self.weight_zero_point, self.weight_sum = weight_zero_point, weight_sum
-        self.act_scale, self.act_inv_scale, self.act_zero_point = act_scale, act_inv_scale, act_zero_point
-        self.bos_embedding, self.bos_output = bos_embedding, bos_output
-        self.act_levels = act_levels
+        self.act_scale, self.act_inv_scale = share(act_scale), share(act_inv_scale)
+        self.act_zero_point, self.bos_embedding = share(act_zero_point), share(bos_embedding)
+        self.bos_output, self.act_levels = bos_output, act_levels
+        optional = [name for name in self.optional_tensor_data_names if getattr(self, name) is not None]
+        names = [*self.tensor_attribute_names, *self.optional_tensor_attribute_names]
+        self._flat = ([*self.tensor_data_names, *optional], {name: getattr(self, name) for name in names})
+
+    def __tensor_flatten__(self):
+        """Made once: torch.compile asks every weight for it at every call."""
+        return self._flat
 
     @classmethod
     def from_hp(
@@ -142,7 +153,7 @@ class MixDQTensor(TorchAOBaseTensor):
     ) -> MixDQTensor:
         """Packs codes that are already chosen (shaped like the weight)."""
         codes = quant.codes.movedim(1, -1).contiguous()
-        scalar = {"device": codes.device}
+        device = codes.device
         return cls(
             codes if bits == 8 else pack(codes, bits),
             quant.scale if act is None else quant.scale * act.scale,
@@ -150,10 +161,10 @@ class MixDQTensor(TorchAOBaseTensor):
             codes.shape[-1],
             dtype,
             weight_zero_point=quant.zero_point,
-            weight_sum=None if codes.device.type == "cpu" or act is None else _row_sums(quant.integers()),
-            act_scale=None if act is None else torch.tensor(act.scale, dtype=torch.float32, **scalar),
-            act_inv_scale=None if act is None else torch.tensor(act.inv_scale, dtype=torch.float32, **scalar),
-            act_zero_point=None if act is None else torch.tensor(act.zero_point, dtype=torch.int32, **scalar),
+            weight_sum=None if device.type == "cpu" or act is None else _row_sums(quant.integers()),
+            act_scale=None if act is None else torch.tensor(act.scale, dtype=torch.float32, device=device),
+            act_inv_scale=None if act is None else torch.tensor(act.inv_scale, dtype=torch.float32, device=device),
+            act_zero_point=None if act is None else torch.tensor(act.zero_point, dtype=torch.int32, device=device),
             bos_embedding=bos_embedding,
             bos_output=bos_output,
             act_levels=None if act is None else act.levels,

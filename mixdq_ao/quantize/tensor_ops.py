@@ -14,6 +14,7 @@ from inductor_kernels.packing import pack
 
 from .bos import bos_mask
 from .quantizer import quantize_act
+from .shared import share
 from .tensor import MixDQTensor, SplitMixDQTensor, _row_sums
 
 aten = torch.ops.aten
@@ -196,6 +197,9 @@ def _(func, types, args, kwargs):
         raise ValueError(f"copy_ into {weight}: metadata mismatch, the source is {source!r}")
     tensors = source.stored_tensors()
     for name, tensor in weight.stored_tensors().items():
+        if name in weight.shared_tensors:
+            setattr(weight, name, share(tensors[name].to(tensor.device)))
+            continue
         tensor.copy_(tensors[name] if name in tensors else _row_sums(source.integers()))
         # Below the dispatcher nothing else counts versions; forms prepared of the old weight must be dropped.
         torch.autograd.graph.increment_version(tensor)

@@ -11,11 +11,8 @@ needs_kernel = pytest.mark.skipif(not avx2.available(), reason="no x86 compiler"
 
 
 def call(arguments):
-    x, w, _, total, scale, z, bias, rows, *_ = arguments
-    n, k = w.shape
-    return avx2.product(
-        x.reshape(-1, 1, 1, k), avx2.pack(w), total, scale, int(z), bias, rows, n, (1, 1, 1, 1, 0, 0, 1, 1), (1, 1)
-    ).view(*x.shape[:-1], n)
+    x, w, _, _, scale, z, bias, rows, *_ = arguments
+    return avx2.product(avx2.linear_plan(w), x, scale, int(z), bias, rows, (*x.shape[:-1], w.shape[0]))
 
 
 @needs_kernel

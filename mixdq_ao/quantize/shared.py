@@ -1,0 +1,32 @@
+"""Small tensors that many weights have in common, held once: activation parameters of tied layers, the BOS embedding.
+
+Compiled code tells inputs apart by identity. Layers that hold the *same* activation parameters share one quantize of
+the tensor they read, and layers with the same BOS embedding one mask; equal copies would each get their own.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+
+_by_value: weakref.WeakValueDictionary[tuple, Tensor] = weakref.WeakValueDictionary()
+_by_address: weakref.WeakValueDictionary[tuple, Tensor] = weakref.WeakValueDictionary()
+_lock = threading.RLock()  # reentrant: a collection inside may drop an entry
+
+
+def share(tensor: Tensor | None) -> Tensor | None:
+    """The one tensor with these values on this device; ``tensor`` itself if it is the first, or not a plain one (fake
+    and functional tensors, while a graph is traced). What is returned must never be changed in place."""
+    if type(tensor) is not Tensor or tensor.is_meta:
+        return tensor
+    layout = (tensor.device, tensor.dtype, tensor.shape)
+    place = (*layout, tensor.data_ptr())  # an alias, as detach() makes, is recognised without reading its values
+    with _lock:
+        found = _by_address.get(place)
+        if found is None:
+            found = _by_value.setdefault((*layout, tensor.cpu().numpy().tobytes()), tensor)
+            _by_address[(*layout, found.data_ptr())] = found
+        return found
