@@ -6,15 +6,13 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 OUT ?= out/demo
 
-export OMP_WAIT_POLICY ?= passive
-
 .PHONY: demo test check bench train clean
 
 demo: $(STAMP)
 	$(BIN)/mixdq demo --out $(OUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

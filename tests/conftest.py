@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+
+
+MOST_WORKERS = 4  # each holds torch, diffusers and a compiler: more would fill a laptop's memory
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    return min(os.cpu_count() or 1, MOST_WORKERS)
+
+
+def pytest_configure() -> None:
+    """One of several workers keeps to its share of the cores."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

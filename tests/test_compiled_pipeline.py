@@ -12,6 +12,9 @@ from mixdq_ao.models.pipelines import generate_all
 from mixdq_ao.search.metrics import psnr
 
 
+pytestmark = pytest.mark.xdist_group("compiled pipeline")
+
+
 @pytest.fixture(scope="module")
 def pipes(_bundled):
     """The quantized pipeline, eager and compiled: 4-bit weights with some of 8 and 2, BOS rows, split shortcuts."""

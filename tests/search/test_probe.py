@@ -82,6 +82,9 @@ def content(name: str):
     return "content"
 
 
+pytestmark = pytest.mark.xdist_group("probes")
+
+
 @pytest.fixture(scope="module")
 def small():
     pipe = Small()
