@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-
 MOST_WORKERS = 4  # each holds torch, diffusers and a compiler: more would fill a laptop's memory
 
 
@@ -156,7 +155,7 @@ def _bundled(shapes):
 
 @pytest.fixture
 def bundled(_bundled) -> SimpleNamespace:
-    """The bundled pipeline with what tests change in place (UNet, text encoders) fresh, eight prompts, a calibration."""
+    """The bundled pipeline with what tests change in place (UNet, text encoders) fresh, 8 prompts, a calibration."""
     pipe = copy.copy(_bundled.pipe)
     for name in ("unet", "text_encoder", "text_encoder_2"):
         object.__setattr__(pipe, name, copy.deepcopy(getattr(_bundled.pipe, name)))
