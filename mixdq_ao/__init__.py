@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .errors import (
         AllocationError,
         CalibrationError,
+        CheckpointError,
         MixDQError,
         PlanError,
         QuantizationError,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         TextEncoderError,
     )
     from .models.pipelines import Sampling, generate
+    from .models.serialization import load_quantized, save_quantized
     from .plan import LayerPlan, Plan, PlanSummary
     from .quantize.bos_encoder import BOSAwareTextEncoder, bos_aware
     from .quantize.config import MixDQLayerConfig, mixdq_config, quantize_
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AllocationError": "errors",
     "CalibrationError": "errors",
+    "CheckpointError": "errors",
     "MixDQError": "errors",
     "PlanError": "errors",
     "QuantizationError": "errors",
@@ -44,6 +47,8 @@ _HOME = {
     "TextEncoderError": "errors",
     "Sampling": "models.pipelines",
     "generate": "models.pipelines",
+    "load_quantized": "models.serialization",
+    "save_quantized": "models.serialization",
     "LayerPlan": "plan",
     "Plan": "plan",
     "PlanSummary": "plan",

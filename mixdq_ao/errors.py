@@ -27,3 +27,11 @@ class QuantizationError(MixDQError):
 
 class TextEncoderError(MixDQError):
     """A text encoder's first row is not the calibrated BOS embedding."""
+
+
+class CheckpointError(MixDQError):
+    """A saved model cannot be read or written: a file is missing, damaged, foreign, or newer than this release."""
+
+
+class ScheduleError(MixDQError):
+    """A schedule of precisions over denoising steps is wrong, cannot be found, or does not fit a model or scheduler."""

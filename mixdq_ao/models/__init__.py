@@ -1,0 +1,13 @@
+"""diffusers models and pipelines: drawing, saving, loading. Importing this registers our quantizer with diffusers."""
+
+from .diffusers_quantizer import MixDQConfig, MixDQQuantizer, attach_quantizer
+from .serialization import load_quantized, save_pipeline, save_quantized
+
+__all__ = [
+    "MixDQConfig",
+    "MixDQQuantizer",
+    "attach_quantizer",
+    "load_quantized",
+    "save_pipeline",
+    "save_quantized",
+]

@@ -1,0 +1,129 @@
+"""The weight files of one saved model: found, checked against each other, and read without a copy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..jsonfile import _refuse_constant, _unique
+from .flatten import Contents, read_contents
+from .safetensors_io import SAVE_AGAIN, Header, read_header
+
+
+class Checkpoint:
+    """Headers and contents of a model's weight files. Opening reads headers only.
+
+    Raises:
+        CheckpointError: naming the file: missing, damaged, cut off, foreign, newer, or not of the same model.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.headers = [read_header(file) for file in files]
+        self.contents: Contents = read_contents(self.headers)
+        self.where: dict[str, Header] = {}
+        for header in self.headers:
+            for key in header.tensors:
+                if key in self.where:
+                    raise CheckpointError(f"{header.path}: repeats {key!r} of {self.where[key].path}; {SAVE_AGAIN}")
+                self.where[key] = header
+        self._check_complete()
+
+    def _check_complete(self) -> None:
+        files = ", ".join(str(h.path) for h in self.headers)
+        promised = {key for name in self.contents.names for key in self.contents.keys(name)}
+        for key in sorted(promised - set(self.where)):
+            raise CheckpointError(f"{files}: {key!r} is missing; {SAVE_AGAIN}")
+        for key in sorted(set(self.where) - promised):
+            raise CheckpointError(f"{self.where[key].path}: {key!r} belongs to no weight; {SAVE_AGAIN}")
+
+    @classmethod
+    def in_directory(cls, directory: Path, stem: str) -> Checkpoint:
+        """The files a directory's index names, or the only one: ``<stem>.safetensors``."""
+        index = directory / f"{stem}.safetensors.index.json"
+        single = directory / f"{stem}.safetensors"
+        if not index.exists():
+            return cls([single])
+        if single.exists():
+            raise CheckpointError(f"{directory}: holds {single.name} and {index.name}, of two saves; delete the older")
+        places = _places(index)
+        checkpoint = cls([directory / name for name in sorted(set(places.values()))])
+        if places != {key: header.path.name for key, header in checkpoint.where.items()}:
+            raise CheckpointError(f"{index}: does not list what its files hold; {SAVE_AGAIN}")
+        return checkpoint
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the state dict."""
+        return self.contents.names
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """The type of one entry of the state dict (for a quantized weight: of its layer); None for an unknown name."""
+        if name in self.where:
+            return self.where[name].tensors[name].dtype
+        record = next((self.contents.records[s] for s in (name, f"{name}.first") if s in self.contents.records), None)
+        text = None if record is None else record["_data"].get("dtype", {}).get("_data")
+        found = getattr(torch, text, None) if isinstance(text, str) else None
+        return found if isinstance(found, torch.dtype) else None
+
+    def read(self) -> dict[str, Tensor]:
+        """The state dict, on the CPU. Plain tensors are views of the mapped files: read from disk when first used,
+        copied when first written to."""
+        tensors: dict[str, Tensor] = {}
+        for header in self.headers:
+            try:
+                with safe_open(header.path, framework="pt") as file:
+                    tensors.update({key: file.get_tensor(key) for key in header.tensors})
+            except (SafetensorError, OSError) as e:
+                raise CheckpointError(f"{header.path}: cannot be read: {e}; {SAVE_AGAIN}") from e
+        share = SharedEmbeddings()
+        state = {}
+        for name in self.names:
+            state[name] = self.contents.assemble(name, share.replaced(self.contents.keys(name), tensors))
+        return state
+
+
+class SharedEmbeddings:
+    """Equal BOS embeddings become one tensor object again, as quantizing made them (one mask per graph)."""
+
+    def __init__(self) -> None:
+        self.known: dict[bytes, Tensor] = {}
+
+    def replaced(self, keys: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of ``keys``, each BOS embedding replaced by the first one equal to it."""
+        own = {key: tensors[key] for key in keys}
+        for key, tensor in own.items():
+            if key.endswith("_bos_embedding") and tensor.dim() == 1:
+                own[key] = self.known.setdefault(tensor.cpu().numpy().tobytes(), tensor)
+        return own
+
+
+def _places(index: Path) -> dict[str, str]:
+    """Which file holds each key, by the index of a sharded model."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(v, str) for v in places.values()):
+        raise CheckpointError(f"{index}: has no weight_map of file names; {SAVE_AGAIN}")
+    for name in places.values():
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: names the file {name!r}, expected safetensors files beside it")
+    return places
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError naming the file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path}: is not valid JSON ({str(e)[:200]}); {SAVE_AGAIN}") from e
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path}: is a {type(document).__name__}, expected an object; {SAVE_AGAIN}")
+    return document

@@ -1,0 +1,277 @@
+"""Our quantizer for diffusers: ``from_pretrained`` quantizes while weights stream in, or loads what was saved.
+
+    from mixdq_ao.models import MixDQConfig
+    unet = UNet2DConditionModel.from_pretrained(path, quantization_config=MixDQConfig(plan))
+
+Registered with diffusers when ``mixdq_ao.models`` is imported. ``save_pretrained`` then writes quantized models, and
+``from_pretrained``, of the model or of a whole pipeline, loads them without a further word.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import Tensor, nn
+from torchao.core.config import AOBaseConfig
+from torchao.quantization import FqnToConfig, quantize_
+from torchao.utils import TorchAOBaseTensor
+
+from ..errors import CheckpointError, PlanError
+from ..layers import find_layers
+from ..plan import Plan
+from ..quantize import config as plan_config
+from ..quantize.tensor import is_quantized
+from .checkpoint import Checkpoint, SharedEmbeddings
+from .flatten import FORMAT, VERSION, check_version, flatten
+from .plan_of import plan_of
+
+METHOD = "mixdq"
+
+
+class Method(StrEnum):
+    MIXDQ = METHOD
+
+
+class MixDQConfig(QuantizationConfigMixin):
+    """A plan as diffusers' ``quantization_config``, and as ``config.json`` keeps it.
+
+    Attributes:
+        plan: what each layer becomes (a Plan, or the path of a plan file).
+        overrides: as in ``mixdq_config``; used while quantizing, and stored with the tensors they made.
+    """
+
+    def __init__(
+        self, plan: Plan | str | os.PathLike[str], *, overrides: Mapping[str, AOBaseConfig | None] | None = None
+    ) -> None:
+        self.quant_method: Any = Method.MIXDQ
+        self.plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+        self.overrides = dict(overrides or {})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """From the ``quantization_config`` of a ``config.json``, for diffusers."""
+        config = cls.from_document("quantization_config", config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    @classmethod
+    def from_document(cls, where: object, document: dict[str, Any]) -> MixDQConfig:
+        """The same, with the file's name for errors. Raises CheckpointError."""
+        check_version(where, document)
+        if set(document) != {"quant_method", "format", "version", "plan"} or not isinstance(document["plan"], dict):
+            raise CheckpointError(f"{where}: quantization_config has {sorted(document)}, expected a plan; save again")
+        try:
+            return cls(Plan.from_json(document["plan"]))
+        except PlanError as e:
+            raise CheckpointError(f"{where}: the plan in quantization_config is damaged: {e}; save again") from e
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD, "format": FORMAT, "version": VERSION, "plan": self.plan.to_json()}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
+    def __repr__(self) -> str:
+        return f"MixDQConfig(plan of {len(self.plan.layers)} layers, {len(self.overrides)} overrides)"
+
+
+class MixDQQuantizer(DiffusersQuantizer):
+    """What diffusers asks while it loads or saves one model.
+
+    With a model that is not quantized yet, each weight is quantized as soon as it is read, and only then the next one
+    is; with a saved one, the plain tensors of each weight are put together again, in whichever file they come.
+    """
+
+    quantization_config: MixDQConfig
+    use_keep_in_fp32_modules = True
+    configs: Mapping[str, AOBaseConfig | None]
+    checkpoint: Checkpoint
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.pending: dict[str, Tensor] = {}
+        self.embeddings = SharedEmbeddings()
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            _take_types(model, self.checkpoint)
+        else:
+            config = plan_config.mixdq_config(
+                self.quantization_config.plan, overrides=self.quantization_config.overrides
+            )
+            plan_config._check(model, config)
+            self.configs = config.fqn_to_config
+        model.register_to_config(quantization_config=self.quantization_config)
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
+        if not self.pre_quantized:
+            return loaded_keys
+        self.checkpoint = Checkpoint(Path(file) for file in checkpoint_files)
+        return self.checkpoint.names
+
+    def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
+        if self.pre_quantized and missing_keys:
+            files = ", ".join(str(h.path) for h in self.checkpoint.headers)
+            raise CheckpointError(f"{files}: {min(missing_keys)!r} is missing; save the model again")
+        return missing_keys
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Plain tensors of one file in, the weights that are whole by now out."""
+        if not self.pre_quantized:
+            return state_dict
+        self.pending.update(state_dict)
+        contents, whole = self.checkpoint.contents, {}
+        for name in contents.names:
+            keys = contents.keys(name)
+            if all(key in self.pending for key in keys):
+                whole[name] = contents.assemble(name, self.embeddings.replaced(keys, self.pending))
+                for key in keys:
+                    del self.pending[key]
+        return whole
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        return not self.pre_quantized  # a weight's tensors may lie in two files
+
+    def check_if_quantized_param(
+        self, model: Any, param_value: Any, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        if self.pre_quantized:
+            return isinstance(param_value, TorchAOBaseTensor)
+        return _resolve(self.configs, param_name)[1] is not None
+
+    def check_quantized_param_shape(self, param_name: str, current_param: Any, loaded_param: Any) -> bool:
+        if current_param.shape != loaded_param.shape:
+            raise CheckpointError(
+                f"{param_name!r} has shape {list(loaded_param.shape)}, the model expects {list(current_param.shape)}"
+            )
+        return True
+
+    def create_quantized_param(
+        self, model: Any, param_value: Any, param_name: str, target_device: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Puts a weight into the model, quantizing it where it is not quantized yet."""
+        layer, _, parameter = param_name.rpartition(".")
+        module = model.get_submodule(layer)
+        value = param_value.to(target_device)
+        module._parameters[parameter] = nn.Parameter(value, requires_grad=not isinstance(value, TorchAOBaseTensor))
+        if self.pre_quantized:
+            return
+        key, config = _resolve(self.configs, param_name)
+        if key == "parameter":
+            quantize_(module, FqnToConfig(OrderedDict({parameter: config})), filter_fn=None)
+        elif config is not None:
+            quantize_(module, config, filter_fn=lambda m, _: m is module)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.pending:
+            raise CheckpointError(f"{min(self.pending)!r} is part of a weight whose other parts were not given")
+        attach_quantizer(model, self.quantization_config.plan, self)
+        # The model keeps this object: what only loading needs would keep files open and be copied with the model.
+        self.embeddings, self.configs = SharedEmbeddings(), {}
+        vars(self).pop("checkpoint", None)
+        return model
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        if not safe_serialization:
+            raise CheckpointError("a quantized model is saved as safetensors, not as pickle: safe_serialization=True")
+        flat = flatten(state_dict)
+        return _unshared(flat.tensors), flat.metadata()
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: Any) -> Any:
+        for module in find_layers(model).values():
+            if isinstance(module.weight, TorchAOBaseTensor):
+                weight: Any = module.weight
+                module.weight = nn.Parameter(weight.dequantize())
+        model._internal_dict = type(model.config)({k: v for k, v in model.config.items() if k != "quantization_config"})
+        return model
+
+
+def attach_quantizer(model: nn.Module, plan: Plan | None = None, quantizer: MixDQQuantizer | None = None) -> None:
+    """Makes diffusers know that ``model`` is quantized, so that its ``save_pretrained`` works; others are left alone.
+
+    Loading does this by itself; it is needed once after ``quantize_``. ``plan``: the plan that quantized the model, to
+    keep its exact ranges and metadata.
+    """
+    if not isinstance(model, ModelMixin) or not any(is_quantized(m.weight) for m in find_layers(model).values()):
+        return
+    config = MixDQConfig(plan_of(model, plan))
+    quantizer = quantizer or MixDQQuantizer(config)
+    quantizer.quantization_config = config
+    target: Any = model
+    target.hf_quantizer = quantizer
+    target.quantization_method = config.quant_method
+    # Left false: diffusers refuses .to(dtype) of what it takes for quantized, and our tensors can do it.
+    target.is_quantized = False
+    model.register_to_config(quantization_config=config)
+
+
+def _take_types(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Gives the empty model the stored types, so that loading without a dtype changes none."""
+    for name, slot in list(model.state_dict(keep_vars=True).items()):
+        stored = checkpoint.dtype(name)
+        if stored is not None and stored != slot.dtype:
+            layer, _, key = name.rpartition(".")
+            module = model.get_submodule(layer)
+            empty = torch.empty(slot.shape, dtype=stored, device="meta")
+            if key in module._parameters:
+                module._parameters[key] = nn.Parameter(empty, requires_grad=slot.requires_grad)
+            else:
+                module._buffers[key] = empty
+
+
+def _resolve(configs: Mapping[str, AOBaseConfig | None], parameter: str) -> tuple[str, AOBaseConfig | None]:
+    """What torchao's FqnToConfig means for a parameter: "parameter" or "module", and the config, None for none.
+
+    Exact names win over patterns, parameters over modules.
+    """
+    module, _, key = parameter.rpartition(".")
+    patterns = {k[3:]: c for k, c in configs.items() if k.startswith("re:")}
+    for kind, name in (("parameter", parameter), ("module", module if key == "weight" else "")):
+        if name and name in configs:
+            return kind, configs[name]
+    for kind, name in (("parameter", parameter), ("module", module if key == "weight" else "")):
+        for pattern, config in patterns.items():
+            if name and re.fullmatch(pattern, name):
+                return kind, config
+    return "module", None
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that own their memory, as diffusers' way of writing wants them; only shared ones are copied."""
+    seen: set[int] = set()
+    own: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        address = tensor.untyped_storage().data_ptr()
+        own[key] = tensor.clone() if address in seen else tensor.contiguous()
+        seen.add(address)
+    return own
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = MixDQConfig  # type: ignore[assignment]
+AUTO_QUANTIZER_MAPPING[METHOD] = MixDQQuantizer

@@ -1,0 +1,74 @@
+"""The plan a quantized model carries out, read from its tensors: what a saved model says of itself is always true."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from ..layers import find_layers
+from ..plan import LayerPlan, Plan
+from ..quantize.tensor import MixDQTensor, SplitMixDQTensor, is_quantized
+
+ACT_BITS = {None: 16, 15: 4, 255: 8}
+
+
+def plan_of(model: nn.Module, plan: Plan | None = None) -> Plan:
+    """The plan that quantized ``model``.
+
+    Where ``plan`` (the one that was used) agrees with a layer's tensors its own entry is kept, with the ranges as
+    calibrated; elsewhere ranges are those the stored scales and zero points stand for. A layer that is not quantized
+    by us, or no longer, is left out, or stands with 16 bits where ``plan`` names it.
+    """
+    given = {} if plan is None else plan.layers
+    layers: dict[str, LayerPlan] = {}
+    for name, module in find_layers(model).items():
+        if is_quantized(module.weight):
+            found = layer_plan_of(module.weight)
+            layers[name] = given[name] if name in given and same_layer(given[name], found) else found
+        elif name in given:
+            layers[name] = LayerPlan()
+    metadata = {"source": "read from a quantized model"} if plan is None else plan.metadata
+    embedding = _embedding(model) if any(layer.bos for layer in layers.values()) else None
+    return Plan(layers, metadata, embedding)
+
+
+def layer_plan_of(weight: object) -> LayerPlan:
+    """What one quantized weight is. Raises TypeError for any other tensor."""
+    if isinstance(weight, SplitMixDQTensor):
+        first, second = layer_plan_of(weight.first), layer_plan_of(weight.second)
+        return replace(first, split=weight.split, split_act_range=second.act_range)
+    if not isinstance(weight, MixDQTensor):
+        raise TypeError(f"{type(weight).__name__} is no quantized weight")
+    return LayerPlan(
+        weight_bits=weight.bits,
+        act_bits=ACT_BITS[weight.act_levels],
+        symmetric=_symmetric(weight),
+        act_range=_act_range(weight),
+        bos=weight.bos_output is not None,
+    )
+
+
+def same_layer(a: LayerPlan, b: LayerPlan) -> bool:
+    """Equal but for the exact ranges (and for symmetry, which a weight's zero points may show by chance)."""
+    return (a.weight_bits, a.act_bits, a.split, a.bos) == (b.weight_bits, b.act_bits, b.split, b.bos)
+
+
+def _symmetric(weight: MixDQTensor) -> bool:
+    zero = weight.weight_zero_point
+    return zero is None or bool((zero == 2 ** (weight.bits - 1)).all())
+
+
+def _act_range(weight: MixDQTensor) -> tuple[float, float] | None:
+    """What codes 0 and act_levels stand for."""
+    if weight.act_scale is None or weight.act_zero_point is None or weight.act_levels is None:
+        return None
+    scale, zero = weight.act_scale.item(), int(weight.act_zero_point.item())
+    return -zero * scale, (weight.act_levels - zero) * scale
+
+
+def _embedding(model: nn.Module) -> tuple[float, ...] | None:
+    for module in find_layers(model).values():
+        if isinstance(module.weight, MixDQTensor) and module.weight.bos_embedding is not None:
+            return tuple(module.weight.bos_embedding.tolist())
+    return None

@@ -1,0 +1,244 @@
+"""Saving quantized models and loading them again, bit for bit: safetensors, a config with the plan, and no pickle.
+
+    save_quantized(pipe.unet, "unet-w8a8")
+    unet = load_quantized("unet-w8a8")
+
+A directory holds ``config.json`` (the model's own config, and the plan under ``quantization_config``) and
+``diffusion_pytorch_model.safetensors`` (``model.safetensors`` for a transformers model), in several files with an index
+where it is large. It is what ``save_pretrained`` writes of a quantized model too, and both can be read by both.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import CheckpointError
+from ..jsonfile import write_document
+from ..layers import find_layers
+from ..plan import Plan
+from ..quantize.fake import FakeQuantizer
+from ..quantize.tensor import is_quantized
+from .checkpoint import Checkpoint, read_json
+from .diffusers_quantizer import METHOD, MixDQConfig, attach_quantizer
+from .flatten import Flat, flatten
+from .pipelines import denoiser
+from .plan_of import layer_plan_of, plan_of, same_layer
+from .safetensors_io import write_safetensors
+from .skeleton import Library, check_fit, empty_model, fill, library_of, saved_config, without_aliases
+
+CONFIG = "config.json"
+SHARD = 5_000_000_000  # bytes
+
+
+def save_quantized(
+    model: nn.Module, directory: str | os.PathLike[str], *, plan: Plan | None = None, max_shard_size: int = SHARD
+) -> None:
+    """Saves a quantized diffusers or transformers model.
+
+    Weights go to files under temporary names first, ``config.json`` last: a crash leaves what was there before, or a
+    directory that does not load; never a mixture that does. Tensors are written one by one, without a copy of them all.
+
+    Args:
+        model: quantized with ``quantize_`` (real mode) or loaded; a compiled one is saved as what was compiled.
+        directory: made if need be. One that holds another model is refused.
+        plan: the plan that quantized the model, to keep its exact ranges and metadata; what it says is checked against
+            the tensors. By default all is read from the tensors.
+        max_shard_size: bytes of one file; a single weight is never divided.
+
+    Raises:
+        CheckpointError: the model cannot be saved so that it loads again, or a file cannot be written.
+    """
+    model = getattr(model, "_orig_mod", model)
+    directory = Path(directory)
+    library, flat, plan = _prepared(model, plan)
+    _refuse_foreign(directory)
+    config = {**library.document, "quantization_config": MixDQConfig(plan).to_dict()}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write(directory, library.stem, flat, config, max_shard_size)
+    except OSError as e:
+        raise CheckpointError(f"{directory}: cannot be written: {e.strerror or e}; make room and save again") from e
+
+
+def _prepared(model: nn.Module, plan: Plan | None) -> tuple[Library, Flat, Plan]:
+    """All that will be written, after every check that it can be read again."""
+    library = saved_config(model)
+    if any(isinstance(m, FakeQuantizer) for m in model.modules()):
+        raise CheckpointError(f"{type(model).__name__} is quantized in fake mode; quantize it with mode='real' to save")
+    if not any(is_quantized(m.weight) for m in find_layers(model).values()):
+        raise CheckpointError(f"{type(model).__name__} holds no quantized layer; use its save_pretrained")
+    state = without_aliases(model)
+    where = f"{type(model).__name__} in memory"
+    check_fit(f"{where} (fuse or unload adapters before saving)", empty_model(Path(where), library), state)
+    return library, flatten(state), plan_of(model, plan or _known_plan(model))
+
+
+def _known_plan(model: nn.Module) -> Plan | None:
+    """The plan a loaded model came with."""
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    return config.plan if isinstance(config, MixDQConfig) else None
+
+
+def _refuse_foreign(directory: Path) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory}: is a file, expected a directory or a free name")
+    if (directory / "model_index.json").exists():
+        raise CheckpointError(f"{directory}: holds a whole pipeline; give a directory of its own, or use save_pipeline")
+    config = directory / CONFIG
+    if config.exists() and not _is_ours(read_json(config)):
+        raise CheckpointError(f"{directory}: holds another model, which is not overwritten; give another directory")
+
+
+def _is_ours(document: dict[str, Any]) -> bool:
+    quantization = document.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
+
+
+def _write(directory: Path, stem: str, flat: Flat, config: dict[str, Any], largest: int) -> None:
+    shards = list(_shards(flat, largest))
+    count = len(shards)
+    names = [f"{stem}.safetensors"] if count == 1 else [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in _to(count)]
+    index = directory / f"{stem}.safetensors.index.json"
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
+        for name, group in zip(names, shards, strict=True):
+            keys = [key for n in group for key in flat.groups[n]]
+            write_safetensors(Path(temporary) / name, {k: flat.tensors[k] for k in keys}, flat.metadata(group))
+        # From here to the last line the directory has no config.json, so nothing loads half of it.
+        (directory / CONFIG).unlink(missing_ok=True)
+        for old in (index, *(p for p in directory.iterdir() if _is_shard(p.name, stem))):
+            old.unlink(missing_ok=True)
+        for name in names:
+            os.replace(Path(temporary) / name, directory / name)
+    _sync(directory)
+    if count > 1:
+        places = {k: name for name, group in zip(names, shards, strict=True) for n in group for k in flat.groups[n]}
+        size = sum(t.numel() * t.element_size() for t in flat.tensors.values())
+        write_document(index, {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})
+    write_document(directory / CONFIG, config)
+
+
+def _sync(directory: Path) -> None:
+    """The files' new names are on disk when this returns."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _to(count: int) -> range:
+    return range(1, count + 1)
+
+
+def _is_shard(name: str, stem: str) -> bool:
+    return re.fullmatch(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors", name) is not None
+
+
+def _shards(flat: Flat, largest: int) -> Iterator[list[str]]:
+    """Names of the state dict for each file, in order; the plain tensors of one weight stay together."""
+    group: list[str] = []
+    held = 0
+    for name, keys in flat.groups.items():
+        size = sum(flat.tensors[k].numel() * flat.tensors[k].element_size() for k in keys)
+        if group and held + size > largest:
+            yield group
+            group, held = [], 0
+        group.append(name)
+        held += size
+    yield group
+
+
+def load_quantized(directory: str | os.PathLike[str]) -> nn.Module:
+    """A model saved by ``save_quantized``, or by ``save_pretrained`` of a quantized diffusers model.
+
+    It is on the CPU, in evaluation mode, with every tensor as it was saved, to the bit. Weights are views of the files:
+    they are read when first used and take no memory of their own until then. Move the model with ``.to(device)``.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, cut off, foreign, newer than this release, or does not fit the
+            others; the message names it.
+    """
+    directory = Path(directory)
+    if (directory / "model_index.json").exists():
+        raise CheckpointError(
+            f"{directory}: is a whole pipeline; load it with DiffusionPipeline.from_pretrained, or one of its parts"
+        )
+    path = directory / CONFIG
+    if not path.exists():
+        raise CheckpointError(f"{directory}: has no {CONFIG}; it is no saved model, or saving it did not end")
+    document = read_json(path)
+    if not _is_ours(document):
+        raise CheckpointError(f"{path}: is not of a model quantized by mixdq_ao; load it with from_pretrained")
+    plan = MixDQConfig.from_document(path, document["quantization_config"]).plan
+    library = library_of(path, document)
+    state = Checkpoint.in_directory(directory, library.stem).read()
+    model = empty_model(path, library)
+    check_fit(directory, model, state)
+    check_plan_of(path, plan, state)
+    fill(model, state)
+    attach_quantizer(model, plan)
+    return model
+
+
+def check_plan_of(where: object, plan: Plan, state: dict[str, Any]) -> None:
+    """Raises CheckpointError unless the weights are quantized as ``plan`` says."""
+    found = {n.removesuffix(".weight"): layer_plan_of(t) for n, t in state.items() if is_quantized(t)}
+    planned = {n: layer for n, layer in plan.layers.items() if layer.quantized}
+    for name in sorted(set(found) | set(planned)):
+        if name not in found or name not in planned or not same_layer(found[name], planned[name]):
+            raise CheckpointError(
+                f"{where}: layer {name!r} is planned as {planned.get(name)} and stored as {found.get(name)}; config "
+                "and weights are of different saves, save the model again"
+            )
+
+
+def save_pipeline(pipe: Any, directory: str | os.PathLike[str], *, plan: Plan | None = None) -> None:
+    """Saves a pipeline with quantized diffusers models; ``DiffusionPipeline.from_pretrained`` loads it.
+
+    ``pipe.save_pretrained`` with what it lacks: models quantized with ``quantize_`` are made known to diffusers first,
+    and the directory appears under its name only when all of it is written. ``plan``: the plan of its denoiser, to keep
+    exact ranges and metadata.
+
+    Raises:
+        CheckpointError: the directory exists and is not empty, a part cannot be saved, or a file cannot be written.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise CheckpointError(f"{directory}: exists; give a free name, so that no pipeline is half overwritten")
+    main = denoiser(pipe)
+    main = getattr(main, "_orig_mod", main)
+    for model in pipe.components.values():
+        if isinstance(model, nn.Module):
+            model = getattr(model, "_orig_mod", model)
+            _make_saveable(model, plan if model is main else None)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
+        try:
+            pipe.save_pretrained(temporary)
+            temporary.chmod(0o755)
+            os.replace(temporary, directory)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except OSError as e:
+        raise CheckpointError(f"{directory}: cannot be written: {e.strerror or e}") from e
+
+
+def _make_saveable(model: nn.Module, plan: Plan | None) -> None:
+    if any(is_quantized(m.weight) for m in find_layers(model).values()):
+        library, _, plan = _prepared(model, plan)
+        if library.stem == "model":
+            raise CheckpointError(
+                f"{type(model).__name__} is a quantized transformers model, which a pipeline cannot store; save it "
+                "with save_quantized and pass load_quantized(...) to from_pretrained"
+            )
+        attach_quantizer(model, plan)

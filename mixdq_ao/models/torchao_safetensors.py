@@ -1,0 +1,57 @@
+"""torchao's safetensors form of tensor subclasses (``torchao.prototype.safetensors``), ours among them.
+
+torchao stores a subclass as its plain tensors, named ``<module>._<parameter>_<attribute>``, and its other attributes as
+JSON in the file's metadata. Its two tables of known classes have no function to add to them, so they are extended here;
+then ``flatten_tensor_state_dict`` and ``unflatten_tensor_state_dict`` take a MixDQTensor as one of their own. A
+SplitMixDQTensor holds two subclasses, which that form has no place for: ``flatten.py`` stores its halves one by one.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from torch import Tensor
+from torchao.prototype.safetensors import safetensors_utils as torchao_utils
+from torchao.utils import TorchAOBaseTensor
+
+from ..quantize.tensor import MixDQTensor
+
+Record = dict[str, Any]  # {"_type": class, "_data": {attribute: value}, "_tensor_data_names": [attribute]}
+PLAIN: Record = {"_type": "Tensor"}
+
+
+def accept_mixdq_tensors() -> None:
+    """Makes torchao's helpers know MixDQTensor. May be called again."""
+    torchao_utils.ALLOWED_CLASSES["MixDQTensor"] = MixDQTensor
+    if "MixDQTensor" not in torchao_utils.ALLOWED_TENSORS_SUBCLASSES:
+        torchao_utils.ALLOWED_TENSORS_SUBCLASSES.append("MixDQTensor")
+
+
+def known(kind: str) -> bool:
+    """Whether torchao's form covers a class of this name."""
+    return kind in torchao_utils.ALLOWED_TENSORS_SUBCLASSES
+
+
+def record_of(tensor: TorchAOBaseTensor) -> tuple[Record, dict[str, Tensor]]:
+    """What is stored of a subclass: its attributes, and its plain tensors by attribute name."""
+    record = json.loads(json.dumps(tensor, cls=torchao_utils.TensorSubclassAttributeJSONEncoder))
+    return record, {name: getattr(tensor, name) for name in record["_tensor_data_names"]}
+
+
+def rebuild(record: Record, parts: dict[str, Tensor]) -> Tensor:
+    """The subclass again, of the very tensors given. Only classes in torchao's table are made.
+
+    Raises:
+        ValueError, TypeError: the record does not fit its class.
+    """
+    return torchao_utils.object_from_dict({**record, "_data": {**record["_data"], **parts}})
+
+
+def part_key(name: str, attribute: str) -> str:
+    """Where ``attribute`` of the parameter ``name`` is stored: "a.weight", "scale" -> "a._weight_scale"."""
+    module, _, parameter = name.rpartition(".")
+    return f"{module}{'.' if module else ''}_{parameter}_{attribute}"
+
+
+accept_mixdq_tensors()
