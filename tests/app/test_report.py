@@ -257,3 +257,10 @@ def test_words():
     ]
     nested = {"a": {"b": {"c": {"d": {"e": 1}}}}, "x_y": [1, True, None]}
     assert dict(flatten(nested)) == {"a b c d": "...", "x y": "1, yes, none"}
+
+
+@pytest.mark.parametrize("metadata, text", [({}, "0.0500\u00a0SSIM"), ({"content_score": "psnr"}, "0.1\u00a0dB")])
+def test_content_scores_name_their_metric(metadata, text):
+    """One layer at a time gives SSIM, probes give PSNR; the reason says which."""
+    layer = LayerSensitivity(group="content", weight_size=2048, act_size=1, weight_scores={4: 0.9, 8: 0.95})
+    assert text in Reasons(Sensitivity({"a": layer}, metadata)).weight("a", LayerPlan(weight_bits=4))

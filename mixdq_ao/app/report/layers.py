@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from ...plan import LayerPlan, Plan
 from .html import Html, section, tag
 from .inputs import Inputs
+from .metric import metrics
 from .names import anchor, block_of, block_rank, plan_label
-from .reasons import score
 from .sensitivity import sensitivity_table
 
 BITS = (2, 4, 8, 16)
@@ -96,7 +96,8 @@ def _legend() -> Html:
 def _cell(inputs: Inputs, name: str, layer: LayerPlan) -> Html:
     measured = inputs.sensitivity.layers.get(name) if inputs.sensitivity else None
     value = measured.weight_scores.get(layer.weight_bits) if measured else None
-    extra = f", {score(measured, value)}" if measured and value is not None else ""
+    judged = inputs.sensitivity and metrics(inputs.sensitivity)
+    extra = f", {judged[measured.group].score(value)}" if judged and measured and value is not None else ""
     special = (", BOS apart" if layer.bos else "") + (f", split at {layer.split}" if layer.split else "")
     hint = f"{name}: weight {layer.weight_bits} bit, activation {layer.act_bits} bit{special}{extra}"
     classes = f"cell b{layer.weight_bits} a{layer.act_bits}"

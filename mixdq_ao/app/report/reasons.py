@@ -8,6 +8,7 @@ from math import ceil
 
 from ...plan import LayerPlan
 from ...search.sensitivity import LayerSensitivity, Sensitivity
+from .metric import Metric, metrics
 from .names import ordinal, size
 
 
@@ -15,7 +16,7 @@ class Reasons:
     """Sentences for the layers of one sensitivity file."""
 
     def __init__(self, sensitivity: Sensitivity) -> None:
-        self.layers = sensitivity.layers
+        self.layers, self.metrics = sensitivity.layers, metrics(sensitivity)
 
     @cached_property
     def ranks(self) -> Mapping[tuple[str, int], tuple[int, int]]:
@@ -39,7 +40,8 @@ class Reasons:
             return "not measured at these bits"
         lower = max((b for b in layer.weight_scores if b < bits), default=None)
         higher = min((b for b in layer.weight_scores if bits < b < 16), default=None)
-        steps = [_step(layer, bits, other) for other in (lower, higher) if other is not None]
+        metric = self.metrics[layer.group]
+        steps = [_step(layer, metric, bits, other) for other in (lower, higher) if other is not None]
         return "; ".join([self._rank(name, layer, lower or bits), *steps])
 
     def _rank(self, name: str, layer: LayerSensitivity, bits: int) -> str:
@@ -48,20 +50,14 @@ class Reasons:
         return f"{which} sensitive of {count} {layer.group} layers at {bits}\u00a0bit"
 
 
-def _step(layer: LayerSensitivity, bits: int, other: int) -> str:
+def _step(layer: LayerSensitivity, metric: Metric, bits: int, other: int) -> str:
     """ "4 bit would save 21 KiB and lose 22.4 dB"."""
     moved = stored(layer, other) - stored(layer, bits)
     change = layer.weight_scores[other] - layer.weight_scores[bits]
-    amount = f"{abs(change):.4f}\u00a0SSIM" if layer.group == "content" else f"{abs(change):.1f}\u00a0dB"
     bytes_verb, score_verb = "add" if moved >= 0 else "save", "gain" if change >= 0 else "lose"
-    return f"{other}\u00a0bit would {bytes_verb} {size(abs(moved))} and {score_verb} {amount}"
+    return f"{other}\u00a0bit would {bytes_verb} {size(abs(moved))} and {score_verb} {metric.amount(abs(change))}"
 
 
 def stored(layer: LayerSensitivity, bits: int) -> int:
     """Bytes of the weight at these bits, as recorded, else bits times weights."""
     return layer.weight_bytes.get(bits, ceil(layer.weight_size * bits / 8))
-
-
-def score(layer: LayerSensitivity, value: float) -> str:
-    """A score with its metric."""
-    return f"SSIM {value:.4f}" if layer.group == "content" else f"{value:.1f} dB"

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from ...plan import LayerPlan, Plan
-from ...search.sensitivity import LayerSensitivity
 from .html import Html, breakable, join, tag
 from .inputs import Inputs
+from .metric import Metric, metrics
 from .names import MISSING, anchor
 from .reasons import Reasons
-from .strip import position, scales, strip
+from .strip import scales, strip
 
 EXPLAIN = (
     "One layer at a time was rounded, its weight (W) or its input (A), with everything else in full precision. Content "
-    "layers are judged by the SSIM of the pictures, quality layers by the signal-to-noise ratio of the model's output "
-    "in dB; higher is less sensitive. A dot's colour is its bits, as above; the scale is shared within a group."
+    "layers are judged by the {content} of the pictures, quality layers by the signal-to-noise ratio of the model's "
+    "output in dB; higher is less sensitive. A dot's colour is its bits, as above; the scale is shared within a group."
 )
 GROUPS = (("all", ""), ("content", "content"), ("quality", "quality"))
 NONE = LayerPlan()
@@ -31,16 +31,17 @@ def sensitivity_table(inputs: Inputs) -> Html:
     names = ["Layer", "Group", "Weights", *(f"W{b}" for b in weight_bits), *(f"A{b}" for b in act_bits)]
     header = [*((n, True) for n in names), ("worse ← → better", False)]
     header += [("Bits", True), ("Why these bits", False)] if inputs.plans else []
-    reasons, ranges = Reasons(inputs.sensitivity), scales(layers)
+    judged = metrics(inputs.sensitivity)
+    reasons, ranges = Reasons(inputs.sensitivity), scales(layers, judged)
     rows = [
         tag(
             "tr",
             tag("th", breakable(name), scope="row", data_sort=number),
             tag("td", layer.group),
             tag("td", f"{layer.weight_size:,}".replace(",", "\u2009"), data_sort=layer.weight_size),
-            _scores(layer, layer.weight_scores, weight_bits),
-            _scores(layer, layer.act_scores, act_bits),
-            tag("td", strip(layer, ranges.get(layer.group))),
+            _scores(judged[layer.group], layer.weight_scores, weight_bits),
+            _scores(judged[layer.group], layer.act_scores, act_bits),
+            tag("td", strip(layer, ranges.get(layer.group), judged[layer.group])),
             _chosen(name, inputs.plans, reasons) if inputs.plans else None,
             id=anchor(name),
         )
@@ -50,7 +51,7 @@ def sensitivity_table(inputs: Inputs) -> Html:
     table = tag("table", tag("thead", tag("tr", titles)), tag("tbody", rows), class_="layers", id="layer-table")
     title = "Sensitivity of each layer"
     box = tag("div", table, class_="scroll tall", tabindex="0", role="region", aria_label=title)
-    return join(tag("h3", title), tag("p", EXPLAIN), _controls(), box)
+    return join(tag("h3", title), tag("p", EXPLAIN.format(content=judged["content"].name)), _controls(), box)
 
 
 def _controls() -> Html:
@@ -66,15 +67,15 @@ def _controls() -> Html:
     )
 
 
-def _scores(layer: LayerSensitivity, scores: Mapping[int, float], bits: Iterable[int]) -> list[Html]:
-    digits = 4 if layer.group == "content" else 1
+def _scores(metric: Metric, scores: Mapping[int, float], bits: Iterable[int]) -> list[Html]:
+    """Sorted by their place on the strip chart, so that SSIM and dB mix sensibly."""
     values = (scores.get(b) for b in bits)
-    return [tag("td", MISSING if v is None else f"{v:.{digits}f}", data_sort=_key(layer, v)) for v in values]
-
-
-def _key(layer: LayerSensitivity, value: float | None) -> str | None:
-    """What a score is sorted by: its place on the strip chart, so that SSIM and dB mix sensibly."""
-    return None if value is None else f"{position(layer, value):.4g}"
+    return [
+        tag("td", MISSING, data_sort=None)
+        if v is None
+        else tag("td", f"{v:.{metric.digits}f}", data_sort=f"{metric.position(v):.4g}")
+        for v in values
+    ]
 
 
 def _chosen(name: str, plans: Mapping[str, Plan], reasons: Reasons) -> list[Html]:
