@@ -259,8 +259,11 @@ def test_words():
     assert dict(flatten(nested)) == {"a b c d": "...", "x y": "1, yes, none"}
 
 
-@pytest.mark.parametrize("metadata, text", [({}, "0.0500\u00a0SSIM"), ({"content_score": "psnr"}, "0.1\u00a0dB")])
-def test_content_scores_name_their_metric(metadata, text):
+@pytest.mark.parametrize(
+    "metadata, scores, text",
+    [({}, {4: 0.9, 8: 0.95}, "0.0500\u00a0SSIM"), ({"content_score": "psnr"}, {4: 40.0, 8: 45.5}, "5.5\u00a0dB")],
+)
+def test_content_scores_name_their_metric(metadata, scores, text):
     """One layer at a time gives SSIM, probes give PSNR; the reason says which."""
-    layer = LayerSensitivity(group="content", weight_size=2048, act_size=1, weight_scores={4: 0.9, 8: 0.95})
+    layer = LayerSensitivity(group="content", weight_size=2048, act_size=1, weight_scores=scores)
     assert text in Reasons(Sensitivity({"a": layer}, metadata)).weight("a", LayerPlan(weight_bits=4))
