@@ -42,9 +42,9 @@ def _progress(out: Path, name: str) -> Path:
 
 
 def start(name: str, out: Path, threads: int) -> subprocess.Popen:
-    """Starts the process of one stage; threads that wait sleep, else two processes spin each other slow."""
+    """Starts the process of one stage."""
     _progress(out, name).unlink(missing_ok=True)
-    environment = os.environ | {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "examples.shapes.train", "--out", str(out), "--stage", name]
     command += ["--threads", str(threads), "--parent", str(os.getpid())]
     return subprocess.Popen(command, env=environment, cwd=ROOT)
