@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 import weakref
 
-import torch
 from torch import Tensor
 
 _by_value: weakref.WeakValueDictionary[tuple, Tensor] = weakref.WeakValueDictionary()

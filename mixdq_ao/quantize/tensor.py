@@ -32,7 +32,7 @@ class MixDQTensor(TorchAOBaseTensor):
         bits: 8, 4 or 2. length: elements of the last stored dimension before packing (K or C / groups).
         act_levels: largest activation code (255 or 15), None with 16-bit activations.
 
-    ``shared_tensors`` are the same objects in all weights where they are equal (see ``shared``), never changed in place.
+    ``shared_tensors`` are the same objects in all weights where they are equal (see ``shared``): never change them.
     """
 
     tensor_data_names = ["qdata", "scale"]
@@ -192,8 +192,12 @@ class MixDQTensor(TorchAOBaseTensor):
         return {name: getattr(self, name) for name in self.__tensor_flatten__()[0]}
 
     def _stable_hash_for_caching(self) -> str:
-        """Everything compiled code depends on, and no values: two processes that quantize alike share a compilation."""
-        return stable_hash(self, self.bits, self.length, self.act_levels)
+        """Everything compiled code depends on: two processes that quantize alike share a compilation.
+
+        The values of ``shared_tensors`` belong to it: which weights hold the same ones is compiled into the graph.
+        """
+        shared = [None if t is None else t.tolist() for t in (getattr(self, name) for name in self.shared_tensors)]
+        return stable_hash(self, self.bits, self.length, self.act_levels, shared)
 
     def describe(self) -> str:
         act = {None: 16, 15: 4, 255: 8}[self.act_levels]
@@ -247,7 +251,8 @@ class SplitMixDQTensor(TorchAOBaseTensor):
         return {f"{half}.{n}": t for half, tensor in halves for n, t in tensor.stored_tensors().items()}
 
     def _stable_hash_for_caching(self) -> str:
-        return stable_hash(self, self.split)
+        halves = (self.first._stable_hash_for_caching(), self.second._stable_hash_for_caching())
+        return stable_hash(self, self.split, *halves)
 
     def describe(self) -> str:
         return f"{self.first.describe()} split at {self.split}"

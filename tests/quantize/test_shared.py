@@ -1,0 +1,97 @@
+"""Tied layers hold the same activation parameters: one object, one quantize in the graph, one compilation."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+
+from mixdq_ao.quantize.quantizer import act_params
+from mixdq_ao.quantize.tensor import MixDQTensor
+
+WIDTH = 16
+
+
+def weight(hi: float = 3.0, bos: float | None = None) -> MixDQTensor:
+    embedding = None if bos is None else torch.full((WIDTH,), bos)
+    return MixDQTensor.from_hp(torch.randn(WIDTH, WIDTH), act=act_params(-1.0, hi), bos_embedding=embedding)
+
+
+class Readers(nn.Module):
+    """Three layers that read one tensor; the last with a range of its own."""
+
+    def __init__(self, *ranges: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in ranges)
+        for layer, hi in zip(self.layers, ranges, strict=True):
+            layer.weight = nn.Parameter(weight(hi), requires_grad=False)
+
+    def forward(self, x):
+        return sum(layer(x) for layer in self.layers)
+
+
+def shares(a: MixDQTensor, b: MixDQTensor) -> bool:
+    return all(getattr(a, name) is getattr(b, name) for name in MixDQTensor.shared_tensors)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda w: w, lambda w: nn.Parameter(w, requires_grad=False), lambda w: w.detach(), torch.clone]
+    + [lambda w: w.to(torch.bfloat16), lambda w: w[:8]],
+)
+def test_equal_values_are_one_object(change):
+    a, b = change(weight(bos=7.0)), change(weight(bos=7.0))
+    assert shares(a, b) and a.qdata is not b.qdata
+
+
+def test_a_copied_model_shares_within():
+    model = copy.deepcopy(Readers(3.0, 3.0))
+    assert shares(model.layers[0].weight, model.layers[1].weight)
+
+
+def test_other_values_are_not():
+    assert weight(3.0).act_inv_scale is not weight(4.0).act_inv_scale
+    assert weight(bos=7.0).bos_embedding is not weight(bos=8.0).bos_embedding
+
+
+def test_copying_into_one_leaves_the_others():
+    a, b = weight(3.0), weight(3.0)
+    before = b.act_inv_scale.clone()
+    a.copy_(weight(5.0))
+    assert torch.equal(b.act_inv_scale, before) and not torch.equal(a.act_inv_scale, before)
+    assert shares(a, weight(5.0))
+
+
+def test_nothing_is_kept_alive():
+    from mixdq_ao.quantize import shared
+
+    key = weight(1234.5).act_inv_scale.item()
+    assert all(t.item() != key for t in shared._by_value.values() if t.dim() == 0)
+
+
+def zero_points(graphs):
+    return [{n.args[5] for n in g.graph.nodes if n.target == torch.ops.inductor_kernels.linear.default} for g in graphs]
+
+
+def test_one_quantize_serves_tied_readers_and_no_other_pattern_is_taken_for_it():
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    x = torch.randn(4, WIDTH)
+    step = torch.compile(lambda model, x: model(x), backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+    with torch.no_grad():
+        for ranges in ((3.0, 3.0, 4.0), (3.5, 3.5, 4.5), (3.0, 4.0, 4.0)):
+            model = Readers(*ranges)
+            assert torch.allclose(step(model, x), model(x))
+    assert [len(z) for z in zero_points(graphs)] == [2, 2]  # the second pattern recompiles, other values do not
+
+
+def test_the_cache_of_compiled_code_tells_patterns_apart():
+    """Inductor's cache on disk sees types and shapes only; which weights share is in this hash."""
+    keys = [weight(hi)._stable_hash_for_caching() for hi in (3.0, 3.0, 4.0)]
+    assert keys[0] == keys[1] != keys[2]
