@@ -26,9 +26,9 @@ def _on_tensors(function, predicate: bool):
         values = [arg.handle.data if isinstance(arg, tl.tensor) else arg for arg in args]
         with np.errstate(all="ignore"):
             result = np.asarray(function(*values))
-        scalar = tl.int1 if predicate else first.type.scalar
+        scalar = tl.int1 if predicate else first.dtype
         result = result.astype(np.bool_ if predicate else first.handle.data.dtype)
-        kind = tl.block_type(scalar, list(result.shape)) if first.type.is_block() else scalar
+        kind = tl.block_type(scalar, list(result.shape)) if isinstance(first.type, tl.block_type) else scalar
         return tl.tensor(TensorHandle(result, scalar), kind)
 
     return call

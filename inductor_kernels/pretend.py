@@ -2,6 +2,7 @@
 
 import contextlib
 import types
+from collections.abc import Callable
 from unittest import mock
 
 import torch
@@ -76,7 +77,7 @@ def _properties(capability: int) -> types.SimpleNamespace:
     )  # fmt: skip
 
 
-def _answers(capability: int) -> dict[str, object]:
+def _answers(capability: int) -> dict[str, Callable[..., object]]:
     """What ``torch.cuda`` and Inductor's interface to it say, by function name."""
     properties = _properties(capability)
     pair = (capability // 10, capability % 10)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 PTX_PRODUCT = r"((?:wgmma\.mma_async|\bmma)\.sync\.aligned\.m[\w.]+|tcgen05\.mma[\w.:]+)"
 MACHINE_PRODUCT = r"\b((?:IMMA|HMMA|IGMMA|HGMMA|UTC\w*MMA)[\w.]*)"
@@ -55,9 +56,9 @@ def interpreter():
     Triton reads TRITON_INTERPRET when it is imported, so the process must have been started with it. Use small
     problems: a program takes milliseconds per step.
     """
-    import triton
+    from triton import knobs
 
-    if not triton.knobs.runtime.interpret or os.environ.get("TRITON_INTERPRET") != "1":
+    if not knobs.runtime.interpret or os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("interpreter(): start the process with TRITON_INTERPRET=1, before torch is imported")
     from . import compat, interpreted, lowering, pretend
 
@@ -74,7 +75,7 @@ def interpreter():
 
 def _unwrap(value: Tensor, plain: list[Tensor]) -> Callable[[list[Tensor]], Tensor]:
     """Append the plain tensors inside a tensor subclass to ``plain``; return what puts it together again."""
-    if not hasattr(type(value), "__tensor_flatten__"):
+    if not is_traceable_wrapper_subclass(value):
         index = len(plain)
         plain.append(value)
         return lambda tensors: tensors[index]
@@ -126,6 +127,7 @@ def cuda_code(fn: Callable, *inputs, arch: str = "sm_90") -> str:
 
 
 def _generate(fn, fakes: list[Tensor], mode) -> str:
+    from torch._inductor import config
     from torch._inductor.compile_fx import _recursive_joint_graph_passes, _recursive_post_grad_passes
     from torch._inductor.debug import DebugContext
     from torch._inductor.decomposition import select_decomp_table
@@ -135,15 +137,14 @@ def _generate(fn, fakes: list[Tensor], mode) -> str:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     traced = make_fx(fn, decomposition_table=select_decomp_table())(*fakes)
-    with V.set_fake_mode(mode), torch._inductor.config.patch(max_autotune=False, max_autotune_gemm=False):
+    with V.set_fake_mode(mode), config.patch(max_autotune=False, max_autotune_gemm=False):
         _recursive_joint_graph_passes(traced)
         _recursive_post_grad_passes(traced, is_inference=True)
         graph = GraphLowering(traced, example_inputs=fakes, shape_env=mode.shape_env or ShapeEnv(), is_inference=True)
         with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()):
             graph.run(*fakes)
-            code = graph.codegen()
-    code = code[0] if isinstance(code, tuple) else code
-    return getattr(code, "value", code)
+            wrapper, _ = graph.codegen()
+    return wrapper.value
 
 
 def kernels(code: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -29,7 +30,8 @@ class Bar:
     def advance(self, by: int = 1, note: str | None = None) -> None:
         """``by`` more items are done; ``note`` says what is being worked on."""
         if self._bar is not None:
-            self._bar.update(self._task, advance=by, **({} if note is None else {"note": note}))
+            fields: dict[str, Any] = {} if note is None else {"note": note}
+            self._bar.update(self._task, advance=by, **fields)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -86,16 +88,20 @@ class FakeQuantConv2d(nn.Conv2d):
         return self._conv_forward(q.input(input), q.weight(self.weight), self.bias)
 
 
-def with_fake_quantizer(module: nn.Linear | nn.Conv2d, quantizer: FakeQuantizer) -> nn.Module:
+def with_fake_quantizer(module: nn.Linear | nn.Conv2d, quantizer: FakeQuantizer) -> nn.Linear | nn.Conv2d:
     """``module`` as its fake-quantized class; parameters, hooks and names stay the same objects."""
-    module.__class__ = FakeQuantLinear if isinstance(module, nn.Linear) else FakeQuantConv2d
+    _become(module, FakeQuantLinear if isinstance(module, nn.Linear) else FakeQuantConv2d)
     module.quantizer = quantizer.to(module.weight.device)
     return module
 
 
-def without_fake_quantizer(module: nn.Module) -> nn.Module:
+def without_fake_quantizer(module: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
     """The plain layer again, with the parameters as they are now."""
     if isinstance(module, FakeQuantLinear | FakeQuantConv2d):
         del module.quantizer
-        module.__class__ = nn.Linear if isinstance(module, FakeQuantLinear) else nn.Conv2d
+        _become(module, nn.Linear if isinstance(module, FakeQuantLinear) else nn.Conv2d)
     return module
+
+
+def _become(module: Any, kind: type[nn.Module]) -> None:
+    module.__class__ = kind

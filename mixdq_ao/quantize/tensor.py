@@ -12,7 +12,7 @@ from inductor_kernels import ops as _ops  # noqa: F401  (registers torch.ops.ind
 from inductor_kernels.packing import pack, unpack_weight
 
 from .quantizer import ActQuant, WeightQuant, quantize_weight
-from .shared import share
+from .shared import key, share
 
 
 class MixDQTensor(TorchAOBaseTensor):
@@ -31,6 +31,7 @@ class MixDQTensor(TorchAOBaseTensor):
         bos_embedding: float32 [K]; bos_output: [N] in the layer's type. None without BOS.
         bits: 8, 4 or 2. length: elements of the last stored dimension before packing (K or C / groups).
         act_levels: largest activation code (255 or 15), None with 16-bit activations.
+        shared_key: a digest of ``shared_tensors``, None where they hold no values (on the meta device).
 
     ``shared_tensors`` are the same objects in all weights where they are equal (see ``shared``): never change them.
     """
@@ -46,7 +47,7 @@ class MixDQTensor(TorchAOBaseTensor):
         "bos_embedding",
         "bos_output",
     ]
-    optional_tensor_attribute_names = ["act_levels"]
+    optional_tensor_attribute_names = ["act_levels", "shared_key"]
     shared_tensors = ("act_scale", "act_inv_scale", "act_zero_point", "bos_embedding")
 
     qdata: Tensor
@@ -61,6 +62,7 @@ class MixDQTensor(TorchAOBaseTensor):
     bits: int
     length: int
     act_levels: int | None
+    shared_key: str | None
 
     @staticmethod
     def __new__(
@@ -78,6 +80,7 @@ class MixDQTensor(TorchAOBaseTensor):
         bos_embedding: Tensor | None = None,
         bos_output: Tensor | None = None,
         act_levels: int | None = None,
+        shared_key: str | None = None,
     ):
         stored = qdata.shape
         shape = (stored[0], length, *stored[1:-1])
@@ -98,6 +101,7 @@ class MixDQTensor(TorchAOBaseTensor):
         bos_embedding: Tensor | None = None,
         bos_output: Tensor | None = None,
         act_levels: int | None = None,
+        shared_key: str | None = None,
     ):
         super().__init__()
         self.qdata, self.scale, self.bits, self.length = qdata, scale, bits, length
@@ -105,13 +109,19 @@ class MixDQTensor(TorchAOBaseTensor):
         self.act_scale, self.act_inv_scale = share(act_scale), share(act_inv_scale)
         self.act_zero_point, self.bos_embedding = share(act_zero_point), share(bos_embedding)
         self.bos_output, self.act_levels = bos_output, act_levels
+        self.shared_key = shared_key or key(*(getattr(self, name) for name in self.shared_tensors))
         optional = [name for name in self.optional_tensor_data_names if getattr(self, name) is not None]
-        names = [*self.tensor_attribute_names, *self.optional_tensor_attribute_names]
-        self._flat = ([*self.tensor_data_names, *optional], {name: getattr(self, name) for name in names})
+        self._names = [*self.tensor_data_names, *optional]
 
     def __tensor_flatten__(self):
-        """Made once: torch.compile asks every weight for it at every call."""
-        return self._flat
+        """As inherited, but the names are found once: torch.compile asks every weight for them at every call."""
+        attributes = {name: getattr(self, name) for name in self.tensor_attribute_names}
+        return self._names, attributes | {"act_levels": self.act_levels, "shared_key": self.shared_key}
+
+    @classmethod
+    def __metadata_guard__(cls, traced: dict[str, object], other: dict[str, object]) -> bool:
+        """Compiled code takes any values of ``shared_tensors``; torch.compile guards which of them are one."""
+        return all(traced[name] == other[name] for name in traced if name != "shared_key")
 
     @classmethod
     def from_hp(
@@ -196,8 +206,7 @@ class MixDQTensor(TorchAOBaseTensor):
 
         The values of ``shared_tensors`` belong to it: which weights hold the same ones is compiled into the graph.
         """
-        shared = [None if t is None else t.tolist() for t in (getattr(self, name) for name in self.shared_tensors)]
-        return stable_hash(self, self.bits, self.length, self.act_levels, shared)
+        return stable_hash(self, self.bits, self.length, self.act_levels, self.shared_key)
 
     def describe(self) -> str:
         act = {None: 16, 15: 4, 255: 8}[self.act_levels]

@@ -30,13 +30,13 @@ class _Watch:
     def __init__(self, method: RangeMethod, split: int | None, text: bool) -> None:
         new = lambda: RangeObserver(method)  # noqa: E731
         self.whole, self.split = new(), split
-        self.halves = (new(), new()) if split is not None else None
+        self.halves = () if split is None else (new(), new())
         self.prompt = new() if text else None
         self.act_size = self.macs = 0
 
-    def update(self, module: nn.Module, x: Tensor, y: Tensor, bos: Tensor | None) -> None:
+    def update(self, module: nn.Linear | nn.Conv2d, x: Tensor, y: Tensor, bos: Tensor | None) -> None:
         self.whole.update(x)
-        if self.halves is not None:
+        if self.split is not None:
             for observer, half in zip(self.halves, x.tensor_split([self.split], x.dim() - 3), strict=True):
                 observer.update(half)
         if self.prompt is not None:
@@ -54,7 +54,8 @@ class Calibrator:
     """
 
     def __init__(self, model: nn.Module, method: RangeMethod = "minmax", bos: bool | None = None) -> None:
-        self.model, self.method, self.bos = model, method, bos
+        self.model, self.bos = model, bos
+        self.method: RangeMethod = method
         self.splits, self.ties = split_points(model), Ties()
         self.watches: dict[str, _Watch] = {}
         self.candidate: Tensor | None = None
@@ -71,7 +72,7 @@ class Calibrator:
             yield self
 
     def _hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(module: nn.Linear | nn.Conv2d, args: tuple[Tensor, ...], output: Tensor) -> None:
             with torch.no_grad():
                 x = args[0]
                 self.ties.see(name, x)

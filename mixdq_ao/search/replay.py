@@ -117,17 +117,17 @@ def _unchanged(name: str, call: Call) -> Any:
 @contextmanager
 def _patched(modules: Mapping[str, nn.Module], wrap: Callable[..., Callable[..., Any]]) -> Iterator[None]:
     """Every module's ``forward`` wrapped inside the block (an instance attribute, removed at the end)."""
-    previous = {n: m.__dict__.get("forward") for n, m in modules.items()}
+    previous = {n: m.__dict__["forward"] for n, m in modules.items() if "forward" in m.__dict__}
     try:
         for name, module in modules.items():
             module.forward = wrap(name, module.forward)
         yield
     finally:
         for name, module in modules.items():
-            if previous[name] is None:
-                module.__dict__.pop("forward", None)
-            else:
+            if name in previous:
                 module.forward = previous[name]
+            else:
+                module.__dict__.pop("forward", None)
 
 
 def replayable(model: nn.Module) -> dict[str, nn.Module]:
