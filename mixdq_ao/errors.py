@@ -35,3 +35,7 @@ class CheckpointError(MixDQError):
 
 class ScheduleError(MixDQError):
     """A schedule of precisions over denoising steps is wrong, cannot be found, or does not fit a model or scheduler."""
+
+
+class OptimizerError(MixDQError):
+    """A parameter, a gradient, an option or a checkpoint that an optimizer cannot use."""

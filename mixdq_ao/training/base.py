@@ -1,0 +1,334 @@
+"""What the optimizers share: exact values, the step, the state and its checkpoints."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+from torchao.optim.subclass_8bit import OptimState8bit
+
+from ..errors import OptimizerError
+from .checkpoint import Ready, checked
+from .gradients import finite_everywhere, is_finite, refuse_sparse
+from .in_backward import InBackward
+from .layout import laid_out_like, local, sharded_like
+from .loss_scale import LossScale
+from .moments import KINDS, new_moment
+from .options import NONFINITE, check_choice, check_number, check_parameter
+from .rules import Rule
+from .split import REMAINDER, join, split
+from .update import update
+
+
+class MemoryEfficientOptimizer(Optimizer):
+    """Steps float32 values that are stored as 16-bit parameters and 16-bit remainders.
+
+    Parameters are bfloat16, float16 or float32 (these have no remainder) and dense; the model may be sharded by FSDP2.
+    A parameter that someone else writes to (its version counter moved since the last step) has from then on the
+    written value: its remainder is dropped. Writes through ``.data`` are not seen; the remainder then stays, which is
+    at most half a step of the visible value.
+
+    Attributes:
+        skipped: steps (attached: steps of single parameters) that were left out for a NaN or infinite gradient.
+    """
+
+    rule: ClassVar[Rule]
+    skipped: int = 0
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves unscaling and skipping to step()
+    _hooks: InBackward | None = None
+    _versions: dict[Tensor, int]
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, nonfinite: str, compile: bool) -> None:
+        check_choice(nonfinite, NONFINITE, "nonfinite")
+        self._versions = {}
+        super().__init__(params, defaults)
+        self.defaults.update(nonfinite=nonfinite, compile=bool(compile))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """From a checkpoint (``Ready`` states), a copy, or a pickle."""
+        own = defaultdict(dict, {k: v.tensors if isinstance(v, Ready) else v for k, v in state["state"].items()})
+        super().__setstate__({**state, "state": own})
+        self._versions = {}
+
+    @classmethod
+    @torch.no_grad()
+    def from_fp32(cls, model: nn.Module, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Self:
+        """Turns a model's float32 parameters into ``dtype`` in place, and keeps the rest of each in a new optimizer.
+
+        One tensor at a time, so that no second copy of the model is ever alive. Frozen parameters are only rounded,
+        buffers stay, tied weights stay tied.
+
+        Args:
+            model: any module that is not sharded (with FSDP2: convert, shard, then ``set_fp32``).
+            dtype: bfloat16 or float16.
+            options: of the optimizer.
+
+        Raises:
+            OptimizerError: wrong options or a sharded model; the model is not changed then.
+        """
+        if dtype not in REMAINDER:
+            raise OptimizerError(f"dtype is {dtype}, expected torch.bfloat16 or torch.float16")
+        named = dict(model.named_parameters())
+        if sharded := [name for name, p in named.items() if isinstance(p, DTensor)]:
+            raise OptimizerError(
+                f"from_fp32: {sharded[0]} is sharded; convert the model first, then shard and set_fp32"
+            )
+        cls(list(named.items()), **options)  # says what is wrong before the model changes
+        rest: dict[Tensor, Tensor] = {}
+        for p in named.values():
+            if p.dtype is torch.float32:
+                p.data, remainder = split(p.data, dtype)
+                if p.requires_grad:
+                    rest[p] = remainder
+        optimizer = cls(list(named.items()), **options)
+        for p in list(rest):
+            optimizer._state_of(p)[REMAINDER[dtype]] = rest.pop(p)
+        return optimizer
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch. Raises OptimizerError for a dtype or an option that is not supported; nothing is added then."""
+        params = param_group["params"]
+        param_group = {**param_group, "params": [params] if isinstance(params, Tensor) else list(params)}
+        where = f"group {len(self.param_groups)}"
+        self._check_group({**self.defaults, **param_group}, where)
+        for i, entry in enumerate(param_group["params"]):
+            name, p = entry if isinstance(entry, tuple) else (f"parameter {i} of {where}", entry)
+            check_parameter(p, name)
+        super().add_param_group(param_group)
+
+    def _check_group(self, options: Mapping[str, Any], where: str) -> None:
+        """Raises OptimizerError for options out of range; subclasses add theirs."""
+        check_number(options["lr"], f"{where}: lr")
+        check_number(options["weight_decay"], f"{where}: weight_decay")
+        check_choice(options["moments"], KINDS, f"{where}: moments")
+
+    # --- exact values ---
+
+    @torch.no_grad()
+    def fp32(self, param: Tensor) -> Tensor:
+        """The exact value of a parameter: a new float32 tensor of its shape (sharded like it)."""
+        self._group_of(param)
+        visible, state = local(param), self.state.get(param, {})
+        if "step" not in state or param.dtype not in REMAINDER or self._was_overwritten(param):
+            return sharded_like(visible.to(torch.float32, copy=True), param)
+        remainder = laid_out_like(local(state[REMAINDER[param.dtype]]), visible)
+        return sharded_like(join(visible, remainder), param)
+
+    @torch.no_grad()
+    def set_fp32(self, param: Tensor, value: Tensor) -> None:
+        """Give a parameter an exact float32 value; what the model sees is that value rounded.
+
+        Raises:
+            OptimizerError: ``value`` is not float32, of the parameter's shape, and sharded like it.
+        """
+        self._group_of(param)
+        visible, exact = local(param), local(value)
+        if exact.dtype is not torch.float32 or value.shape != param.shape or exact.shape != visible.shape:
+            raise OptimizerError(
+                f"{self.name_of(param)}: set_fp32 with {list(exact.shape)} of {exact.dtype}, "
+                f"expected {list(visible.shape)} of torch.float32"
+            )
+        exact = laid_out_like(exact, visible)
+        if param.dtype in REMAINDER:
+            state = self._state_of(param)
+            exact, remainder = split(exact, param.dtype)
+            local(state[REMAINDER[param.dtype]]).copy_(remainder)
+        visible.copy_(exact)
+        self._versions[param] = visible._version
+
+    # --- steps ---
+
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        max_norm: float | None = None,
+        clip: str = "running",
+        loss_scale: LossScale | None = None,
+    ) -> InBackward:
+        """Step inside backward from now on: each gradient is used and freed as soon as it is complete.
+
+        ``step()`` then only ends the pass: call it after ``backward()`` as ever, before the learning-rate scheduler.
+
+        Args:
+            model: holds the parameters; its names are used in errors.
+            max_norm: clip gradients to this norm; None: do not.
+            clip: "running": the norm of all gradients together, as far as it is known (``RunningClip``); "tensor":
+                each tensor's own norm.
+            loss_scale: whose ``scale(loss)`` is what backward starts from.
+
+        Returns:
+            a handle with ``accumulating()`` (a context for all passes but the last of an accumulated gradient) and
+            ``remove()``.
+
+        Raises:
+            OptimizerError: already attached; a parameter that is not in the model; a sparse embedding; a model in
+                DistributedDataParallel, whose gradients are averaged only later.
+        """
+        if self._hooks is not None:
+            raise OptimizerError("attach: this optimizer is attached already; call remove() on its handle first")
+        self._hooks = InBackward(self, model, max_norm=max_norm, clip=clip, loss_scale=loss_scale)
+        return self._hooks
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Use the gradients that are there, as in torch (attached: end the pass).
+
+        Raises:
+            OptimizerError: a sparse gradient, or a NaN or infinite one with nonfinite="raise"; no parameter and no
+                state is changed then (attached: of those that are left).
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._hooks is not None:
+            self._hooks.end_pass()
+            return loss
+        ready = [(group, p) for group, p in self._parameters() if p.grad is not None]
+        for _, p in ready:
+            if p.grad is not None and p.grad.layout is not torch.strided:
+                refuse_sparse(p.grad, self.name_of(p))
+        if self._amp("found_inf") or not self._all_finite([p for _, p in ready]):
+            self.skipped += 1
+            return loss
+        factor = 1.0 / (self._amp("grad_scale") or 1.0)
+        for group, p in ready:
+            self._apply(group, p, factor)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        if self._hooks is not None:
+            self._hooks.forget_pass()
+
+    def _apply(self, group: Mapping[str, Any], p: Tensor, factor: float) -> None:
+        """One step of one parameter with its gradient times ``factor``; nothing is checked."""
+        state = self._state_of(p)
+        state["step"] += 1
+        step, visible = int(state["step"]), local(p)
+        remainder = local(state[REMAINDER[p.dtype]]) if p.dtype in REMAINDER else None
+        if remainder is not None and self._was_overwritten(p):
+            remainder.zero_()
+        assert p.grad is not None
+        numbers, facts = self.rule.scalars(group, step)
+        update(
+            self.rule,
+            visible,
+            remainder,
+            laid_out_like(local(p.grad), visible),
+            [local(state[name]) for name in self._moments(group)],
+            numbers=numbers,
+            facts=facts,
+            factor=factor,
+            step=step,
+            compiled=self.defaults["compile"],
+        )
+        self._versions[p] = visible._version
+
+    def _all_finite(self, params: list[Tensor]) -> bool:
+        """Raises OptimizerError instead of saying no where nonfinite="raise"."""
+        if self.defaults["nonfinite"] == "propagate":
+            return True
+        flags = [(p, is_finite(p.grad)) for p in params if p.grad is not None]
+        if finite_everywhere(flags):
+            return True
+        if self.defaults["nonfinite"] == "raise":
+            bad = [self.name_of(p) for p, flag in flags if not flag] or ["a parameter's part in another process"]
+            more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+            raise OptimizerError(
+                f"{bad[0]}{more}: NaN or infinite values in the gradient; no parameter was changed. "
+                'Lower the learning rate, or leave such steps out with nonfinite="skip"'
+            )
+        return False
+
+    def _amp(self, name: str) -> float:
+        """What torch.amp.GradScaler left for this step: "grad_scale" or "found_inf"; 0 where there is none."""
+        value = getattr(self, name, None)
+        return 0.0 if value is None else float(value)
+
+    # --- state ---
+
+    def _moments(self, group: Mapping[str, Any]) -> dict[str, bool]:
+        """{name: whether it has a sign} of the moments that a group's options call for."""
+        return dict(self.rule.moments)
+
+    def _new_state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        """{"step": float32 scalar, the remainder if p is 16 bit, the moments}: zeros, laid out and sharded like p."""
+        here = local(p)
+        state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32)}
+        if p.dtype in REMAINDER:
+            state[REMAINDER[p.dtype]] = sharded_like(torch.zeros_like(here, dtype=torch.int16), p)
+        for name, signed in self._moments(group).items():
+            state[name] = sharded_like(new_moment(here, group["moments"], signed=signed), p)
+        return state
+
+    def _state_of(self, p: Tensor) -> dict[str, Any]:
+        """The state, made when first asked for; in the parameter's order of memory, should that have changed."""
+        state, here = self.state[p], local(p)
+        if "step" not in state:
+            state.update(self._new_state(p, self._group_of(p)))
+            self._versions[p] = here._version
+            return state
+        for name, value in state.items():
+            held = local(value)
+            if held.dim() == 0 or held.stride() == here.stride():
+                continue
+            if isinstance(held, OptimState8bit):
+                raise OptimizerError(
+                    f"{self.name_of(p)}: its order in memory changed after its first step, to strides {here.stride()}; "
+                    '8-bit moments cannot follow: change it before, or use moments="bfloat16"'
+                )
+            state[name] = sharded_like(laid_out_like(held, here), p)
+        return state
+
+    def _was_overwritten(self, p: Tensor) -> bool:
+        return self._versions.get(p, local(p)._version) != local(p)._version
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave: the next steps are bit for bit those of the run that was saved.
+
+        The model's own parameters belong to it (load them before or after). Hyperparameters come from the checkpoint,
+        as in torch.
+
+        Raises:
+            OptimizerError: other parameters, shapes, dtypes or options; nothing is changed then.
+        """
+        last = self.register_load_state_dict_pre_hook(_check)  # after the user's own, which may adapt the dict
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+
+    # --- names ---
+
+    def _parameters(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        return ((group, p) for group in self.param_groups for p in group["params"])
+
+    def _group_of(self, p: Tensor) -> dict[str, Any]:
+        for group, other in self._parameters():
+            if other is p:
+                return group
+        raise OptimizerError(f"a tensor {list(p.shape)} of {p.dtype} is not a parameter of this optimizer")
+
+    def name_of(self, p: Tensor) -> str:
+        """How errors call a parameter: its name where it is known, else its place."""
+        if self._hooks is not None and p in self._hooks.names:
+            return self._hooks.names[p]
+        for i, group in enumerate(self.param_groups):
+            for j, other in enumerate(group["params"]):
+                if other is p:
+                    return group["param_names"][j] if "param_names" in group else f"parameter {j} of group {i}"
+        return f"tensor {list(p.shape)}"
+
+
+def _check(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    assert isinstance(optimizer, MemoryEfficientOptimizer)
+    o = optimizer
+    return checked(state_dict, o.param_groups, o.name_of, o._check_group, o._new_state)

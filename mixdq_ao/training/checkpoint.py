@@ -1,0 +1,113 @@
+"""Whether a saved state fits an optimizer: everything is compared before anything is taken over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ..errors import OptimizerError
+from .clip import STATE as GRAD_SQUARE
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A parameter's state that is checked and copied; not a dict, so that torch does not cast what is in it."""
+
+    tensors: dict[str, Any]
+
+
+def checked(
+    state_dict: Any,
+    groups: list[dict[str, Any]],
+    names: Callable[[Tensor], str],
+    check_group: Callable[[Mapping[str, Any], str], None],
+    new_state: Callable[[Tensor, Mapping[str, Any]], dict[str, Any]],
+) -> dict[str, Any]:
+    """A state dict with ``Ready`` states, in new memory.
+
+    Args:
+        state_dict: what ``Optimizer.state_dict`` gave, read back from anywhere.
+        groups: the optimizer's groups.
+        check_group: raises for options that are out of range (their dict, where they are from).
+        new_state: the state the optimizer would make for a parameter in a group of these options.
+
+    Raises:
+        OptimizerError: naming the parameter or the option, what was found and what was expected.
+    """
+    saved = _saved_groups(state_dict, groups)
+    ready: dict[Any, Any] = {}
+    for i, (group, options) in enumerate(zip(groups, saved, strict=True)):
+        _check_options(options, group, f"param_groups[{i}] of the checkpoint")
+        check_group(options, f"param_groups[{i}] of the checkpoint")
+        for p, key in zip(group["params"], options["params"], strict=True):
+            if (state := state_dict["state"].get(key)) is not None:
+                ready[key] = Ready(_fitted(state, new_state(p, options), names(p)))
+    return {"state": ready, "param_groups": saved}
+
+
+def _saved_groups(state_dict: Any, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    entries = isinstance(state_dict, Mapping) and {"state", "param_groups"} <= set(state_dict)
+    if not entries or not isinstance(state_dict["state"], Mapping):
+        raise OptimizerError("the checkpoint is not an optimizer's state dict: expected 'state' and 'param_groups'")
+    saved = state_dict["param_groups"]
+    if not isinstance(saved, list) or not all(isinstance(g, Mapping) and "params" in g for g in saved):
+        raise OptimizerError("the checkpoint's param_groups are not a list of groups with 'params'")
+    sizes, expected = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
+    if sizes != expected:
+        raise OptimizerError(f"the checkpoint has groups of {sizes} parameters, this optimizer of {expected}")
+    known = {key for g in saved for key in g["params"]}
+    if extra := [key for key in state_dict["state"] if key not in known]:
+        raise OptimizerError(f"the checkpoint has state for parameters that are in no group: {extra[:3]}")
+    return [dict(g) for g in saved]
+
+
+def _check_options(options: Mapping[str, Any], group: Mapping[str, Any], where: str) -> None:
+    missing = {k for k in group if k not in ("param_names", "initial_lr")} - set(options)
+    if missing:
+        raise OptimizerError(f"{where}: lacks {', '.join(sorted(missing))}; was it saved by another kind of optimizer?")
+
+
+def _fitted(state: Any, fresh: dict[str, Any], name: str) -> dict[str, Any]:
+    """``fresh`` with the values of ``state``."""
+    if not isinstance(state, Mapping):
+        raise OptimizerError(f"{name}: the checkpoint's state is a {type(state).__name__}, expected a dict")
+    if GRAD_SQUARE in state:
+        fresh = {**fresh, GRAD_SQUARE: torch.zeros((), dtype=torch.float64)}
+    if set(state) != set(fresh):
+        raise OptimizerError(
+            f"{name}: the checkpoint holds {_list(state)}, expected {_list(fresh)}; "
+            "was it saved from parameters of another dtype, or by another kind of optimizer?"
+        )
+    for key, value in state.items():
+        _check_tensor(value, fresh[key], f"{name}: {key}")
+    for key in ("step", GRAD_SQUARE):
+        if key in state and not 0 <= float(state[key]) < math.inf:
+            raise OptimizerError(f"{name}: {key} is {float(state[key])} in the checkpoint, expected a number from 0 up")
+    for key, value in state.items():
+        fresh[key].copy_(value)
+    return fresh
+
+
+def _check_tensor(value: Any, like: Tensor, what: str) -> None:
+    found, expected = (_describe(v) for v in (value, like))
+    if found != expected:
+        raise OptimizerError(f"{what}: {found} in the checkpoint, expected {expected}; nothing was loaded")
+
+
+def _describe(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    shape = f"{list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, DTensor):
+        return f"{shape}, sharded {value.placements} as {_describe(value.to_local())}"
+    return shape if type(value) is Tensor else f"{shape} in a {type(value).__name__}"
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(sorted(map(str, names))) or "nothing"

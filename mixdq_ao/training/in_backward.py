@@ -1,0 +1,164 @@
+"""The optimizer's step inside backward: a gradient is used as soon as it is complete, and freed (arXiv 2309.12381).
+
+Autograd calls a hook on each parameter when the sum of everything that flows into its gradient is there, so a tied
+weight steps once. Writing the parameter moves its version counter: should a later part of the same backward still need
+the old values, autograd says so instead of using the new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import OptimizerError
+from .clip import make_clip
+from .gradients import finite_everywhere, is_finite, refuse_sparse, square_norm
+from .loss_scale import LossScale
+
+if TYPE_CHECKING:
+    from .optim import MemoryEfficientOptimizer
+
+
+class InBackward:
+    """The hooks of one optimizer on one model; made by ``MemoryEfficientOptimizer.attach``.
+
+    Attributes:
+        names: the model's names of the optimizer's parameters.
+        loss_scale: as given.
+    """
+
+    def __init__(
+        self,
+        optimizer: MemoryEfficientOptimizer,
+        model: nn.Module,
+        *,
+        max_norm: float | None,
+        clip: str,
+        loss_scale: LossScale | None,
+    ) -> None:
+        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        self.loss_scale = loss_scale
+        self._optimizer = optimizer
+        self._clip = make_clip(clip, max_norm)
+        self._done: set[Tensor] = set()
+        self._overflowed = self._paused = False
+        groups = {p: group for group, p in optimizer._parameters()}
+        _check_model(model, groups, self.names)
+        self._groups = groups
+        self._handles = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in groups if p.requires_grad]
+
+    def remove(self) -> None:
+        """Take the hooks off: ``step()`` steps again."""
+        for handle in self._handles:
+            handle.remove()
+        self._optimizer._hooks = None
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Inside, gradients are kept and add up as usual; the first backward outside uses the sums.
+
+        They add up in the gradients' own dtype, as in any model of that dtype::
+
+            with handle.accumulating():
+                loss(first_half).backward()
+            loss(second_half).backward()
+            optimizer.step()
+        """
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def end_pass(self) -> None:
+        """Step what has a gradient still (no hook was called for it), and be ready for the next pass.
+
+        Raises:
+            OptimizerError: as in ``step``, of those that are left.
+        """
+        if self._optimizer._amp("grad_scale"):
+            raise OptimizerError(
+                "torch.amp.GradScaler cannot unscale gradients that are used inside backward; "
+                "pass a LossScale to attach() and call its scale(loss).backward(), then optimizer.step()"
+            )
+        for p in self._groups:
+            if p.grad is not None:
+                self._step(p)
+        if self._clip is not None and self._done:
+            self._clip.end_pass(self._done, self._optimizer.state)
+        if self.loss_scale is not None and (self._done or self._overflowed):
+            self.loss_scale.end_pass(self._overflowed)
+        self.forget_pass()
+
+    def forget_pass(self) -> None:
+        self._done.clear()
+        self._overflowed = False
+        if self._clip is not None:
+            self._clip.forget_pass()
+
+    @torch.no_grad()
+    def _on_gradient(self, p: Tensor) -> None:
+        if not self._paused:
+            self._step(p)
+
+    def _step(self, p: Tensor) -> None:
+        o, name = self._optimizer, self.names[p]
+        if p in self._done:
+            raise OptimizerError(
+                f"{name}: a second gradient before step(), after the first was used. Accumulate with "
+                "`with handle.accumulating():` around all but the last backward; checkpoint activations with "
+                "use_reentrant=False, so that a weight used in several blocks has one gradient"
+            )
+        assert p.grad is not None
+        if p.grad.layout is not torch.strided:
+            refuse_sparse(p.grad, name)
+        if not self._is_usable(p, name):
+            p.grad = None
+            self._overflowed = True
+            o.skipped += 1
+            self._done.add(p)
+            return
+        factor = 1.0 if self.loss_scale is None else 1.0 / self.loss_scale.value
+        if self._clip is not None:
+            o._state_of(p)
+            factor *= self._clip.factor(p, square_norm(p.grad, p) * factor**2, o.state)
+        o._apply(self._groups[p], p, factor)
+        p.grad = None
+        self._done.add(p)
+
+    def _is_usable(self, p: Tensor, name: str) -> bool:
+        """Whether the gradient is finite, or need not be. Raises where it must."""
+        policy = self._optimizer.defaults["nonfinite"]
+        if self.loss_scale is None and policy == "propagate":
+            return True
+        assert p.grad is not None
+        if finite_everywhere([(p, is_finite(p.grad))]):
+            return True
+        if self.loss_scale is None and policy == "raise":
+            raise OptimizerError(
+                f"{name}: the gradient has NaN or infinite values; it was not used, but {len(self._done)} parameters "
+                "before it in this backward have made their step. Go back to the last checkpoint, or leave such "
+                'gradients out with nonfinite="skip"'
+            )
+        return False
+
+
+def _check_model(model: nn.Module, groups: dict[Tensor, Any], names: dict[Tensor, str]) -> None:
+    if strange := [p for p in groups if p not in names]:
+        raise OptimizerError(
+            f"attach: a parameter {list(strange[0].shape)} of the optimizer is not in the model; "
+            "attach the model whose parameters the optimizer was made with"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel):
+            raise OptimizerError(
+                f"attach: {name or 'the model'} is in DistributedDataParallel, which averages gradients after they are "
+                "complete; use fully_shard, or step() without attach"
+            )
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight in groups:
+            raise OptimizerError(f"attach: {name} makes sparse gradients; build the embedding with sparse=False")

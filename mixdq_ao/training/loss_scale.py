@@ -1,0 +1,69 @@
+"""A loss scale for steps in backward, where torch's GradScaler has nothing to inspect before the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..errors import OptimizerError
+
+
+@dataclass
+class LossScale:
+    """Multiplies the loss, so that small gradients do not vanish in float16; grows and shrinks like torch's GradScaler.
+
+    Each tensor's gradient is judged by itself: a finite one is right and is used, one that overflowed is skipped. A
+    pass with a skipped one multiplies the scale by ``backoff``, ``interval`` passes without one multiply it by
+    ``growth``. With powers of two, scaling and unscaling round nothing.
+
+    Attributes:
+        value: the scale.
+        clean: passes since the last overflow or growth.
+    """
+
+    value: float = 2.0**16
+    growth: float = 2.0
+    backoff: float = 0.5
+    interval: int = 2000
+    clean: int = 0
+
+    def __post_init__(self) -> None:
+        for name, good in (
+            ("value", _is_positive(self.value)),
+            ("growth", _is_positive(self.growth) and self.growth >= 1),
+            ("backoff", _is_positive(self.backoff) and self.backoff < 1),
+            ("interval", isinstance(self.interval, int) and self.interval > 0),
+            ("clean", isinstance(self.clean, int) and self.clean >= 0),
+        ):
+            if not good:
+                raise OptimizerError(
+                    f"LossScale.{name}: {getattr(self, name)!r} is out of range: {self.__class__.__doc__}"
+                )
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss to call ``backward()`` on."""
+        return loss * self.value
+
+    def end_pass(self, overflowed: bool) -> None:
+        self.clean = 0 if overflowed else self.clean + 1
+        if overflowed:
+            self.value *= self.backoff
+        elif self.clean == self.interval:
+            self.value, self.clean = self.value * self.growth, 0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"value": self.value, "clean": self.clean}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Raises OptimizerError, and keeps what it has, when the entries are not those of ``state_dict``."""
+        if set(state) != {"value", "clean"}:
+            raise OptimizerError(f"LossScale: state with {sorted(state)}, expected 'clean' and 'value'")
+        new = LossScale(float(state["value"]), self.growth, self.backoff, self.interval, int(state["clean"]))
+        self.value, self.clean = new.value, new.clean
+
+
+def _is_positive(x: float) -> bool:
+    return isinstance(x, int | float) and 0 < x < math.inf

@@ -1,0 +1,87 @@
+"""A float32 value as a 16-bit float, which the model computes with, and a 16-bit remainder, which the optimizer keeps.
+
+bfloat16 is the upper half of float32's bits, so the pair holds every float32 value exactly (arXiv 2309.12381):
+
+    visible = (bits + 0x8000) >> 16,  remainder = bits - (visible << 16), always in [-0x8000, 0x7FFF]
+
+This rounds to nearest, ties away from zero. Ties to even would leave remainders up to +0x8000, which 16 bits do not
+hold: the tie above an even value comes back one step off (NVIDIA/apex#1842). What follows at the edges:
+
+- A value at or above 3.3961775e38 (half a step above bfloat16's largest) is visible as infinity, as in any cast to
+  bfloat16; the pair is still exact.
+- Zeros keep their sign, subnormal values are exact.
+- NaN stays NaN; its payload is not kept.
+
+float16 has 5 bits of exponent. The remainder counts steps of 2^-15 of the visible value's spacing, so the pair is exact
+for 2^-16 <= |x| < 65520, and below that is the nearest multiple of 2^-39: off by at most 2^-40 (9.1e-13). The visible
+value is torch's own cast (ties to even). Values of 65520 and more become infinite: float16 has no room for them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+REMAINDER = {torch.bfloat16: "bfloat16_remainder", torch.float16: "float16_remainder"}
+"""Parameter dtypes that have a remainder, and its name in the optimizer's state: the two are not interchangeable."""
+
+
+def split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The visible value (``dtype``: bfloat16 or float16) and the int16 remainder of a float32 tensor of any shape."""
+    return _split_bfloat16(x) if dtype is torch.bfloat16 else _split_float16(x)
+
+
+def join(visible: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 value of a pair.
+
+    A remainder that cannot belong to its visible value (someone zeroed the parameter or wrote an infinity, so that
+    the bits together would be a NaN) is ignored.
+    """
+    return _join_bfloat16(visible, remainder) if visible.dtype is torch.bfloat16 else _join_float16(visible, remainder)
+
+
+def _split_bfloat16(x: Tensor) -> tuple[Tensor, Tensor]:
+    bits = x.view(torch.int32)
+    visible = (bits + 0x8000).bitwise_and_(-0x10000).view(torch.float32).to(torch.bfloat16)  # exact: lower half zero
+    remainder = bits.to(torch.int16)  # keeps the lower half, and as a signed number that is bits - (visible << 16)
+    if surely_no_nan(x):
+        return visible, remainder
+    nan = x.isnan()
+    return torch.where(nan, torch.nan, visible), torch.where(nan, 0, remainder)
+
+
+def _join_bfloat16(visible: Tensor, remainder: Tensor) -> Tensor:
+    rounded = visible.to(torch.float32)
+    x = (rounded.view(torch.int32) + remainder).view(torch.float32)
+    return x if surely_no_nan(x) else torch.where(x.isnan(), rounded, x)
+
+
+def _split_float16(x: Tensor) -> tuple[Tensor, Tensor]:
+    visible = x.to(torch.float16)
+    rounded = visible.to(torch.float32)
+    steps = (x - rounded) * _power_of_two(40 - _float16_exponent(rounded))  # the difference is exact (Sterbenz)
+    steps = torch.where(rounded.isfinite(), steps, 0)
+    return visible, steps.round().to(torch.int16)
+
+
+def _join_float16(visible: Tensor, remainder: Tensor) -> Tensor:
+    rounded = visible.to(torch.float32)
+    return rounded + remainder.to(torch.float32) * _power_of_two(_float16_exponent(rounded) - 40)
+
+
+def _float16_exponent(rounded: Tensor) -> Tensor:
+    """e of float16 values held in float32, where their spacing is 2^(e - 25): the exponent's field, at least 1."""
+    return (((rounded.view(torch.int32) >> 23) & 0xFF) - 112).clamp(1, 31)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    return ((exponent + 127) << 23).view(torch.float32)
+
+
+def surely_no_nan(x: Tensor) -> bool:
+    """Whether it is known, at little cost, that ``x`` has no NaN.
+
+    On a CPU one sum says it, and spares two passes over the data. Where asking would stall a device or break a graph,
+    the answer is no.
+    """
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and not bool(x.sum().isnan())
