@@ -12,7 +12,6 @@ from torch._inductor.select_algorithm import (
     SymbolicGridFn,
     TritonTemplate,
     autotune_select_algorithm,
-    extern_kernels,
     realize_inputs,
 )
 from torch._inductor.virtualized import V
@@ -74,13 +73,12 @@ def fallback(op, *arguments):
     return fallback_handler(op, add_to_fallback_set=False)(*arguments)
 
 
-def call_python(node, name: str, function) -> None:
-    """Have the generated code call ``function`` where it calls the operator of ``node``, past the dispatcher."""
+def call_python(node, expression: str) -> None:
+    """Have the generated code call the function that ``expression`` names, past the operator's dispatcher."""
     kernel = _buffer(node)
     kernel = kernel.inputs[0] if isinstance(kernel, ir.MultiOutput) else kernel
     if isinstance(kernel, ir.FallbackKernel) and not config.cpp_wrapper:
-        setattr(extern_kernels, name, function)
-        kernel.python_kernel_name = f"extern_kernels.{name}"
+        kernel.python_kernel_name = expression
 
 
 def hint(size) -> int:

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from . import compat, ops, tiles
+from . import compat, tiles
 from .compat import V, ir, log
 from .templates import conv2d, gemm
 
@@ -122,8 +122,7 @@ def _lower(op):
             if node is None:
                 node = compat.fallback(op, x, weight, *rest)
                 if x.get_device().type == "cpu":
-                    name = op.__name__.split(".")[0]
-                    compat.call_python(node, f"inductor_kernels_{name}", ops.on_cpu(name))
+                    compat.call_python(node, f"torch.ops.{op.name().replace('::', '.')}.on_cpu")
             return node
 
         return lowering

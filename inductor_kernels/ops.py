@@ -93,20 +93,16 @@ def _unrecorded(implementation):
     return run
 
 
-@functools.cache
-def on_cpu(name: str):
-    """An operator's function on a CPU, for callers who can spare the dispatcher (it costs 9 us a call)."""
-    return _unrecorded(getattr(cpu, name))
-
-
 def _register() -> None:
     for schema in _SCHEMAS:
         name = schema.split("(")[0]
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         library.impl(name, _unrecorded(getattr(reference, name)), "CompositeExplicitAutograd")
-        library.impl(name, on_cpu(name), "CPU")
+        on_cpu = _unrecorded(getattr(cpu, name))
+        library.impl(name, on_cpu, "CPU")
         torch.library.register_fake(f"inductor_kernels::{name}", globals()[f"_{name}_shape"], lib=library)
+        getattr(torch.ops.inductor_kernels, name).on_cpu = on_cpu  # for generated code: the dispatcher costs 9 us
 
 
 _register()
