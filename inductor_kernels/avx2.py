@@ -121,7 +121,7 @@ def product(
     assert function is not None
     layout = plan.layout
     x_q, scale = x_q.contiguous(), scale.contiguous()
-    if bias is not None:
+    if bias is not None and not (bias.dtype is torch.float32 and bias.is_contiguous()):
         bias = bias.to(torch.float32).contiguous()
     if row_scale is not None:
         row_scale = row_scale.contiguous()

@@ -7,12 +7,14 @@ place never meets a stale form. Inference tensors carry no version; after changi
 import threading
 import weakref
 from collections.abc import Hashable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .packing import unpack_weight
 
+Form = TypeVar("Form")
 MAX_FORMS = 8  # kept per weight: convolutions are laid out anew for every input size
 
 
@@ -27,10 +29,10 @@ class Prepared:
 
     def __init__(self, bits: int, length: int):
         self.bits, self.length = bits, length
-        self.forms: dict[Hashable, object] = {}
+        self.forms: dict[Hashable, Any] = {}
         self.exact: bool | None = None  # whether pairs of products fit 16 bits; None: not looked at yet
 
-    def keep(self, key: Hashable, form):
+    def keep(self, key: Hashable, form: Form) -> Form:
         while len(self.forms) >= MAX_FORMS:
             self.forms.pop(next(iter(self.forms)), None)
         self.forms[key] = form

@@ -180,6 +180,13 @@ class MixDQTensor(TorchAOBaseTensor):
             act_levels=None if act is None else act.levels,
         )
 
+    @property
+    def act(self) -> tuple[Tensor, Tensor, int] | None:
+        """(inverse scale, zero point, largest code) of the input; None with 16-bit activations."""
+        if self.act_inv_scale is None or self.act_zero_point is None or self.act_levels is None:
+            return None
+        return self.act_inv_scale, self.act_zero_point, self.act_levels
+
     def integers(self) -> Tensor:
         """Signed int8 weight values in the logical shape: codes minus zero point."""
         values = (

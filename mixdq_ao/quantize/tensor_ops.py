@@ -23,11 +23,12 @@ kernels = torch.ops.inductor_kernels
 
 def linear(x: Tensor, weight: MixDQTensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times the quantized weight [N, K], plus bias; the result has x's type."""
-    if weight.act_inv_scale is None:
+    act = weight.act
+    if act is None:
         y = kernels.linear_weight_only(x, weight.qdata, weight.weight_zero_point, weight.scale, bias, weight.bits)
     else:
         y = kernels.linear(
-            quantize_act(x, weight.act_inv_scale, weight.act_zero_point, weight.act_levels),
+            quantize_act(x, *act),
             weight.qdata,
             weight.weight_zero_point,
             weight.weight_sum,
@@ -38,7 +39,7 @@ def linear(x: Tensor, weight: MixDQTensor, bias: Tensor | None = None) -> Tensor
             weight.bits,
             x.dtype,
         )
-    if weight.bos_output is None:
+    if weight.bos_output is None or weight.bos_embedding is None:
         return y
     row = weight.bos_output if bias is None else weight.bos_output + bias
     return torch.where(bos_mask(x, weight.bos_embedding), row.to(y.dtype), y)
@@ -59,14 +60,14 @@ def conv2d(
     if x.dim() == 3:
         return conv2d(x.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
     geometry = (_pair(stride), _pair(padding), _pair(dilation), groups)
-    nhwc = x.permute(0, 2, 3, 1)
-    if weight.act_inv_scale is None:
+    nhwc, act = x.permute(0, 2, 3, 1), weight.act
+    if act is None:
         y = kernels.conv2d_weight_only(
             nhwc, weight.qdata, weight.weight_zero_point, weight.scale, bias, weight.bits, *geometry
         )
     else:
         y = kernels.conv2d(
-            quantize_act(nhwc, weight.act_inv_scale, weight.act_zero_point, weight.act_levels),
+            quantize_act(nhwc, *act),
             weight.qdata,
             weight.weight_zero_point,
             weight.weight_sum,
@@ -137,7 +138,9 @@ def sliced(weight: MixDQTensor, dim: int, start: int, end: int) -> MixDQTensor:
         if start % per_byte == 0 and end % per_byte == 0:
             qdata = qdata[..., start // per_byte : end // per_byte]
         else:
-            codes = integers.movedim(1, -1) + weight.weight_zero_point.reshape(-1, *[1] * (qdata.dim() - 1))
+            codes = integers.movedim(1, -1)
+            if weight.weight_zero_point is not None:
+                codes = codes + weight.weight_zero_point.reshape(-1, *[1] * (qdata.dim() - 1))
             qdata = pack(codes.to(torch.uint8).contiguous(), weight.bits)
         sums = None if sums is None else _row_sums(integers)
     return MixDQTensor(
@@ -159,7 +162,8 @@ def sliced(weight: MixDQTensor, dim: int, start: int, end: int) -> MixDQTensor:
 
 @MixDQTensor.implements(aten.slice.Tensor)
 def _(func, types, args, kwargs):
-    weight, dim, start, end, step = (*args, *(None,) * 5)[:5]
+    weight: MixDQTensor = args[0]
+    dim, start, end, step = (*args[1:], None, None, None, None)[:4]
     dim = (dim or 0) % weight.dim()
     if (step or 1) != 1 or dim > 1:
         raise NotImplementedError(f"slicing a quantized weight: dimension {dim}, step {step}; expected 0 or 1, step 1")
@@ -169,7 +173,8 @@ def _(func, types, args, kwargs):
 
 @MixDQTensor.implements([aten.split.Tensor, aten.split_with_sizes.default])
 def _(func, types, args, kwargs):
-    weight, sizes, dim = (*args, 0)[:3]
+    weight: MixDQTensor = args[0]
+    sizes, dim = (*args[1:], 0)[:2]
     total = weight.shape[dim]
     if isinstance(sizes, int):
         sizes = [min(sizes, total - i) for i in range(0, total, sizes)]
@@ -214,13 +219,13 @@ def _alike(a: MixDQTensor, b: MixDQTensor) -> bool:
 
 @SplitMixDQTensor.implements(aten._to_copy.default)
 def _(func, types, args, kwargs):
-    halves = [func(half, **kwargs) for half in (args[0].first, args[0].second)]
-    return return_and_correct_aliasing(func, args, kwargs, SplitMixDQTensor(*halves, halves[0].dtype))
+    first, second = (func(half, **kwargs) for half in (args[0].first, args[0].second))
+    return return_and_correct_aliasing(func, args, kwargs, SplitMixDQTensor(first, second, first.dtype))
 
 
 def with_dtype(weight: MixDQTensor, dtype: torch.dtype) -> MixDQTensor:
     """The same weight for layers computing in ``dtype``; off the CPU it also gets its row sums."""
-    tensors = weight.stored_tensors()
+    tensors: dict[str, Any] = weight.stored_tensors()
     if weight.bos_output is not None:
         tensors["bos_output"] = weight.bos_output.to(dtype)
     if weight.device.type != "cpu" and weight.act_levels is not None and weight.weight_sum is None:
