@@ -16,7 +16,7 @@ def route(request, monkeypatch):
     """The kernel the sizes call for, or one of them for all sizes (int8 still only where it is exact)."""
     weights.clear()
     if request.param != "chosen":
-        monkeypatch.setattr(cpu, "SMALL", 0 if request.param == "int8" else 1 << 60)
+        monkeypatch.setattr(cpu, "_small", lambda: 0 if request.param == "int8" else 1 << 60)
         monkeypatch.setattr(cpu, "_has_avx2", lambda: request.param == "avx2" and avx2.available())
 
 

@@ -17,7 +17,7 @@ OPS = torch.ops.inductor_kernels
 def empty_cache(request, monkeypatch):
     if request.param == "float32":
         monkeypatch.setattr(cpu, "_has_avx2", lambda: False)
-    monkeypatch.setattr(cpu, "SMALL", 0 if request.param == "int8" else 1 << 60)
+    monkeypatch.setattr(cpu, "_small", lambda: 0 if request.param == "int8" else 1 << 60)
     weights.clear()
     yield
     cpu.weight_cache("speed")
