@@ -82,26 +82,15 @@ class Checkpoint:
                     tensors.update({key: file.get_tensor(key) for key in header.tensors})
             except (SafetensorError, OSError) as e:
                 raise CheckpointError(f"{header.path}: cannot be read: {e}; {SAVE_AGAIN}") from e
-        share = SharedEmbeddings()
-        state = {}
-        for name in self.names:
-            state[name] = self.contents.assemble(name, share.replaced(self.contents.keys(name), tensors))
-        return state
+        return {name: self.assemble(name, tensors) for name in self.names}
 
-
-class SharedEmbeddings:
-    """Equal BOS embeddings become one tensor object again, as quantizing made them (one mask per graph)."""
-
-    def __init__(self) -> None:
-        self.known: dict[bytes, Tensor] = {}
-
-    def replaced(self, keys: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of ``keys``, each BOS embedding replaced by the first one equal to it."""
-        own = {key: tensors[key] for key in keys}
-        for key, tensor in own.items():
-            if key.endswith("_bos_embedding") and tensor.dim() == 1:
-                own[key] = self.known.setdefault(tensor.cpu().numpy().tobytes(), tensor)
-        return own
+    def assemble(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """One entry of the state dict from plain tensors by key. Raises CheckpointError naming the file."""
+        try:
+            return self.contents.assemble(name, tensors)
+        except (ValueError, TypeError, AttributeError, KeyError) as e:
+            path = self.where[self.contents.keys(name)[0]].path
+            raise CheckpointError(f"{path}: {name!r} is damaged: {e}; {SAVE_AGAIN}") from e
 
 
 def _places(index: Path) -> dict[str, str]:

@@ -33,7 +33,7 @@ from ..layers import find_layers
 from ..plan import Plan
 from ..quantize import config as plan_config
 from ..quantize.tensor import is_quantized
-from .checkpoint import Checkpoint, SharedEmbeddings
+from .checkpoint import Checkpoint
 from .flatten import FORMAT, VERSION, check_version, flatten
 from .plan_of import plan_of
 
@@ -101,7 +101,6 @@ class MixDQQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.pending: dict[str, Tensor] = {}
-        self.embeddings = SharedEmbeddings()
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
@@ -135,7 +134,7 @@ class MixDQQuantizer(DiffusersQuantizer):
         for name in contents.names:
             keys = contents.keys(name)
             if all(key in self.pending for key in keys):
-                whole[name] = contents.assemble(name, self.embeddings.replaced(keys, self.pending))
+                whole[name] = self.checkpoint.assemble(name, self.pending)
                 for key in keys:
                     del self.pending[key]
         return whole
@@ -179,7 +178,7 @@ class MixDQQuantizer(DiffusersQuantizer):
             raise CheckpointError(f"{min(self.pending)!r} is part of a weight whose other parts were not given")
         attach_quantizer(model, self.quantization_config.plan, self)
         # The model keeps this object: what only loading needs would keep files open and be copied with the model.
-        self.embeddings, self.configs = SharedEmbeddings(), {}
+        self.configs = {}
         vars(self).pop("checkpoint", None)
         return model
 

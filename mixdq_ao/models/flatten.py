@@ -8,7 +8,7 @@ ours, of which version, and which weights are split.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
@@ -21,7 +21,7 @@ from ..errors import CheckpointError
 from ..jsonfile import _unique
 from ..quantize.tensor import MixDQTensor, SplitMixDQTensor
 from .safetensors_io import SAVE_AGAIN, Header
-from .torchao_safetensors import PLAIN, Record, known, part_key, rebuild, record_of
+from .torchao_safetensors import MIXDQ_ATTRIBUTES, PLAIN, Record, known, part_key, rebuild, record_of
 
 FORMAT, VERSION, MARK = "mixdq-checkpoint", 1, "mixdq"
 HALVES = ("first", "second")
@@ -120,16 +120,13 @@ class Contents:
         """One entry of the state dict from plain tensors by key; the very tensors, no copies.
 
         Raises:
-            CheckpointError: they do not fit together.
+            ValueError, TypeError, AttributeError, KeyError: they do not fit together.
         """
-        try:
-            halves = [_put_together(s, self.records[s], tensors) for s in stored_names(name, name in self.splits)]
-            return halves[0] if len(halves) == 1 else _joined(*halves)
-        except (ValueError, TypeError, AttributeError, KeyError) as e:
-            raise CheckpointError(f"{name!r} is damaged: {e}; {SAVE_AGAIN}") from e
+        halves = [_put_together(s, self.records[s], tensors) for s in stored_names(name, name in self.splits)]
+        return halves[0] if len(halves) == 1 else _joined(*halves)
 
 
-def read_contents(headers: Iterable[Header]) -> Contents:
+def read_contents(headers: Sequence[Header]) -> Contents:
     """The contents of a model's weight files.
 
     Raises:
@@ -157,7 +154,8 @@ def read_contents(headers: Iterable[Header]) -> Contents:
                 raise CheckpointError(f"{path}: contradicts another file about {name!r}; {SAVE_AGAIN}")
     missing = [s for n in splits for s in stored_names(n, True) if s not in records]
     if missing:
-        raise CheckpointError(f"the half {min(missing)!r} of a split weight is in none of the files; {SAVE_AGAIN}")
+        files = ", ".join(str(header.path) for header in headers)
+        raise CheckpointError(f"{files}: the half {min(missing)!r} of a split weight is missing; {SAVE_AGAIN}")
     return Contents(records, frozenset(splits))
 
 
@@ -224,9 +222,7 @@ def _check_mixdq(data: dict[str, Any], parts: Mapping[str, Tensor]) -> None:
     """Raises ValueError unless attributes and parts are those of one MixDQTensor (its docstring)."""
     bits, length, levels = data.get("bits"), data.get("length"), data.get("act_levels")
     dtype = getattr(torch, str(data.get("dtype", {}).get("_data")), None)
-    _expect(
-        set(data) == {"bits", "length", "act_levels", "dtype"}, "attributes", sorted(data), "those of a MixDQTensor"
-    )
+    _expect(set(data) == set(MIXDQ_ATTRIBUTES), "attributes", sorted(data), "those of a MixDQTensor")
     _expect(type(bits) is int and bits in (2, 4, 8), "bits", bits, "2, 4 or 8")
     _expect(type(length) is int and length > 0, "length", length, "a positive number")
     _expect(levels is None or (type(levels) is int and levels in (15, 255)), "act_levels", levels, "15, 255 or null")

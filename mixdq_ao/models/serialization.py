@@ -23,7 +23,7 @@ from torch import nn
 from ..errors import CheckpointError
 from ..jsonfile import write_document
 from ..layers import find_layers
-from ..plan import Plan
+from ..plan import LayerPlan, Plan
 from ..quantize.fake import FakeQuantizer
 from ..quantize.tensor import is_quantized
 from .checkpoint import Checkpoint, read_json
@@ -195,9 +195,16 @@ def check_plan_of(where: object, plan: Plan, state: dict[str, Any]) -> None:
     for name in sorted(set(found) | set(planned)):
         if name not in found or name not in planned or not same_layer(found[name], planned[name]):
             raise CheckpointError(
-                f"{where}: layer {name!r} is planned as {planned.get(name)} and stored as {found.get(name)}; config "
-                "and weights are of different saves, save the model again"
+                f"{where}: layer {name!r} is planned as {_in_words(planned.get(name))} and stored as "
+                f"{_in_words(found.get(name))}; config and weights are of different saves, save the model again"
             )
+
+
+def _in_words(layer: LayerPlan | None) -> str:
+    if layer is None:
+        return "not quantized"
+    split = "" if layer.split is None else f" split at {layer.split}"
+    return f"W{layer.weight_bits}A{layer.act_bits}{' BOS' if layer.bos else ''}{split}"
 
 
 def save_pipeline(pipe: Any, directory: str | os.PathLike[str], *, plan: Plan | None = None) -> None:
@@ -211,8 +218,7 @@ def save_pipeline(pipe: Any, directory: str | os.PathLike[str], *, plan: Plan | 
         CheckpointError: the directory exists and is not empty, a part cannot be saved, or a file cannot be written.
     """
     directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise CheckpointError(f"{directory}: exists; give a free name, so that no pipeline is half overwritten")
+    refuse_occupied(directory)
     main = denoiser(pipe)
     main = getattr(main, "_orig_mod", main)
     for model in pipe.components.values():
@@ -231,6 +237,12 @@ def save_pipeline(pipe: Any, directory: str | os.PathLike[str], *, plan: Plan | 
             raise
     except OSError as e:
         raise CheckpointError(f"{directory}: cannot be written: {e.strerror or e}") from e
+
+
+def refuse_occupied(directory: Path) -> None:
+    """Raises CheckpointError unless a pipeline can be saved there: a free name, or an empty directory."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise CheckpointError(f"{directory}: exists; give a free name, so that no pipeline is half overwritten")
 
 
 def _make_saveable(model: nn.Module, plan: Plan | None) -> None:

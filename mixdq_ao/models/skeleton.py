@@ -87,10 +87,11 @@ def empty_model(path: Path, library: Library) -> Any:
         CheckpointError: the config cannot be used.
     """
     from accelerate import init_empty_weights
+    from diffusers.models.modeling_utils import no_init_weights
 
     cls = _model_class(path, library)
     try:
-        with init_empty_weights():
+        with no_init_weights(), init_empty_weights():
             if "_class_name" in library.document:
                 model = cls.from_config(library.document)
             else:

@@ -18,6 +18,7 @@ from torchao.utils import TorchAOBaseTensor
 from ..quantize.tensor import MixDQTensor
 
 Record = dict[str, Any]  # {"_type": class, "_data": {attribute: value}, "_tensor_data_names": [attribute]}
+MIXDQ_ATTRIBUTES = ("bits", "length", "dtype", "act_levels")  # others follow from these and from the tensors
 PLAIN: Record = {"_type": "Tensor"}
 
 
@@ -36,6 +37,8 @@ def known(kind: str) -> bool:
 def record_of(tensor: TorchAOBaseTensor) -> tuple[Record, dict[str, Tensor]]:
     """What is stored of a subclass: its attributes, and its plain tensors by attribute name."""
     record = json.loads(json.dumps(tensor, cls=torchao_utils.TensorSubclassAttributeJSONEncoder))
+    if isinstance(tensor, MixDQTensor):
+        record["_data"] = {name: record["_data"][name] for name in MIXDQ_ATTRIBUTES}
     return record, {name: getattr(tensor, name) for name in record["_tensor_data_names"]}
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from .. import options
 from ..inputs import load_pipeline, load_plan
-from ..output import mebibytes, show, show_json
+from ..output import mebibytes, show, show_json, wrote
 
-HELP = "check a plan on a pipeline, quantize, and say what it saves"
-EXAMPLE = "mixdq quantize examples/shapes/pipeline --plan plan.json --json"
+HELP = "check a plan on a pipeline, quantize, say what it saves, and store the quantized pipeline"
+EXAMPLE = "mixdq quantize examples/shapes/pipeline --plan plan.json --out quantized"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     options.pipeline(parser)
     options.plan(parser, required=True)
     options.calibration(parser, "ranges for a plan without them")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="store the quantized pipeline here, for from_pretrained"
+    )
     options.as_json(parser)
 
 
@@ -23,15 +27,20 @@ def run(args: argparse.Namespace) -> None:
     plan = load_plan(args.plan, args.calibration)
     pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
     from mixdq_ao.models.pipelines import denoiser
+    from mixdq_ao.models.serialization import refuse_occupied, save_pipeline
 
     from ..measure import held_bytes
     from ..quantized import apply_plan
 
     model = denoiser(pipe)
     plan.validate(model)
+    if args.out:
+        refuse_occupied(args.out)
     summary, before = plan.summary(model), held_bytes(model)
     apply_plan(pipe, plan)
     after = held_bytes(model)
+    if args.out:
+        save_pipeline(pipe, args.out, plan=plan)
     if args.json:
         show_json(
             {
@@ -42,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
                 "layers_by_act_bits": {str(b): n for b, n in sorted(summary.act_counts.items())},
                 "bytes_before": before,
                 "bytes_after": after,
+                "saved": str(args.out) if args.out else None,
             }
         )
         return
@@ -55,3 +65,5 @@ def run(args: argparse.Namespace) -> None:
             "bytes after": f"{mebibytes(after)} ({after / before:.1%})",
         },
     )
+    if args.out:
+        wrote(args.out, "the quantized pipeline")
