@@ -20,6 +20,7 @@ COMMANDS = {
     "allocate": "allocate",
     "quantize": "quantize",
     "generate": "generate",
+    "schedule": "schedule",
     "import": "import_",
     "report": "report",
     "doctor": "doctor",

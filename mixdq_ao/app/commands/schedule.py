@@ -1,0 +1,170 @@
+"""mixdq schedule"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import options
+from ..inputs import load_pipeline, load_plan, read_prompts
+from ..output import counted, mebibytes, show, show_json, show_table, wrote
+
+if TYPE_CHECKING:
+    from ...temporal.plan import TemporalPlan
+
+HELP = "find a precision for every denoising step, show it, or export it as a diffusion_step_policy"
+EXAMPLE = (
+    "mixdq schedule search examples/shapes/pipeline --prompts prompts.txt --calibration calibration.json --steps 8 "
+    "--level 16 none 1 --level W8A8 plan_w8a8.json 0.5 --level W4A8 plan_w4a8.json 0.25 --max-cost 0.4"
+)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="search|show|export", parser_class=type(parser))
+    search = kinds.add_parser("search", help="find a schedule", description="Find a schedule by measuring pictures.")
+    options.pipeline(search)
+    options.prompts(search)
+    options.calibration(search, "ranges for plans without them")
+    search.add_argument(
+        "--level",
+        action="append",
+        nargs=3,
+        required=True,
+        metavar=("NAME", "PLAN", "COST"),
+        help="a level: its name, plan file ('none' for 16 bit) and relative cost of a step; precise first, repeat",
+    )
+    goal = search.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--max-cost", type=float, metavar="X", help="least error within this mean cost of a step")
+    goal.add_argument("--max-error", type=float, metavar="X", help="least cost within this error")
+    search.add_argument(
+        "--metric", choices=("ssim", "mse"), default="ssim", help="1 - SSIM of pictures (default), or MSE of latents"
+    )
+    search.add_argument(
+        "--storage",
+        choices=("nested", "own"),
+        default="nested",
+        help="nested: all levels in the bytes of one 8-bit model (default); own: codes for each width",
+    )
+    search.add_argument("--keep-full", action="store_true", help="16 bit is the model's own weight, kept as well")
+    search.add_argument(
+        "--store", type=Path, metavar="FILE", help="every result is appended here; run again to continue"
+    )
+    options.sampling(search, "8", 16)
+    options.out(search, "schedule.json", "file to write")
+    options.as_json(search)
+    for name, text in (("show", "print a schedule"), ("export", "write a diffusion_step_policy")):
+        sub = kinds.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.add_argument("schedule", type=Path, metavar="SCHEDULE", help="from mixdq schedule search")
+        if name == "show":
+            options.as_json(sub)
+        else:
+            sub.add_argument("--config", type=Path, metavar="FILE", help="a denoiser's config.json to put it into")
+            sub.add_argument("--scope", nargs="+", default=["transformer"], metavar="NAME", help="default transformer")
+            options.out(sub, "policy.json", "file to write")
+
+
+def run(args: argparse.Namespace) -> None:
+    {"search": _search, "show": _show, "export": _export}[args.kind](args)
+
+
+def _search(args: argparse.Namespace) -> None:
+    from ...temporal.schedule import check_goal
+
+    levels, costs = _levels(args)
+    prompts = read_prompts(args.prompts)
+    check_goal(args.steps, costs, args.max_cost, args.max_error)
+    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
+    from ...models.pipelines import Sampling, denoiser
+    from ...search.store import fingerprint
+    from ...temporal.measure import GenerationError, draw_reference
+    from ...temporal.plan import TemporalPlan
+    from ...temporal.runtime import prepare
+    from ...temporal.schedule import evaluation_limit, search_schedule
+
+    plan = TemporalPlan(levels, (next(iter(levels)),) * args.steps, costs)
+    names = ("steps", "guidance_scale", "seed", "batch_size")
+    sampling = Sampling(**{name: getattr(args, name) for name in names})
+    settings = {"plan": plan.to_json(), "prompts": prompts, "sampling": repr(sampling)}
+    settings |= {name: getattr(args, name) for name in ("metric", "storage", "keep_full")}
+    subject = fingerprint(denoiser(pipe), settings)
+    reference = draw_reference(pipe, prompts, sampling, metric=args.metric)
+    runtime = prepare(denoiser(pipe), plan, storage=args.storage, keep_full=args.keep_full)
+    error = GenerationError(pipe, runtime, prompts, sampling, reference, metric=args.metric)
+    limits = {"max_cost": args.max_cost, "max_error": args.max_error}
+    found = search_schedule(error, steps=args.steps, levels=costs, store=args.store, subject=subject, **limits)
+    figures = {
+        "metric": args.metric,
+        "error": found.error,
+        "evaluations": found.evaluations,
+        "evaluation_limit": evaluation_limit(args.steps, len(costs)),
+        "bytes": runtime.bytes(),
+        "storage": args.storage,
+    }
+    result = TemporalPlan(levels, found.levels, costs, figures)
+    result.save(args.out)
+    wrote(args.out, f"levels of {counted(args.steps, 'step')}, {counted(found.evaluations, 'schedule')} measured")
+    _print(result, args.json)
+
+
+def _levels(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float]]:
+    from ...errors import ScheduleError
+
+    plans: dict[str, Any] = {}
+    costs: dict[str, float] = {}
+    for name, path, cost in args.level:
+        if name in plans:
+            raise ScheduleError(f"--level {name} is given twice")
+        try:
+            costs[name] = float(cost)
+        except ValueError:
+            raise ScheduleError(f"--level {name}: cost is {cost!r}, expected a number") from None
+        plans[name] = None if path == "none" else load_plan(Path(path), args.calibration)
+    return plans, costs
+
+
+def _show(args: argparse.Namespace) -> None:
+    from ...temporal.plan import TemporalPlan
+
+    _print(TemporalPlan.load(args.schedule), args.json)
+
+
+def _print(plan: TemporalPlan, as_json: bool) -> None:
+    figures = {"steps": list(plan.steps), "counts": plan.counts, "cost": plan.cost, **plan.metadata}
+    if as_json:
+        show_json(figures)
+        return
+    places = {name: [i for i, level in enumerate(plan.steps) if level == name] for name in plan.levels}
+    rows = [
+        (name, "-" if plan.costs is None else f"{plan.costs[name]:g}", str(len(steps)), _spans(steps))
+        for name, steps in places.items()
+    ]
+    show_table("schedule", ("level", "cost", "steps", "which"), rows)
+    known = {"mean cost of a step": plan.cost, **{k: plan.metadata.get(k) for k in ("metric", "error", "evaluations")}}
+    size = plan.metadata.get("bytes")
+    rows = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in known.items() if v is not None}
+    show("figures", rows | ({"layers hold": mebibytes(size)} if isinstance(size, int) else {}))
+
+
+def _spans(steps: list[int]) -> str:
+    """[0, 1, 2, 5] as "0-2, 5"."""
+    spans: list[list[int]] = []
+    for step in steps:
+        if spans and step == spans[-1][1] + 1:
+            spans[-1][1] = step
+        else:
+            spans.append([step, step])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans) or "-"
+
+
+def _export(args: argparse.Namespace) -> None:
+    import json
+
+    from ...jsonfile import write_document
+    from ...temporal.plan import TemporalPlan
+    from ...temporal.policy import export_policy, read_config
+
+    policy = export_policy(TemporalPlan.load(args.schedule), scope=tuple(args.scope))
+    document = policy.to_json() if args.config is None else policy.into_config(read_config(args.config))
+    write_document(args.out, document)
+    wrote(args.out, json.dumps(policy.to_json()))

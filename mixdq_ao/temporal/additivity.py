@@ -1,0 +1,81 @@
+"""Do the errors of steps add up? Predicted (the sum of single-step errors) against measured, over random schedules.
+
+The hypothesis of TMPDiff (arXiv 2603.14062), to be checked with data for each model, metric and set of levels.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import ScheduleError
+from .evaluations import Choice, Error, Evaluations
+from .plan import check_costs
+from .schedule import open_store
+
+
+@dataclass(frozen=True, slots=True)
+class Additivity:
+    """Attributes:
+    schedules: the random schedules; predicted, measured: their errors.
+    singles: {level: error of each step at that level, all others precise}.
+    r_squared: of log measured against log predicted (squared Pearson correlation); 1 where errors add up to a factor.
+    ratio: median of measured over predicted; above 1 where the errors of steps correlate.
+    """
+
+    schedules: tuple[tuple[str, ...], ...]
+    predicted: tuple[float, ...]
+    measured: tuple[float, ...]
+    singles: Mapping[str, tuple[float, ...]]
+    r_squared: float
+    ratio: float
+
+
+def check_additivity(
+    error: Error,
+    *,
+    steps: int,
+    levels: Mapping[str, float],
+    schedules: int = 40,
+    seed: int = 0,
+    store: str | os.PathLike[str] | None = None,
+    subject: str = "",
+) -> Additivity:
+    """Measures every step at every cheaper level by itself, then random schedules (levels drawn uniformly).
+
+    Takes steps x (levels - 1) + 1 + schedules measurements; the store may be that of ``search_schedule``.
+
+    Raises:
+        ScheduleError: fewer than three schedules, errors that are not positive, or no finite number measured.
+    """
+    check_costs(levels)
+    if type(schedules) is not int or schedules < 3:
+        raise ScheduleError(f"schedules is {schedules!r}, expected at least 3")
+    names, draw = tuple(levels), random.Random(seed)
+    if len(names) ** steps - steps * (len(names) - 1) - 1 < schedules:
+        raise ScheduleError(f"schedules is {schedules}, but {steps} steps of {len(names)} levels have fewer")
+    with open_store(store, steps, levels, subject) as results:
+        evaluate = Evaluations(error, names, store=results)
+        base = evaluate((0,) * steps)
+        singles = {
+            name: tuple(evaluate((0,) * t + (k,) + (0,) * (steps - t - 1)) for t in range(steps))
+            for k, name in enumerate(names)
+            if k
+        }
+        drawn: dict[Choice, None] = {}
+        while len(drawn) < schedules:
+            choice = tuple(draw.randrange(len(names)) for _ in range(steps))
+            if sum(level > 0 for level in choice) > 1:
+                drawn[choice] = None
+        measured = [evaluate(choice) for choice in drawn]
+    predicted = [base + sum(singles[names[k]][t] - base for t, k in enumerate(c) if k) for c in drawn]
+    if min(*predicted, *measured) <= 0:
+        raise ScheduleError("an error is not positive, so it has no logarithm; use a metric that is 0 only where equal")
+    r = float(np.corrcoef(np.log(predicted), np.log(measured))[0, 1])
+    ratio = float(np.median(np.array(measured) / np.array(predicted)))
+    shown = tuple(evaluate.schedule(choice) for choice in drawn)
+    return Additivity(shown, tuple(predicted), tuple(measured), singles, r * r, ratio)

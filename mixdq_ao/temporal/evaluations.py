@@ -1,0 +1,73 @@
+"""Measured schedules: checked, counted against a limit, and kept in an append-only store."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+
+from ..errors import ScheduleError
+from ..search.store import Store
+
+Error = Callable[[tuple[str, ...]], float]
+Choice = tuple[int, ...]
+"""A level per step, by its place in the levels (0: the most precise)."""
+
+
+class LimitReached(Exception):
+    """The next evaluation would be one too many. Never leaves this package."""
+
+
+class Evaluations:
+    """The error of each schedule asked for, measured once.
+
+    Attributes:
+        measured: {choice: error} in the order asked. Results that came from the store count as asked, so that a
+            search that was stopped and continued takes the same way as one that was not.
+        new: how many were measured now rather than read from the store.
+    """
+
+    def __init__(self, error: Error, names: Sequence[str], *, limit: int | None = None, store: Store) -> None:
+        self.error, self.names, self.limit, self.store = error, tuple(names), limit, store
+        self.measured: dict[Choice, float] = {}
+        self.new = 0
+
+    def __len__(self) -> int:
+        return len(self.measured)
+
+    def schedule(self, choice: Choice) -> tuple[str, ...]:
+        return tuple(self.names[level] for level in choice)
+
+    def __call__(self, choice: Choice) -> float:
+        """Raises LimitReached; ScheduleError where the error function gives no finite number."""
+        choice = tuple(int(level) for level in choice)
+        if choice in self.measured:
+            return self.measured[choice]
+        if self.limit is not None and len(self.measured) >= self.limit:
+            raise LimitReached
+        schedule = self.schedule(choice)
+        key = json.dumps(schedule)
+        stored = self.store.get(key)
+        if stored is None:
+            value = _checked(self.error(schedule), schedule)
+            self.new += 1
+            self.store.put(key, {"error": value})
+        else:
+            value = _checked(stored.get("error"), schedule)
+        self.measured[choice] = value
+        return value
+
+
+def _checked(value: object, schedule: tuple[str, ...]) -> float:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as e:
+        raise ScheduleError(
+            f"the error of {' '.join(schedule)} is {value!r}, expected a number; the error function is at fault"
+        ) from e
+    if not math.isfinite(number):
+        raise ScheduleError(
+            f"the error of {' '.join(schedule)} is {number}, expected a finite number; look at the pictures of this "
+            "schedule: a level may overflow"
+        )
+    return number

@@ -1,0 +1,231 @@
+"""A linear or convolution layer that holds its weight once and runs it at several precisions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from inductor_kernels.packing import pack
+
+from ..plan import LayerPlan
+from ..quantize.bos import bos_mask
+from ..quantize.quantizer import ActQuant, act_params, quantize_act, quantize_weight
+from ..quantize.tensor import bos_row
+from . import nested, nested_op
+
+Storage = Literal["nested", "own"]
+
+
+class Switch:
+    """The level a model runs at; all its layers look at the same one."""
+
+    def __init__(self, level: str) -> None:
+        self.level = level
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a layer runs at a level: weight bits, largest activation code (None: 16-bit activations), BOS rows apart,
+    and the rows of the weights' vectors that belong to it."""
+
+    bits: int
+    levels: int | None
+    bos: bool
+    row: int
+
+
+class LevelWeight(nn.Module):
+    """One weight (or half of a split one) and what each form needs of it.
+
+    Buffers: ``planes`` of a nested weight, or for storage "own" the codes of each width; ``zero_4`` and ``zero_2``
+    int8 [N]; and one row for each form of ``scale`` float32 [forms, N] (weight times activation scale),
+    ``inverse`` float32 [forms] and ``zero_point`` int32 [forms] of the activation, ``sums`` int32 [forms, N] of the
+    integer weights (only off the CPU, where kernels take them).
+    """
+
+    EXACT = ("scale", "inverse")
+
+    def __init__(self, weight: Tensor, forms: Sequence[tuple[LayerPlan, ActQuant | None]], storage: Storage) -> None:
+        super().__init__()
+        self.length, self.storage = weight.shape[1], storage
+        self.bits = tuple(layer.weight_bits for layer, _ in forms)
+        scales = self._nest(weight) if storage == "nested" else self._own(weight, forms)
+        acts = [act or ActQuant(1.0, 1.0, 0, 0) for _, act in forms]
+        device = weight.device
+        rows = [scales[bits] * act.scale for bits, act in zip(self.bits, acts, strict=True)]
+        self.register_buffer("scale", torch.stack(rows))
+        self.register_buffer("inverse", torch.tensor([a.inv_scale for a in acts], dtype=torch.float32, device=device))
+        self.register_buffer("zero_point", torch.tensor([a.zero_point for a in acts], dtype=torch.int32, device=device))
+        self.register_buffer("sums", None, persistent=False)
+        self._add_sums()
+
+    def _nest(self, weight: Tensor) -> dict[int, Tensor]:
+        quant = nested.nest(weight)
+        self.register_buffer("planes", quant.planes)
+        for bits in (4, 2):
+            self.register_buffer(f"zero_{bits}", quant.zero_point[bits] if bits in self.bits else None)
+        return quant.scale
+
+    def _own(self, weight: Tensor, forms: Sequence[tuple[LayerPlan, ActQuant | None]]) -> dict[int, Tensor]:
+        """The codes every width would have by itself (as ``MixDQTensor`` holds them)."""
+        scales, symmetric = {}, {layer.weight_bits: layer.symmetric for layer, _ in forms}
+        for bits in sorted(symmetric, reverse=True):
+            quant = quantize_weight(weight, bits, symmetric=symmetric[bits])
+            codes = quant.codes.movedim(1, -1).contiguous()
+            self.register_buffer(f"codes_{bits}", codes if bits == 8 else pack(codes, bits))
+            self.register_buffer(f"zero_{bits}", quant.zero_point)
+            scales[bits] = quant.scale
+        return scales
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LevelWeight:
+        """Device moves take every buffer along; a change of floating-point type leaves the scales in float32."""
+        for name in self.EXACT:
+            self._buffers[name] = self.get_buffer(name).view(torch.int32)
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            for name in self.EXACT:
+                self._buffers[name] = self.get_buffer(name).view(torch.float32)
+        self._add_sums()
+        return self
+
+    def _add_sums(self) -> None:
+        if self.get_buffer("scale").device.type not in ("cpu", "meta") and self._buffers["sums"] is None:
+            self.sums = torch.stack([self.integers(bits).flatten(1).sum(1, dtype=torch.int32) for bits in self.bits])
+
+    def _stored(self, bits: int) -> Tensor:
+        return self.get_buffer("planes" if self.storage == "nested" else f"codes_{bits}")
+
+    def _zero(self, bits: int) -> Tensor | None:
+        return None if bits == 8 else self._buffers[f"zero_{bits}"]
+
+    def integers(self, bits: int) -> Tensor:
+        """int8 [N, ..., K]: the integers the product multiplies by."""
+        if self.storage == "nested":
+            return nested.integers(self._stored(bits), self._zero(bits), bits, self.length)
+        return nested_op.weights.integers(self._stored(bits), self._zero(bits), bits, self.length)
+
+    def dequantize(self, form: Form, dtype: torch.dtype) -> Tensor:
+        """The weight in floating point, in the logical shape [N, K] or [O, C / groups, kh, kw]."""
+        scale = self.get_buffer("scale")[form.row]
+        if form.levels is not None:
+            scale = scale * self.get_buffer("inverse")[form.row]
+        values = self.integers(form.bits).movedim(-1, 1)
+        return (values.to(torch.float32) * scale.reshape(-1, *[1] * (values.dim() - 1))).to(dtype)
+
+    def product(self, x: Tensor, form: Form, bias: Tensor | None, geometry: list[int]) -> Tensor:
+        """x [..., K], or NHWC with a geometry, times the weight, in x's type."""
+        bits, row, zero_point = form.bits, form.row, None
+        scale, sums = self.scale[row], self.sums
+        codes = x
+        if form.levels is not None:
+            zero_point = self.zero_point[row]
+            codes = quantize_act(x, self.inverse[row], zero_point, form.levels)
+        stored, zero, total = self._stored(bits), self._zero(bits), None if sums is None else sums[row]
+        if self.storage == "own":
+            return nested_op.product(codes, stored, zero, total, scale, zero_point, bias, bits, geometry, x.dtype)
+        if bits != 4 and x.device.type == "cpu":
+            return torch.ops.mixdq_ao.nested_product(
+                codes, stored, zero, total, scale, zero_point, bias, bits, self.length, geometry, x.dtype
+            )
+        stored, width = nested.codes(stored, bits, self.length), nested_op.kernel_bits(bits)
+        return nested_op.product(codes, stored, zero, total, scale, zero_point, bias, width, geometry, x.dtype)
+
+
+class LevelLayer(nn.Module):
+    """In the place of an nn.Linear or nn.Conv2d: the same call, at the precision of the switch's level.
+
+    Attributes:
+        forms: {level: Form, or None: the layer's own weight ``full``}.
+        weights: one LevelWeight, or two for a concatenated input (``split`` channels in the first).
+    """
+
+    def __init__(
+        self,
+        layer: nn.Linear | nn.Conv2d,
+        plans: Mapping[str, LayerPlan | None],
+        switch: Switch,
+        *,
+        bos_embedding: Tensor | None,
+        storage: Storage,
+    ) -> None:
+        """``plans``: how the layer runs at each level, None for its own weight in full; widths are 8, 4 or 2."""
+        super().__init__()
+        weight, self.bias, self.switch = layer.weight.detach(), layer.bias, switch
+        quantized = [p for p in plans.values() if p is not None]
+        self.split = next((p.split for p in quantized if p.split is not None), None)
+        distinct = list(dict.fromkeys(quantized))
+        rows = {p: i for i, p in enumerate(distinct)}
+        self.forms = {n: None if p is None else Form(*_widths(p), p.bos, rows[p]) for n, p in plans.items()}
+        halves = [weight] if self.split is None else list(weight.tensor_split([self.split], 1))
+        self.weights = nn.ModuleList(
+            LevelWeight(half, [(p, _act(p, i)) for p in distinct], storage) for i, half in enumerate(halves)
+        )
+        self.geometry: list[int] = []
+        if isinstance(layer, nn.Conv2d):
+            self.geometry = [*layer.stride, *layer.padding, *layer.dilation, layer.groups]  # type: ignore[list-item]
+        keeps = None in plans.values()
+        self.full = nn.Parameter(weight, requires_grad=False) if keeps else None
+        bos = any(p.bos for p in quantized)
+        self.register_buffer("bos_embedding", bos_embedding if bos else None, persistent=False)
+        row = bos_row(weight, bos_embedding) if bos and bos_embedding is not None else None
+        self.register_buffer("bos_output", row if row is None or layer.bias is None else row + layer.bias.detach())
+
+    def forward(self, input: Tensor) -> Tensor:
+        form = self.forms[self.switch.level]
+        if self.geometry:
+            return self._convolved(input, form)
+        if form is None:
+            return F.linear(input, self.full, self.bias)  # type: ignore[arg-type]
+        y = self.weights[0].product(input, form, self.bias, self.geometry)  # type: ignore[operator]
+        if not form.bos:
+            return y
+        return torch.where(bos_mask(input, self.bos_embedding), self.bos_output.to(y.dtype), y)
+
+    def _convolved(self, x: Tensor, form: Form | None) -> Tensor:
+        g = self.geometry
+        if form is None:
+            return F.conv2d(x, self.full, self.bias, g[:2], g[2:4], g[4:6], g[6])  # type: ignore[arg-type]
+        if x.dim() == 3:
+            return self._convolved(x.unsqueeze(0), form).squeeze(0)
+        halves = [x] if self.split is None else x.tensor_split([self.split], 1)
+        parts = [
+            weight.product(half.permute(0, 2, 3, 1), form, None if i else self.bias, g)  # type: ignore[operator]
+            for i, (half, weight) in enumerate(zip(halves, self.weights, strict=True))
+        ]
+        y = parts[0] if self.split is None else parts[0] + parts[1]
+        return y.permute(0, 3, 1, 2)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight at the present level in floating point, made on the spot (models ask for its type)."""
+        form = self.forms[self.switch.level]
+        if form is None:
+            return self.full  # type: ignore[return-value]
+        dtype = torch.float32 if self.bias is None else self.bias.dtype
+        return torch.cat([w.dequantize(form, dtype) for w in self.weights], 1)  # type: ignore[operator]
+
+    def extra_repr(self) -> str:
+        names = {n: "full" if f is None else f"W{f.bits}A{_BITS[f.levels]}" for n, f in self.forms.items()}
+        return ", ".join(f"{n}: {v}" for n, v in names.items())
+
+
+_BITS = {None: 16, 15: 4, 255: 8}
+
+
+def _widths(plan: LayerPlan) -> tuple[int, int | None]:
+    return plan.weight_bits, None if plan.act_bits == 16 else 2**plan.act_bits - 1
+
+
+def _act(plan: LayerPlan, half: int) -> ActQuant | None:
+    """Activation parameters of the input, or of one half of it."""
+    if plan.act_bits == 16:
+        return None
+    limits = plan.split_act_range if half else plan.act_range
+    assert limits is not None
+    return act_params(*limits, bits=plan.act_bits)

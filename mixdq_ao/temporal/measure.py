@@ -1,0 +1,113 @@
+"""The error of a schedule, measured on pictures: a whole generation against full precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..models.pipelines import Sampling, check_prompts, denoiser, generate_all
+from ..search.metrics import ssim
+from .runtime import LevelRuntime
+
+Metric = Callable[[Tensor, Tensor], float]
+MetricName = Literal["ssim", "mse"]
+Output = Literal["latent", "pt"]
+BUDGET = 1 << 30
+
+
+def one_minus_ssim(images: Tensor, reference: Tensor) -> float:
+    """1 - mean SSIM of pictures [B, 3, H, W] in [0, 1]."""
+    return 1.0 - ssim(images, reference).mean().item()
+
+
+def latent_mse(latents: Tensor, reference: Tensor) -> float:
+    """Mean squared error of final latents."""
+    return (latents.double() - reference.double()).square().mean().item()
+
+
+METRICS: dict[MetricName, tuple[Metric, Output]] = {"ssim": (one_minus_ssim, "pt"), "mse": (latent_mse, "latent")}
+
+
+class GenerationError:
+    """``error(schedule)`` for ``search_schedule``: generates with a prepared model and compares with the reference.
+
+    A denoising step gives the same whenever everything before it ran at the same levels, so its output is kept under
+    the levels up to it and not computed again: a search computes about half of its steps. The pipeline must repeat
+    itself exactly (``generate`` gives every prompt a generator of its own).
+
+    Attributes:
+        reference: pictures or latents in full precision, from ``draw_reference`` before the model was prepared.
+        computed, reused: denoising calls so far.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        runtime: LevelRuntime,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        reference: Tensor,
+        *,
+        metric: MetricName = "ssim",
+        budget: int = BUDGET,
+    ) -> None:
+        self.pipe, self.runtime, self.sampling = pipe, runtime, sampling
+        self.prompts, self.reference = check_prompts(prompts), reference
+        self.metric, self.output = METRICS[metric]
+        self.budget = budget
+        self.computed = self.reused = 0
+        self._kept: dict[tuple[object, ...], Any] = {}
+
+    def __call__(self, schedule: tuple[str, ...]) -> float:
+        return self.metric(self.draw(schedule), self.reference)
+
+    def draw(self, schedule: tuple[str, ...]) -> Tensor:
+        """Pictures or latents with this schedule; the runtime follows the pipeline from then on."""
+        self.runtime.plan = self.runtime.plan.with_steps(schedule)
+        self.runtime.follow(self.pipe)
+        drawn, size = [], self.sampling.batch_size
+        for start in range(0, len(self.prompts), size):
+            sampling = replace(self.sampling, seed=self.sampling.seed + start)
+            with self._reusing(start):
+                drawn.append(generate_all(self.pipe, self.prompts[start : start + size], sampling, self.output))
+        return torch.cat(drawn)
+
+    @contextmanager
+    def _reusing(self, batch: int) -> Iterator[None]:
+        module, levels = denoiser(self.pipe), []
+        own, compute = module.__dict__.get("forward"), module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            levels.append(self.runtime.level)
+            key = (batch, *levels)
+            if key in self._kept:
+                self.reused += 1
+                return self._kept[key]
+            self.computed += 1
+            output = compute(*args, **kwargs)
+            self._keep(key, output)
+            return output
+
+        module.forward = forward
+        try:
+            yield
+        finally:
+            del module.forward
+            if own is not None:
+                module.forward = own
+
+    def _keep(self, key: tuple[object, ...], output: Any) -> None:
+        size = sum(t.numel() * t.element_size() for t in output if isinstance(t, Tensor))
+        if size <= self.budget and isinstance(output, tuple):
+            self.budget -= size
+            self._kept[key] = output
+
+
+def draw_reference(pipe: Any, prompts: Sequence[str], sampling: Sampling, *, metric: MetricName = "ssim") -> Tensor:
+    """What schedules are compared with: the same prompts and noise, before the model is prepared."""
+    return generate_all(pipe, check_prompts(prompts), sampling, METRICS[metric][1])

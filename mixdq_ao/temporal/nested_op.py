@@ -1,0 +1,88 @@
+"""``torch.ops.mixdq_ao.nested_product``: 8- and 2-bit products from nested planes on a CPU.
+
+A CPU keeps weights in the form its kernels want, made once per weight (``inductor_kernels.weights``). Codes put
+together anew at every call would be new weights to it, so here they are made once and kept beside that form; with
+``weight_cache("memory")`` they are made at every call. Other devices put the codes together in the graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from inductor_kernels import checks, weights
+from inductor_kernels import ops as _ops  # noqa: F401  (registers torch.ops.inductor_kernels)
+
+from . import nested
+
+kernels = torch.ops.inductor_kernels
+library = torch.library.Library("mixdq_ao", "DEF")
+library.define(
+    "nested_product(Tensor x, Tensor planes, Tensor? weight_zero_point, Tensor? weight_sum, Tensor scale, "
+    "Tensor? zero_point, Tensor? bias, int bits, int length, int[] geometry, ScalarType out_dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    weight_zero_point: Tensor | None,
+    weight_sum: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    geometry: list[int],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The operator of ``inductor_kernels`` that fits: linear where ``geometry`` is empty, else a convolution with
+    [stride, stride, padding, padding, dilation, dilation, groups]; weight-only where ``zero_point`` is None."""
+    where = [geometry[:2], geometry[2:4], geometry[4:6], geometry[6]] if geometry else []
+    if zero_point is None:
+        operator = kernels.conv2d_weight_only if geometry else kernels.linear_weight_only
+        return operator(x, weight, weight_zero_point, scale, bias, bits, *where)
+    if geometry:
+        return kernels.conv2d(
+            x, weight, weight_zero_point, weight_sum, scale, zero_point, bias, bits, *where, out_dtype
+        )
+    return kernels.linear(
+        x, weight, weight_zero_point, weight_sum, scale, zero_point, bias, None, bits, out_dtype
+    )  # fmt: skip
+
+
+def kernel_bits(bits: int) -> int:
+    """The width of the codes a kernel gets: 2-bit ones come as coarse 4-bit ones."""
+    return max(bits, 4)
+
+
+def _nested_product(
+    x, planes, weight_zero_point, weight_sum, scale, zero_point, bias, bits, length, geometry, out_dtype
+) -> Tensor:
+    prepared = weights.find(planes, None, bits, length) or weights.add(planes, None, bits, length)
+    stored = prepared.forms.get("nested")
+    if stored is None:
+        stored = prepared.keep("nested", nested.codes(planes, bits, length).contiguous())
+    return product(
+        x, stored, weight_zero_point, weight_sum, scale, zero_point, bias, kernel_bits(bits), geometry, out_dtype
+    )  # fmt: skip
+
+
+def _below_autograd(*arguments) -> Tensor:
+    """Integer products: nothing is recorded, whatever requires a gradient."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.mixdq_ao.nested_product.default(*arguments)
+
+
+@torch.library.register_fake("mixdq_ao::nested_product", lib=library)
+def _(x, planes, weight_zero_point, weight_sum, scale, zero_point, bias, bits, length, geometry, out_dtype):
+    n = planes.shape[1]
+    if not geometry:
+        return x.new_empty((*x.shape[:-1], n), dtype=out_dtype)
+    kernel = planes.new_empty((n, planes.shape[2], planes.shape[3], length))
+    size = checks.output_size(x, kernel, geometry[:2], geometry[2:4], geometry[4:6])
+    return x.new_empty((x.shape[0], *size, n), dtype=out_dtype)
+
+
+library.impl("nested_product", _nested_product, "CPU")
+library.impl("nested_product", _below_autograd, "Autograd")

@@ -1,0 +1,205 @@
+"""A model that holds its weights once and switches precision from one denoising step to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PlanError, QuantizationError, ScheduleError
+from ..layers import find_layers
+from ..models.pipelines import denoiser
+from ..plan import LayerPlan
+from ..quantize.quantizer import refuse_unusable
+from ..quantize.tensor import is_quantized
+from ..search.calibration import Calibration
+from .follow import step_count, step_of
+from .layer import LevelLayer, Storage, Switch
+from .plan import TemporalPlan
+
+
+def prepare(
+    model: nn.Module,
+    plan: TemporalPlan,
+    calibration: Calibration | None = None,
+    *,
+    storage: Storage = "nested",
+    keep_full: bool = False,
+) -> LevelRuntime:
+    """Makes ``model`` run at any level of ``plan``, in place; one copy of the weights serves them all.
+
+        runtime = prepare(pipe.unet, plan, calibration)
+        pipe.unet = torch.compile(pipe.unet, fullgraph=True)  # one graph for each level
+        runtime.follow(pipe)                                  # pipe(...) as ever
+
+    Args:
+        model: a denoiser in full precision.
+        plan: its levels say what each layer becomes; 16-bit weights run as 8-bit ones with 16-bit activations.
+        calibration: fills in ranges where the levels' plans have none yet.
+        storage: "nested": 4- and 2-bit weights are the upper bits of the 8-bit ones (``nested`` has the numerics),
+            and all levels together hold the bytes of one 8-bit model. "own": each width has codes of its own, as
+            ``quantize_`` would make them: better pictures at 4 and 2 bits, half and a quarter of those bytes more.
+        keep_full: also keep the model's own weights, so that 16 bit is exact.
+
+    torch.compile makes one graph for each level when it is first seen, and none after that. It gives up after
+    ``torch._dynamo.config.recompile_limit`` graphs (8): raise it for more levels than that.
+
+    Raises:
+        PlanError, QuantizationError, ScheduleError: naming level and layer, before anything is changed.
+    """
+    if storage not in get_args(Storage):
+        raise ScheduleError(f"storage is {storage!r}, expected 'nested' or 'own'")
+    if any(isinstance(m, LevelLayer) for m in model.modules()):
+        raise QuantizationError("the model is prepared for levels already; load the original model to prepare anew")
+    plan = plan if calibration is None else plan.with_calibration(calibration)
+    plan.validate(len(plan.steps), model)
+    layers = find_layers(model)
+    forms = {name: _forms(name, plan, keep_full) for name in layers}
+    forms = {name: per_level for name, per_level in forms.items() if per_level is not None}
+    for name, per_level in forms.items():
+        _check(name, layers[name], per_level, storage)
+    switch = Switch(plan.steps[0])
+    bos = _bos_embedding(plan)
+    for name, per_level in forms.items():
+        parent, _, attribute = name.rpartition(".")
+        embedding = None if bos is None else bos.to(layers[name].weight.device)
+        layer = LevelLayer(layers[name], per_level, switch, bos_embedding=embedding, storage=storage)
+        setattr(model.get_submodule(parent), attribute, layer)
+    return LevelRuntime(model, plan, switch)
+
+
+class LevelRuntime:
+    """A prepared model. ``level`` is the one attribute that switches all its layers.
+
+    Attributes:
+        model: the denoiser. plan: the schedule that ``follow`` follows.
+    """
+
+    def __init__(self, model: nn.Module, plan: TemporalPlan, switch: Switch) -> None:
+        self.model, self._switch, self._levels = model, switch, dict(plan.levels)  # as prepared: fixed
+        self._plan = self._resampled = plan
+        self._handle: Any = None
+
+    @property
+    def level(self) -> str:
+        return self._switch.level
+
+    @level.setter
+    def level(self, name: str) -> None:
+        if name not in self._levels:
+            raise ScheduleError(f"level is {name!r}, the model was prepared for {', '.join(self._levels)}")
+        self._switch.level = name
+
+    @property
+    def plan(self) -> TemporalPlan:
+        return self._plan
+
+    @plan.setter
+    def plan(self, plan: TemporalPlan) -> None:
+        for name in dict.fromkeys(plan.steps):
+            if name not in self._levels:
+                raise ScheduleError(f"level {name!r}: the model was prepared for {', '.join(self._levels)}")
+        self._plan = self._resampled = plan
+
+    def follow(self, pipe: Any, *, resample: bool = False) -> None:
+        """From now on every call of ``pipe`` runs each denoising step at the level the plan gives it.
+
+        Compile the denoiser first. The step is told from the timestep the denoiser is called with and the list of
+        ``pipe.scheduler``, which may be exchanged at any time: all calls of one step (guidance, second-order
+        schedulers) run at one level, and img2img begins in the middle of the schedule. Another pipeline that
+        shares the model but has a scheduler of its own: follow that one.
+
+        ``resample``: a run with another number of steps takes ``plan.resampled(steps)``, with its warning, where
+        otherwise it is an error.
+        """
+        module = denoiser(pipe)
+        if self.model not in (module, getattr(module, "_orig_mod", None)):
+            raise ScheduleError(f"the pipeline's {type(module).__name__} is not the model that was prepared")
+        self.unfollow()
+        self._handle = module.register_forward_pre_hook(_Follower(self, pipe, resample), with_kwargs=True)
+
+    def unfollow(self) -> None:
+        """The level stays what it is until it is set."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def plan_for(self, steps: int, resample: bool) -> TemporalPlan:
+        """The plan, resampled to a scheduler's number of steps where that is wanted (once for each number)."""
+        if resample and steps != len(self._resampled.steps):
+            self._resampled = self._plan.resampled(steps)
+        return self._resampled if resample else self._plan
+
+    def bytes(self) -> int:
+        """What the layers hold: codes, scales, zero points, BOS rows, biases; shared memory counts once."""
+        held = {}
+        for layer in self.model.modules():
+            if isinstance(layer, LevelLayer):
+                for tensor in (*layer.parameters(), *layer.buffers()):
+                    storage = tensor.untyped_storage()
+                    held[storage.data_ptr()] = storage.nbytes()
+        return sum(held.values())
+
+
+class _Follower:
+    """Sets the level before the denoiser runs; never part of a compiled graph."""
+
+    def __init__(self, runtime: LevelRuntime, pipe: Any, resample: bool) -> None:
+        self.runtime, self.pipe, self.resample = runtime, pipe, resample
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        scheduler = self.pipe.scheduler
+        timesteps, order = scheduler.timesteps, getattr(scheduler, "order", 1)
+        plan = self.runtime.plan_for(step_count(timesteps, order), True) if self.resample else self.runtime.plan
+        self.runtime.level = plan.steps[step_of(timesteps, timestep, len(plan.steps), order)]
+
+
+def _forms(name: str, plan: TemporalPlan, keep_full: bool) -> dict[str, LayerPlan | None] | None:
+    """{level: how the layer runs there, None for its own weight}; None where it is left alone at every level."""
+    asked = {n: p.layers.get(name, LayerPlan()) if p is not None else LayerPlan() for n, p in plan.levels.items()}
+    if not any(layer.quantized for layer in asked.values()):
+        return None
+    split = next((v.split for v in asked.values() if v.split is not None), None)
+    forms: dict[str, LayerPlan | None] = {}
+    for level, layer in asked.items():
+        if layer.quantized and layer.split != split:
+            raise ScheduleError(f"layer {name!r}: level {level!r} has split {layer.split}, another level {split}")
+        if layer.quantized and layer.weight_bits == 16:
+            raise PlanError(
+                f"layer {name!r}: level {level!r} has 16-bit weights with {layer.act_bits}-bit activations, which "
+                "have no integer product; give both 16 bits"
+            )
+        exact = not layer.quantized and keep_full
+        forms[level] = None if exact else layer if layer.quantized else LayerPlan(weight_bits=8, split=split)
+    return forms
+
+
+def _check(name: str, layer: nn.Module, forms: Mapping[str, LayerPlan | None], storage: Storage) -> None:
+    if is_quantized(layer.weight):
+        raise QuantizationError(f"layer {name!r} is quantized already; load the original model to prepare it")
+    try:
+        refuse_unusable(layer.weight)  # type: ignore[arg-type]
+    except QuantizationError as e:
+        raise QuantizationError(f"layer {name!r}: {e}") from e
+    widths: dict[int, bool | None] = {}
+    for level, form in forms.items():
+        if (
+            storage == "own"
+            and form is not None
+            and widths.setdefault(form.weight_bits, form.symmetric) != (form.symmetric)
+        ):
+            raise ScheduleError(
+                f"layer {name!r}: level {level!r} has symmetric={form.symmetric} at {form.weight_bits} bits, another "
+                "level the opposite; they share their codes"
+            )
+
+
+def _bos_embedding(plan: TemporalPlan) -> Tensor | None:
+    rows = {p.bos_embedding for p in plan.levels.values() if p is not None and p.bos_embedding is not None}
+    if len(rows) > 1:
+        raise ScheduleError("levels have different bos_embedding; calibrate all of them with one calibration")
+    return torch.tensor(rows.pop(), dtype=torch.float32) if rows else None

@@ -1,0 +1,214 @@
+"""The search: within its limit, as good as exhaustive search, never worse than a person, resumable."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from mixdq_ao import Schedule, ScheduleError, SensitivityError, search_schedule
+from mixdq_ao.temporal.baselines import exhaustive, greedy, hand_set
+from mixdq_ao.temporal.correlation import ErrorModel
+from mixdq_ao.temporal.forms import first_n, last_n, spread
+from mixdq_ao.temporal.goal import Goal
+from mixdq_ao.temporal.schedule import evaluation_limit
+
+from .errors import COSTS, FAMILIES, singles
+
+
+def names(count: int) -> dict[str, float]:
+    return dict(itertools.islice(COSTS.items(), count))
+
+
+class Measure:
+    """An error function that counts, and can stop a search in the middle."""
+
+    def __init__(self, family: str, seed: int, steps: int, levels: int, stop: int | None = None) -> None:
+        self.of, self.names, self.stop = FAMILIES[family](seed, steps, levels), list(names(levels)), stop
+        self.calls: list[tuple[str, ...]] = []
+
+    def __call__(self, schedule: tuple[str, ...]) -> float:
+        if self.stop is not None and len(self.calls) >= self.stop:
+            raise KeyboardInterrupt
+        self.calls.append(schedule)
+        return float(self.of(np.array([[self.names.index(n) for n in schedule]]))[0])
+
+
+def optimum(of, steps: int, levels: int, *, max_cost: float | None = None, max_error: float | None = None) -> float:
+    """Error (or cost) of the best of all schedules."""
+    choices = np.array(list(itertools.product(range(levels), repeat=steps)))
+    cost, error = np.array(list(COSTS.values()))[choices].mean(1), of(choices)
+    if max_cost is not None:
+        return error[cost <= max_cost * (1 + 1e-9)].min()
+    return cost[error <= max_error * (1 + 1e-9)].min()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("steps", "levels"), [(8, 3), (6, 4), (5, 5), (1, 2), (2, 3)])
+def test_reaches_the_optimum_within_the_limit(family, steps, levels):
+    for seed in range(3):
+        measure = Measure(family, seed, steps, levels)
+        cheapest = list(COSTS.values())[levels - 1]
+        max_cost = float(np.random.default_rng(seed).uniform(cheapest + 0.03, 0.75))
+        found = search_schedule(measure, steps=steps, levels=names(levels), max_cost=max_cost)
+        assert found.cost <= max_cost * (1 + 1e-9)
+        assert found.evaluations == len(measure.calls) == len(set(measure.calls)) <= evaluation_limit(steps, levels)
+        assert found.error == found.history[found.levels] == measure(found.levels)
+        assert optimum(measure.of, steps, levels, max_cost=max_cost) >= 0.95 * found.error
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cheapest_within_an_error(family):
+    for seed in range(3):
+        measure = Measure(family, seed, 6, 4)
+        max_error = 0.1 * measure(("W3A8",) * 6)
+        found = search_schedule(measure, steps=6, levels=names(4), max_error=max_error)
+        assert found.error <= max_error * (1 + 1e-9)
+        assert found.evaluations <= evaluation_limit(6, 4)
+        assert optimum(measure.of, 6, 4, max_error=max_error) >= 0.95 * found.cost
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_schedule_set_by_hand_is_better(family):
+    measure = Measure(family, 5, 20, 5)
+    found = search_schedule(measure, steps=20, levels=COSTS, max_cost=0.3)
+    by_hand = hand_set(measure, steps=20, levels=COSTS, max_cost=0.3)
+    assert {name.split()[0] for name in by_hand} == {"uniform", "first", "last", "spread"}
+    assert all(s.cost <= 0.3 * (1 + 1e-9) for s in by_hand.values())
+    assert found.error <= min(s.error for s in by_hand.values())
+    assert found.evaluations <= evaluation_limit(20, 5)
+
+
+def test_intervals_without_error_are_not_split():
+    """Only the last two of 32 steps matter: bisection walks down to them and leaves the rest alone."""
+    hot = np.zeros(32)
+    hot[-2:] = 1.0, 3.0
+    found = search_schedule(
+        lambda s: float(sum(h for h, name in zip(hot, s, strict=True) if name == "b")) + 1e-9,
+        steps=32,
+        levels={"a": 1.0, "b": 0.5},
+        max_cost=0.55,
+    )
+    assert found.levels[-2:] == ("a", "a")
+    assert found.evaluations <= 2 + 2 * 5 + 16 + 2  # whole runs, two halves each time, patience, some to spare
+
+
+def test_a_stopped_search_continues_and_finds_the_same(tmp_path):
+    whole = Measure("correlated", 1, 6, 4)
+    expected = search_schedule(whole, steps=6, levels=names(4), max_cost=0.4)
+    settings = {"steps": 6, "levels": names(4), "max_cost": 0.4, "store": tmp_path / "s", "subject": "m"}
+    done = 0
+    for stop in (5, 20):
+        measure = Measure("correlated", 1, 6, 4, stop)
+        with pytest.raises(KeyboardInterrupt):
+            search_schedule(measure, **settings)
+        done += len(measure.calls)
+    last = Measure("correlated", 1, 6, 4)
+    assert search_schedule(last, **settings) == expected
+    assert done + len(last.calls) == expected.evaluations
+    again = Measure("correlated", 1, 6, 4)
+    assert search_schedule(again, **settings) == expected and not again.calls
+    with pytest.raises(SensitivityError, match="other settings"):
+        search_schedule(again, **{**settings, "subject": "another model"})
+
+
+@pytest.mark.parametrize(("value", "words"), [(math.nan, "is nan"), (math.inf, "is inf"), ("much", "is 'much'")])
+def test_an_error_that_is_no_number_names_the_schedule(tmp_path, value, words):
+    def error(schedule):
+        return value if "b" in schedule[:1] else 0.5
+
+    settings = {"steps": 2, "levels": {"a": 1.0, "b": 0.5}, "max_cost": 0.8, "store": tmp_path / "s"}
+    with pytest.raises(ScheduleError, match=f"error of b b {words}"):
+        search_schedule(error, **settings)
+    found = search_schedule(lambda s: float(s.count("b")), **settings)  # what was measured before is kept
+    assert found.history["a", "a"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": True}, "steps is True"),
+        ({"levels": {"a": 1.0}}, "expected at least two"),
+        ({"levels": {"a": 0.5, "b": 0.5}}, "level 'b': cost is 0.5, expected less than the 0.5"),
+        ({"levels": {"a": 1.0, "b": 0.0}}, "level 'b': cost is 0.0"),
+        ({"levels": {"a": math.nan, "b": 0.5}}, "level 'a': cost is nan"),
+        ({"max_cost": None}, "exactly one of max_cost"),
+        ({"max_error": 0.1}, "exactly one of max_cost"),
+        ({"max_cost": 0.4}, "even the cheapest level everywhere costs 0.5"),
+        ({"max_cost": math.nan}, "max_cost is nan"),
+        ({"max_cost": None, "max_error": -1.0}, "max_error is -1.0"),
+        ({"max_cost": None, "max_error": 0.5}, "'a' at every step already has an error of 1.0"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, words):
+    settings = {"steps": 3, "levels": {"a": 1.0, "b": 0.5}, "max_cost": 0.8}
+    with pytest.raises(ScheduleError, match=words):
+        search_schedule(lambda s: 1.0, **{**settings, **arguments})
+
+
+def test_a_cost_that_allows_every_step_precise_needs_no_search():
+    found = search_schedule(lambda s: float(s.count("b")), steps=9, levels={"a": 1.0, "b": 0.5}, max_cost=1.0)
+    assert found.levels == ("a",) * 9 and found.evaluations == 2
+
+
+def test_exhaustive_and_greedy_find_optima_of_additive_errors():
+    measure = Measure("additive", 2, 5, 3)
+    best = optimum(measure.of, 5, 3, max_cost=0.5)
+    assert exhaustive(measure, steps=5, levels=names(3), max_cost=0.5).error == pytest.approx(best)
+    walked = greedy(measure, steps=5, levels=names(3), max_cost=0.5)
+    assert walked.cost <= 0.5 and best <= walked.error <= 2 * best
+    within = greedy(measure, steps=5, levels=names(3), max_error=best)
+    assert within.error <= best
+    with pytest.raises(ScheduleError, match="are 1152921504606846976 schedules"):
+        exhaustive(measure, steps=30, levels=dict(zip("abcd", (4.0, 3.0, 2.0, 1.0), strict=True)), max_cost=3.0)
+
+
+def test_forms():
+    assert first_n(5, 2, 0, 1) == (0, 0, 1, 1, 1) and last_n(5, 2, 0, 1) == (1, 1, 1, 0, 0)
+    assert spread(8, 2, 0, 1) == (1, 1, 1, 0, 1, 1, 1, 0) and spread(5, 4, 0, 1).count(0) == 4
+
+
+def test_the_error_model_recovers_correlations_and_prices_every_change():
+    """Vectors with known correlations: after enough measurements the model predicts what it was not told, and its
+    table of changes agrees with predicting each changed choice."""
+    random, measure = np.random.default_rng(3), FAMILIES["correlated"](3, 5, 3)
+    model = ErrorModel(singles(3, 5, 3), 0.0)
+    for choice in random.integers(0, 3, (60, 5)):
+        model.learn(tuple(choice.tolist()), float(measure(choice[None])[0]))
+    model.fit(1e-3)
+    fresh = random.integers(0, 3, (40, 5))
+    fresh = fresh[fresh.sum(1) > 0]
+    predicted = np.array([model.predict(tuple(c.tolist())) for c in fresh])
+    added = np.array([ErrorModel(singles(3, 5, 3), 0.0).predict(tuple(c.tolist())) for c in fresh])
+    true = measure(fresh)
+    assert 1.1 < np.median(true / added) < 1.5
+    assert np.abs(predicted / true - 1).mean() < 0.25 * np.abs(added / true - 1).mean()
+    choice = (2, 0, 1, 1, 2)
+    one, two = model.neighbours(choice)
+    for t, k in itertools.product(range(5), range(3)):
+        changed = (*choice[:t], k, *choice[t + 1 :])
+        assert one[t, k] == pytest.approx(model.predict(changed))
+    for pair, (t, u) in enumerate(zip(*np.triu_indices(5, 1), strict=True)):
+        for k, level in itertools.product(range(3), range(3)):
+            changed = list(choice)
+            changed[t], changed[u] = k, level
+            assert two[pair, k, level] == pytest.approx(model.predict(tuple(changed)))
+
+
+def test_the_additive_program_is_exact():
+    shares = singles(4, 6, 4)
+    goal = Goal(np.array(list(COSTS.values()))[:4], max_cost=0.45)
+    choices = np.array(list(itertools.product(range(4), repeat=6)))
+    fits = goal.costs[choices].mean(1) <= 0.45 * (1 + 1e-9)
+    best = shares[np.arange(6), choices[fits]].sum(1).min()
+    found = goal.additive(shares, 0.0)
+    assert found is not None and shares[np.arange(6), list(found)].sum() == pytest.approx(best)
+    within = Goal(goal.costs, max_error=best + 1.0).additive(shares, 1.0)
+    assert within is not None and shares[np.arange(6), list(within)].sum() <= best * (1 + 1e-6)
+
+
+def test_a_schedule_prints_without_its_history():
+    assert "history" not in repr(Schedule(("a",), 0.1, 1.0, 2, {("a",): 0.1}))
