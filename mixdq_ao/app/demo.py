@@ -50,7 +50,7 @@ def run_demo(out: Path, quick: bool = False, full: bool = False) -> Path:
     """Writes plans, sensitivities, pictures, results.json and report.html to ``out``; returns the report's path.
 
     A run that was interrupted continues its sensitivity analysis where it was. ``quick``: few prompts, no
-    compilation. ``full``: compiles and times every variant (a minute or more each) and not only the three allocated ones.
+    compilation. ``full``: compiles and times every variant (a minute or more each), not only the allocated ones.
     """
     size, out = (QUICK if quick else Size(timed=ALL) if full else Size()), Path(out)
     out.mkdir(parents=True, exist_ok=True)
