@@ -200,9 +200,7 @@ def _inspect(compiled, number: int, folder: str) -> KernelInfo:
 
     usage = tool(binaries / "cuobjdump", "-res-usage", path)
     machine = tool(binaries / "nvdisasm", path)
-    ptx = re.findall(
-        r"((?:wgmma\.mma_async|tcgen05\.mma|\bmma)\.sync\.aligned\.m[\w.]+|tcgen05\.mma[\w.:]+)", compiled.asm["ptx"]
-    )
+    ptx = re.findall(PTX_PRODUCT, compiled.asm["ptx"])
     used = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
     return KernelInfo(
         shared_bytes=compiled.metadata.shared,
