@@ -36,7 +36,7 @@ ALGORITHMS = {
     (4, 8): "W4A8_QSERVE_PER_CHANNEL",
     (4, 16): "W4A16",
 }
-INTEGERS = {4: torch.int4, 2: torch.int2}
+INTEGERS = {bits: getattr(torch, f"int{bits}") for bits in (4, 2)}
 
 
 def export_modelopt(plan: Plan, path: str | os.PathLike[str]) -> None:
