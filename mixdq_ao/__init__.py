@@ -18,8 +18,10 @@ if TYPE_CHECKING:
         CalibrationError,
         CheckpointError,
         MixDQError,
+        OptimizerError,
         PlanError,
         QuantizationError,
+        ScheduleError,
         SensitivityError,
         TextEncoderError,
     )
@@ -35,14 +37,20 @@ if TYPE_CHECKING:
     from .search.calibration import Calibration
     from .search.pareto import pareto
     from .search.sensitivity import LayerSensitivity, Sensitivity
+    from .temporal.plan import TemporalPlan
+    from .temporal.runtime import LevelRuntime, prepare
+    from .temporal.schedule import Schedule, search_schedule
+    from .training.optim import MemoryEfficientAdamW, MemoryEfficientSGD
 
 _HOME = {
     "AllocationError": "errors",
     "CalibrationError": "errors",
     "CheckpointError": "errors",
     "MixDQError": "errors",
+    "OptimizerError": "errors",
     "PlanError": "errors",
     "QuantizationError": "errors",
+    "ScheduleError": "errors",
     "SensitivityError": "errors",
     "TextEncoderError": "errors",
     "Sampling": "models.pipelines",
@@ -67,6 +75,13 @@ _HOME = {
     "pareto": "search.pareto",
     "LayerSensitivity": "search.sensitivity",
     "Sensitivity": "search.sensitivity",
+    "TemporalPlan": "temporal.plan",
+    "LevelRuntime": "temporal.runtime",
+    "prepare": "temporal.runtime",
+    "Schedule": "temporal.schedule",
+    "search_schedule": "temporal.schedule",
+    "MemoryEfficientAdamW": "training.optim",
+    "MemoryEfficientSGD": "training.optim",
 }
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -17,7 +17,7 @@ from ..errors import OptimizerError
 from .checkpoint import Ready, checked
 from .gradients import finite_everywhere, is_finite, refuse_sparse
 from .in_backward import InBackward
-from .layout import laid_out_like, local, sharded_like
+from .layout import laid_out_like, local, sharded_like, version
 from .loss_scale import LossScale
 from .moments import KINDS, new_moment
 from .options import NONFINITE, check_choice, check_number, check_parameter
@@ -42,7 +42,7 @@ class MemoryEfficientOptimizer(Optimizer):
     skipped: int = 0
     _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves unscaling and skipping to step()
     _hooks: InBackward | None = None
-    _versions: dict[Tensor, int]
+    _versions: dict[Tensor, tuple[int, int]]
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, nonfinite: str, compile: bool) -> None:
         check_choice(nonfinite, NONFINITE, "nonfinite")
@@ -140,7 +140,7 @@ class MemoryEfficientOptimizer(Optimizer):
             exact, remainder = split(exact, param.dtype)
             local(state[REMAINDER[param.dtype]]).copy_(remainder)
         visible.copy_(exact)
-        self._versions[param] = visible._version
+        self._versions[param] = version(param)
 
     # --- steps ---
 
@@ -230,7 +230,7 @@ class MemoryEfficientOptimizer(Optimizer):
             step=step,
             compiled=self.defaults["compile"],
         )
-        self._versions[p] = visible._version
+        self._versions[p] = version(p)
 
     def _all_finite(self, params: list[Tensor]) -> bool:
         """Raises OptimizerError instead of saying no where nonfinite="raise"."""
@@ -274,7 +274,7 @@ class MemoryEfficientOptimizer(Optimizer):
         state, here = self.state[p], local(p)
         if "step" not in state:
             state.update(self._new_state(p, self._group_of(p)))
-            self._versions[p] = here._version
+            self._versions[p] = version(p)
             return state
         for name, value in state.items():
             held = local(value)
@@ -289,7 +289,8 @@ class MemoryEfficientOptimizer(Optimizer):
         return state
 
     def _was_overwritten(self, p: Tensor) -> bool:
-        return self._versions.get(p, local(p)._version) != local(p)._version
+        now = version(p)
+        return self._versions.get(p, now) != now
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave: the next steps are bit for bit those of the run that was saved.

@@ -23,6 +23,16 @@ def flat(t: Tensor) -> Tensor:
     return t.view(-1) if t.is_contiguous() else torch.as_strided(t, (t.numel(),), (1,))
 
 
+def flat_alias(t: Tensor) -> Tensor:
+    """The memory of a dense tensor as [n], without being a view: compiled code looks the same for all of them.
+
+    Writes to it do not count as writes to ``t``: see ``torch.autograd.graph.increment_version``.
+    """
+    return torch.empty(0, dtype=t.dtype, device=t.device).set_(
+        t.untyped_storage(), t.storage_offset(), (t.numel(),), (1,)
+    )
+
+
 def laid_out_like(t: Tensor, p: Tensor) -> Tensor:
     """``t``, copied where its order in memory is not that of ``p`` (same shape)."""
     same = t.stride() == p.stride() or (t.is_contiguous() and p.is_contiguous())
@@ -31,8 +41,15 @@ def laid_out_like(t: Tensor, p: Tensor) -> Tensor:
 
 def local(t: Tensor) -> Tensor:
     """What this process holds of a tensor, without gradient history."""
-    t = t.detach()
-    return t.to_local() if isinstance(t, DTensor) else t
+    if isinstance(t, DTensor):
+        with torch.no_grad():  # then it is the very tensor, with its own version counter
+            t = t.to_local()
+    return t.detach()
+
+
+def version(t: Tensor) -> tuple[int, int]:
+    """Changes with every write to ``t``: through its name, or (if it is sharded) to the local part."""
+    return t._version, local(t)._version
 
 
 def sharded_like(t: Tensor, p: Tensor) -> Tensor:

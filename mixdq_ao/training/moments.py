@@ -5,6 +5,8 @@ A stored moment is handled as its *pieces*, tensors that are flat in memory orde
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torchao.optim.quant_utils import dequant_with_qmap, quantize_8bit_with_qmap, scale_tensor
@@ -27,9 +29,10 @@ def new_moment(p: Tensor, kind: str, *, signed: bool) -> Tensor:
     return torch.zeros_like(p, dtype=torch.bfloat16 if kind == "bfloat16" else torch.float32)
 
 
-def pieces(moment: Tensor) -> Pieces:
+def pieces(moment: Tensor, flat: Callable[[Tensor], Tensor] = flat) -> Pieces:
+    """The tensors that hold a moment, made flat by ``flat``."""
     if isinstance(moment, OptimState8bit):
-        return moment.codes.view(-1), moment.scale, moment.qmap
+        return flat(moment.codes), flat(moment.scale), moment.qmap
     return (flat(moment),)
 
 

@@ -7,9 +7,10 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import moments as stored_moments
-from .layout import flat
+from .layout import flat, flat_alias
 from .moments import Pieces
 from .rules import Rule
 from .split import join, split
@@ -40,13 +41,16 @@ def update(
         moments: as ``new_moment`` made them, in the rule's order.
         numbers, facts: of ``rule.scalars``.
     """
+    dither = stored_moments.dither_of(step)
+    if compiled and visible.numel() > 1:  # a single element would be compiled apart
+        tensors = [None if t is None else flat_alias(t) for t in (visible, remainder, grad)]
+        stored = [stored_moments.pieces(m, flat_alias) for m in moments]
+        numbers_here = _as_tensors((*numbers, factor), dither, visible.device)
+        compiled_kernel()(rule.compiled, *tensors, stored, *numbers_here, facts)
+        increment_version(visible)
+        return
     value, rest, gradient = flat(visible), None if remainder is None else flat(remainder), flat(grad)
     stored = [stored_moments.pieces(m) for m in moments]
-    dither = stored_moments.dither_of(step)
-    if compiled and value.numel() > 1:  # a single element would be compiled apart
-        tensors = _as_tensors((*numbers, factor), dither, value.device)
-        compiled_kernel()(rule.compiled, value, rest, gradient, stored, *tensors, facts)
-        return
     size = _PART * torch.get_num_threads() if value.device.type == "cpu" else _PART_OF_A_DEVICE
     for start in range(0, value.numel(), size):
         stop = min(start + size, value.numel())
