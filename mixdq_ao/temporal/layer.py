@@ -49,6 +49,10 @@ class LevelWeight(nn.Module):
     """
 
     EXACT = ("scale", "inverse")
+    scale: Tensor
+    inverse: Tensor
+    zero_point: Tensor
+    sums: Tensor | None
 
     def __init__(self, weight: Tensor, forms: Sequence[tuple[LayerPlan, ActQuant | None]], storage: Storage) -> None:
         super().__init__()
@@ -95,7 +99,7 @@ class LevelWeight(nn.Module):
         return self
 
     def _add_sums(self) -> None:
-        if self.get_buffer("scale").device.type not in ("cpu", "meta") and self._buffers["sums"] is None:
+        if self.scale.device.type not in ("cpu", "meta") and self._buffers["sums"] is None:
             self.sums = torch.stack([self.integers(bits).flatten(1).sum(1, dtype=torch.int32) for bits in self.bits])
 
     def _stored(self, bits: int) -> Tensor:
@@ -112,9 +116,9 @@ class LevelWeight(nn.Module):
 
     def dequantize(self, form: Form, dtype: torch.dtype) -> Tensor:
         """The weight in floating point, in the logical shape [N, K] or [O, C / groups, kh, kw]."""
-        scale = self.get_buffer("scale")[form.row]
+        scale = self.scale[form.row]
         if form.levels is not None:
-            scale = scale * self.get_buffer("inverse")[form.row]
+            scale = scale * self.inverse[form.row]
         values = self.integers(form.bits).movedim(-1, 1)
         return (values.to(torch.float32) * scale.reshape(-1, *[1] * (values.dim() - 1))).to(dtype)
 
@@ -145,6 +149,9 @@ class LevelLayer(nn.Module):
         weights: one LevelWeight, or two for a concatenated input (``split`` channels in the first).
     """
 
+    bos_embedding: Tensor | None
+    bos_output: Tensor | None
+
     def __init__(
         self,
         layer: nn.Linear | nn.Conv2d,
@@ -156,6 +163,9 @@ class LevelLayer(nn.Module):
     ) -> None:
         """``plans``: how the layer runs at each level, None for its own weight in full; widths are 8, 4 or 2."""
         super().__init__()
+        for name in layer.__constants__:  # what models and pipelines ask a layer: in_features, kernel_size, ...
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
         weight, self.bias, self.switch = layer.weight.detach(), layer.bias, switch
         quantized = [p for p in plans.values() if p is not None]
         self.split = next((p.split for p in quantized if p.split is not None), None)
@@ -183,7 +193,7 @@ class LevelLayer(nn.Module):
         if form is None:
             return F.linear(input, self.full, self.bias)  # type: ignore[arg-type]
         y = self.weights[0].product(input, form, self.bias, self.geometry)  # type: ignore[operator]
-        if not form.bos:
+        if not form.bos or self.bos_embedding is None or self.bos_output is None:
             return y
         return torch.where(bos_mask(input, self.bos_embedding), self.bos_output.to(y.dtype), y)
 

@@ -58,7 +58,8 @@ class GenerationError:
     ) -> None:
         self.pipe, self.runtime, self.sampling = pipe, runtime, sampling
         self.prompts, self.reference = check_prompts(prompts), reference
-        self.metric, self.output = METRICS[metric]
+        self.metric: Metric = METRICS[metric][0]
+        self.output: Output = METRICS[metric][1]
         self.budget = budget
         self.computed = self.reused = 0
         self._kept: dict[tuple[object, ...], Any] = {}

@@ -118,7 +118,7 @@ class LevelRuntime:
         if self.model not in (module, getattr(module, "_orig_mod", None)):
             raise ScheduleError(f"the pipeline's {type(module).__name__} is not the model that was prepared")
         self.unfollow()
-        self._handle = module.register_forward_pre_hook(_Follower(self, pipe, resample), with_kwargs=True)
+        self._handle = module.register_forward_pre_hook(_follower(self, pipe, resample), with_kwargs=True)
 
     def unfollow(self) -> None:
         """The level stays what it is until it is set."""
@@ -126,11 +126,11 @@ class LevelRuntime:
             self._handle.remove()
             self._handle = None
 
-    def plan_for(self, steps: int, resample: bool) -> TemporalPlan:
-        """The plan, resampled to a scheduler's number of steps where that is wanted (once for each number)."""
-        if resample and steps != len(self._resampled.steps):
+    def plan_for(self, steps: int) -> TemporalPlan:
+        """The plan, resampled to a number of steps (once while that number stays)."""
+        if steps != len(self._resampled.steps):
             self._resampled = self._plan.resampled(steps)
-        return self._resampled if resample else self._plan
+        return self._resampled
 
     def bytes(self) -> int:
         """What the layers hold: codes, scales, zero points, BOS rows, biases; shared memory counts once."""
@@ -143,19 +143,17 @@ class LevelRuntime:
         return sum(held.values())
 
 
-class _Follower:
-    """Sets the level before the denoiser runs; never part of a compiled graph."""
-
-    def __init__(self, runtime: LevelRuntime, pipe: Any, resample: bool) -> None:
-        self.runtime, self.pipe, self.resample = runtime, pipe, resample
+def _follower(runtime: LevelRuntime, pipe: Any, resample: bool) -> Any:
+    """A hook that sets the level before the denoiser runs; never part of a compiled graph."""
 
     @torch.compiler.disable
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def follow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        scheduler = self.pipe.scheduler
-        timesteps, order = scheduler.timesteps, getattr(scheduler, "order", 1)
-        plan = self.runtime.plan_for(step_count(timesteps, order), True) if self.resample else self.runtime.plan
-        self.runtime.level = plan.steps[step_of(timesteps, timestep, len(plan.steps), order)]
+        timesteps, order = pipe.scheduler.timesteps, getattr(pipe.scheduler, "order", 1)
+        plan = runtime.plan_for(step_count(timesteps, order)) if resample else runtime.plan
+        runtime.level = plan.steps[step_of(timesteps, timestep, len(plan.steps), order)]
+
+    return follow
 
 
 def _forms(name: str, plan: TemporalPlan, keep_full: bool) -> dict[str, LayerPlan | None] | None:

@@ -1,0 +1,82 @@
+"""mixdq schedule: show and export of a file, a search end to end, and its errors in one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mixdq_ao import LayerPlan, Plan, TemporalPlan
+from mixdq_ao.app import cli
+
+NATIVE = Plan({"conv_in": LayerPlan(weight_bits=8, act_bits=8, act_range=(-1.0, 1.0))})
+COSTS = {"16": 1.0, "W8A8": 0.5}
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    try:
+        code = cli.main([str(a) for a in arguments])
+    except SystemExit as e:
+        code = int(e.code or 0)
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "schedule.json"
+    steps = ("16", "W8A8", "W8A8", "W8A8", "16", "16")
+    TemporalPlan({"16": None, "W8A8": NATIVE}, steps, COSTS, {"error": 0.01, "metric": "ssim"}).save(path)
+    return path
+
+
+def test_show(capsys, saved):
+    code, out, _ = run(capsys, "schedule", "show", saved)
+    assert code == 0 and "0, 4-5" in out and "1-3" in out and "0.75" in out
+    code, out, _ = run(capsys, "schedule", "show", saved, "--json")
+    assert json.loads(out)["counts"] == {"16": 3, "W8A8": 3}
+
+
+def test_export_alone_and_into_a_config(capsys, saved, tmp_path):
+    assert run(capsys, "schedule", "export", saved, "--out", tmp_path / "p.json")[0] == 0
+    policy = json.loads((tmp_path / "p.json").read_text())
+    assert (policy["first_steps"]["count"], policy["last_steps"]["count"]) == (1, 2)
+    (tmp_path / "config.json").write_text(json.dumps({"a": 1, "quantization_config": {"b": 2}}))
+    arguments = ("--config", tmp_path / "config.json", "--scope", "unet", "--out", tmp_path / "new.json")
+    assert run(capsys, "schedule", "export", saved, *arguments)[0] == 0
+    config = json.loads((tmp_path / "new.json").read_text())
+    assert config["a"] == 1 and config["quantization_config"]["b"] == 2
+    assert config["quantization_config"]["runtime"]["diffusion_step_policy"] == {**policy, "scope": ["unet"]}
+
+
+def test_a_search_on_a_pipeline(capsys, tmp_path, shapes, _bundled):
+    pipeline, prompts, plan = shapes.PIPELINE, tmp_path / "p.txt", tmp_path / "w8a8.json"
+    prompts.write_text(_bundled.prompts[0])
+    Plan.uniform(_bundled.pipe.unet, 8, 8).with_calibration(_bundled.calibration).save(plan)
+    levels = ("--level", "16", "none", 1, "--level", "W8A8", plan, 0.5)
+    arguments = (pipeline, "--prompts", prompts, "--steps", 2, *levels, "--metric", "mse", "--store", tmp_path / "s")
+    code, out, err = run(
+        capsys, "schedule", "search", *arguments, "--max-cost", 0.8, "--out", tmp_path / "s.json", "--json"
+    )
+    assert code == 0, err
+    figures, found = json.loads(out), TemporalPlan.load(tmp_path / "s.json")
+    assert found.counts == {"16": 1, "W8A8": 1} and figures["evaluations"] <= figures["evaluation_limit"] == 8
+    assert figures["error"] > 0 and found.costs == {"16": 1.0, "W8A8": 0.5}
+
+
+def test_errors_are_one_line(capsys, saved, tmp_path):
+    (tmp_path / "p.txt").write_text("a circle\n")
+    (tmp_path / "bad.json").write_text("{}")
+    search = ("schedule", "search", tmp_path, "--prompts", tmp_path / "p.txt")
+    cases = [
+        (("schedule", "show", tmp_path / "none.json"), "cannot be read"),
+        (("schedule", "show", tmp_path / "bad.json"), "expected 'mixdq-temporal-plan'"),
+        (("schedule", "export", saved, "--config", tmp_path / "bad.json", "--out", tmp_path / "x"), "no quantization"),
+        ((*search, "--level", "16", "none", "1", "--max-cost", "1"), "expected at least two"),
+        ((*search, "--level", "a", "none", "x", "--max-cost", "1"), "--level a: cost is 'x'"),
+        ((*search, *("--level", "a", "none", "1") * 2, "--max-cost", "1"), "--level a is given twice"),
+        ((*search, "--level", "a", "none", "1"), "one of the arguments --max-cost --max-error is required"),
+        ((*search, *("--level", "a", "none", 2), *("--level", "b", "none", 1), "--max-cost", "0.5"), "costs 1.0"),
+    ]
+    for arguments, words in cases:
+        code, out, err = run(capsys, *arguments)
+        assert code == 2 and out == "" and words in err and err.count("\n") == 1, (arguments, err)

@@ -1,0 +1,259 @@
+"""A model prepared for levels: one attribute switches it, one graph per level, driven by the pipeline's own steps."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers.schedulers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+)
+from torch import nn
+
+from mixdq_ao import LayerPlan, Plan, PlanError, QuantizationError, ScheduleError, TemporalPlan, mixdq_config, prepare
+from mixdq_ao import quantize_ as quantize
+from mixdq_ao.temporal.follow import step_count, step_of
+
+from ..conftest import unet_inputs
+
+
+class Small(nn.Module):
+    """Two layers called like a denoiser."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, sample, timestep, return_dict=False):
+        y = self.conv(sample)
+        return (self.proj(y.movedim(1, -1)).movedim(-1, 1) + timestep.reshape(-1, 1, 1, 1).float() * 1e-3,)
+
+
+class Pipe:
+    """The loop of a diffusers pipeline, with guidance in two calls where asked."""
+
+    def __init__(self, unet, scheduler, guided: bool = False) -> None:
+        self.unet, self.scheduler, self.guided = unet, scheduler, guided
+        self.seen: list[str] = []
+
+    def __call__(self, steps: int, begin: int = 0, transform=lambda t: t):
+        self.scheduler.set_timesteps(steps)
+        x = torch.zeros(2, 4, 8, 8)
+        for t in self.scheduler.timesteps[begin:]:
+            for _ in range(2 if self.guided else 1):
+                self.unet(x, transform(t), return_dict=False)
+
+
+def small_plan(steps: str, names: str = "abcd") -> TemporalPlan:
+    range_ = {"act_range": (-4.0, 4.0)}
+    levels = {"a": None}
+    for name, bits in zip("bcd", (8, 4, 2), strict=True):
+        levels[name] = Plan({n: LayerPlan(weight_bits=bits, act_bits=8, **range_) for n in ("conv", "proj")})
+    return TemporalPlan({n: levels[n] for n in names}, tuple(steps))
+
+
+def followed(scheduler, steps: str, **options):
+    """A pipeline whose denoiser notes the level of each call."""
+    runtime = prepare(Small(), small_plan(steps))
+    pipe = Pipe(runtime.model, scheduler, **options)
+    runtime.model.conv.register_forward_hook(lambda *_: pipe.seen.append(runtime.level))
+    runtime.follow(pipe)
+    return runtime, pipe
+
+
+def test_levels_share_one_weight_and_own_storage_is_quantize(unet, calibration):
+    plans = {f"W{b}A8": Plan.uniform(unet, b, 8).with_calibration(calibration) for b in (8, 4)}
+    plan = TemporalPlan({"16": None, **plans}, ("16", "W4A8"))
+    torch.manual_seed(3)
+    inputs = unet_inputs()
+    with torch.no_grad():
+        full = unet(**inputs)[0]
+        own = prepare(copy.deepcopy(unet), plan, storage="own", keep_full=True)
+        nested = prepare(copy.deepcopy(unet), plan)
+        own.level = "16"
+        assert torch.equal(own.model(**inputs)[0], full)
+        for name, level in plans.items():
+            reference = copy.deepcopy(unet)
+            quantize(reference, mixdq_config(level))
+            own.level = nested.level = name
+            expected = reference(**inputs)[0]
+            assert torch.equal(own.model(**inputs)[0], expected)
+            noise = (expected - full).square().mean()
+            assert (nested.model(**inputs)[0] - full).square().mean() < 2 * noise
+        nested.level = "16"
+        weights_only = (nested.model(**inputs)[0] - full).square().mean()
+        nested.level = "W8A8"
+        assert 0 < weights_only < (nested.model(**inputs)[0] - full).square().mean()
+    assert nested.bytes() < own.bytes()
+
+
+def test_one_graph_for_each_level_and_none_after_that():
+    from torch._dynamo.testing import CompileCounter
+
+    runtime, counter = prepare(Small(), small_plan("abcd")), CompileCounter()
+    torch._dynamo.reset()
+    pipe = Pipe(torch.compile(runtime.model, backend=counter, fullgraph=True), DDIMScheduler())
+    runtime.follow(pipe)
+    pipe(4)
+    assert counter.frame_count == 4
+    with torch.compiler.set_stance("fail_on_recompile"):
+        runtime.plan = small_plan("dcba")
+        pipe(4)
+        pipe(4)
+    assert counter.frame_count == 4
+
+
+def test_compiling_after_following_never_silently_loses_the_schedule():
+    """Either the compiled model follows, or the compiler refuses."""
+    runtime, pipe = followed(DDIMScheduler(), "abca")
+    torch._dynamo.reset()
+    pipe.unet = torch.compile(runtime.model, backend="eager")
+    pipe(4)
+    assert pipe.seen == list("abca")
+
+
+def test_inductor_gives_what_eager_does():
+    """At 8 bits (planes put together) and at 4 (the high plane as it lies)."""
+    runtime = prepare(Small(), small_plan("abcd"))
+    torch._dynamo.reset()
+    compiled = torch.compile(runtime.model, fullgraph=True)
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor(500)
+    with torch.no_grad():
+        for level in "bc":
+            runtime.level = level
+            torch.testing.assert_close(compiled(x, t)[0], runtime.model(x, t)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "repeats"),
+    [
+        (DDIMScheduler(), 1),
+        (EulerDiscreteScheduler(), 1),
+        (EulerAncestralDiscreteScheduler(timestep_spacing="trailing"), 1),
+        (LCMScheduler(), 1),
+        (FlowMatchEulerDiscreteScheduler(), 1),
+        (PNDMScheduler(skip_prk_steps=True), None),
+        (HeunDiscreteScheduler(), None),
+        (KDPM2DiscreteScheduler(), None),
+    ],
+)
+def test_every_scheduler_is_followed(scheduler, repeats):
+    _, pipe = followed(scheduler, "abcdabcd", guided=True)
+    pipe(8)
+    calls = pipe.seen[::2]
+    assert pipe.seen[1::2] == calls  # guidance's two halves at one level
+    if repeats:
+        assert calls == list("abcdabcd")
+    else:  # several calls in a step: every level in order, none skipped
+        assert [c for i, c in enumerate(calls) if i == 0 or c != calls[i - 1]] == list("abcdabcd")
+    pipe.seen.clear()
+    pipe(8)
+    assert pipe.seen[::2] == calls
+
+
+def test_a_run_that_begins_late_has_the_end_of_the_schedule():
+    _, pipe = followed(EulerDiscreteScheduler(), "aabbccdd")
+    pipe(8, begin=5)
+    assert pipe.seen == list("cdd")
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda t: t.expand(2),
+        lambda t: t.expand(2).to(torch.bfloat16),
+        lambda t: t.expand(2).to(torch.bfloat16) / 1000,
+        lambda t: t.clone(),
+    ],
+)
+def test_timesteps_in_other_guises(transform):
+    _, pipe = followed(FlowMatchEulerDiscreteScheduler(shift=3.0), "abcdabcd")
+    pipe(8, transform=transform)
+    assert pipe.seen == list("abcdabcd")
+
+
+def test_the_scheduler_may_be_exchanged():
+    _, pipe = followed(DDIMScheduler(), "abcd")
+    pipe.scheduler = EulerDiscreteScheduler()
+    pipe(4)
+    assert pipe.seen == list("abcd")
+
+
+def test_another_number_of_steps_is_an_error_or_resampled():
+    runtime, pipe = followed(DDIMScheduler(), "abcd")
+    with pytest.raises(ScheduleError, match="for 4 steps, the scheduler runs 8"):
+        pipe(8)
+    runtime.follow(pipe, resample=True)
+    with pytest.warns(UserWarning, match="resampled to 8") as warned:
+        pipe(8)
+        pipe(8)
+    assert pipe.seen == list("aabbccdd") * 2 and len(warned) == 1
+    runtime.unfollow()
+    pipe.seen.clear()
+    pipe(8)
+    assert pipe.seen == ["d"] * 8
+
+
+def test_a_timestep_of_another_pipeline_is_an_error():
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(4)
+    assert step_of(scheduler.timesteps, scheduler.timesteps[2].item(), 4) == 2
+    with pytest.raises(ScheduleError, match="timestep 432 is none of the scheduler's 4"):
+        step_of(scheduler.timesteps, torch.tensor(432), 4)
+    assert step_count(torch.tensor([9.0, 5.0, 5.0, 1.0, 1.0]), 2) == 3
+    assert step_count(torch.tensor([9.0, 7.0, 5.0, 3.0, 1.0]), 2) == 3
+
+
+def test_wrong_levels_are_named_before_anything_changes(unet, calibration):
+    runtime = prepare(Small(), small_plan("ab"))
+    with pytest.raises(ScheduleError, match="level is 'z', the model was prepared for a, b, c, d"):
+        runtime.level = "z"
+    with pytest.raises(ScheduleError, match="level 'e': the model was prepared for"):
+        runtime.plan = TemporalPlan({"e": None}, ("e",))
+    with pytest.raises(QuantizationError, match="prepared for levels already"):
+        prepare(runtime.model, small_plan("ab"))
+    with pytest.raises(ScheduleError, match="not the model that was prepared"):
+        runtime.follow(SimpleNamespace(unet=Small(), scheduler=DDIMScheduler()))
+    model = Small()
+    kinds = [type(m) for m in model.modules()]
+    for levels, words in (
+        ({"a": Plan({"conv": LayerPlan(weight_bits=8, act_bits=8)})}, "level 'a': layer 'conv': act_bits is 8"),
+        ({"a": Plan({"nope": LayerPlan(weight_bits=8)})}, "level 'a': layer 'nope'"),
+        ({"a": Plan({"proj": LayerPlan(act_bits=8, act_range=(-1.0, 1.0))})}, "no integer product"),
+    ):
+        with pytest.raises(PlanError, match=words):
+            prepare(model, TemporalPlan(levels, ("a",)))
+    halves = {n: Plan({"conv": LayerPlan(weight_bits=8, split=s)}) for n, s in (("a", 1), ("b", 2))}
+    with pytest.raises(ScheduleError, match="layer 'conv': level 'b' has split 2, another level 1"):
+        prepare(model, TemporalPlan(halves, ("a",)))
+    signs = {n: Plan({"conv": LayerPlan(weight_bits=4, symmetric=s)}) for n, s in (("a", True), ("b", False))}
+    with pytest.raises(ScheduleError, match="symmetric=False at 4 bits"):
+        prepare(model, TemporalPlan(signs, ("a",)), storage="own")
+    with torch.no_grad():
+        model.proj.weight[0, 0] = torch.nan
+    with pytest.raises(QuantizationError, match="layer 'proj': weight has 1 NaN"):
+        prepare(model, small_plan("ab"))
+    assert [type(m) for m in model.modules()] == kinds
+
+
+def test_a_state_dict_moves_to_a_model_prepared_alike():
+    torch.manual_seed(1)
+    first, second = (prepare(Small(), small_plan("abcd")) for _ in range(2))
+    second.model.load_state_dict(first.model.state_dict())
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor(3)
+    for level in "abcd":
+        first.level = second.level = level
+        assert torch.equal(first.model(x, t)[0], second.model(x, t)[0])
+    twin = copy.deepcopy(first)
+    twin.level = "a"
+    assert first.level == "d" and twin.model.conv.switch is not first.model.conv.switch
