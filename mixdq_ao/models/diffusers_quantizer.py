@@ -40,6 +40,10 @@ from .plan_of import plan_of
 METHOD = "mixdq"
 
 
+# diffusers 0.39 began to ask a quantizer for plain tensors when it saves, and to give them back when it loads.
+HAS_HOOKS = hasattr(DiffusersQuantizer, "get_state_dict_and_metadata")
+
+
 class Method(StrEnum):
     MIXDQ = METHOD
 
@@ -104,6 +108,10 @@ class MixDQQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
+            if not HAS_HOOKS:
+                raise CheckpointError(
+                    "diffusers before 0.39 cannot load quantized safetensors; upgrade it, or use load_quantized"
+                )
             _take_types(model, self.checkpoint)
         else:
             config = plan_config.mixdq_config(
@@ -192,7 +200,7 @@ class MixDQQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
-        return True
+        return HAS_HOOKS
 
     @property
     def is_trainable(self) -> bool:

@@ -225,3 +225,13 @@ def test_the_command_line_saves_and_draws(tmp_path, bundled_plan, capsys):
     assert main(["generate", str(PIPELINE), "--plan", plan, *prompt, "--out", str(tmp_path / "b")]) == 0
     (a,), (b,) = list((tmp_path / "a").iterdir()), list((tmp_path / "b").iterdir())
     assert a.read_bytes() == b.read_bytes()
+
+
+def test_a_diffusers_without_the_hooks_says_so(tmp_path, quantized, monkeypatch):
+    """Before 0.39 diffusers can quantize while loading, but neither saves nor loads quantized tensors."""
+    save_quantized(quantized, tmp_path / "m")
+    monkeypatch.setattr("mixdq_ao.models.diffusers_quantizer.HAS_HOOKS", False)
+    with pytest.raises(CheckpointError, match="diffusers before 0.39.*load_quantized"):
+        UNet2DConditionModel.from_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match="not serializable"):
+        load_quantized(tmp_path / "m").save_pretrained(tmp_path / "n")
