@@ -52,6 +52,7 @@ def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = N
     import torch
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+    from .. import models  # noqa: F401  (diffusers learns to load what we saved)
     from .quiet import silence_loading_bars
 
     silence_loading_bars()
