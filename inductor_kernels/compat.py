@@ -34,6 +34,7 @@ __all__ = [
     "realize_inputs",
     "register_lowering",
     "select",
+    "tag_caches",
     "triton_device",
     "view",
     "zero",
@@ -79,6 +80,11 @@ def call_python(node, expression: str) -> None:
     kernel = kernel.inputs[0] if isinstance(kernel, ir.MultiOutput) else kernel
     if isinstance(kernel, ir.FallbackKernel) and not config.cpp_wrapper:
         kernel.python_kernel_name = expression
+
+
+def tag_caches(tag: str) -> None:
+    """Keep compiled code of other versions of these lowerings out of the way: Inductor's caches know only the graph."""
+    torch.compiler.config.cache_key_tag += f"[{tag}]"
 
 
 def hint(size) -> int:

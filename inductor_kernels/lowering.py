@@ -1,7 +1,9 @@
 """How Inductor generates code for the operators: templates on a GPU, calls everywhere else."""
 
 import functools
+import hashlib
 import math
+from pathlib import Path
 
 import torch
 
@@ -163,3 +165,16 @@ def _conv2d_weight_only(capability, x, weight, wzp, scale, bias, bits, stride, p
     named = {"WZP": wzp, "SCALE": scale, "BIAS": bias}
     geometry = (stride, padding, dilation)
     return _convolution(x, weight, named, x.get_dtype(), bits, geometry, capability, prologue=False)
+
+
+def _version() -> str:
+    """A digest of everything that decides what code is generated."""
+    here = Path(__file__).parent
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted((*here.glob("*.py"), *here.glob("templates/*"))):
+        if path.is_file():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+compat.tag_caches(f"inductor_kernels-{_version()}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil
 from typing import Literal
@@ -12,6 +12,7 @@ from torch import nn
 
 from .errors import PlanError
 from .plan import LayerPlan, Plan, PlanSummary
+from .quantize.quantizer import act_params
 
 Group = Literal["content", "quality"]
 GroupRule = Callable[[str], Group]
@@ -128,8 +129,8 @@ def stored_bytes(shape: LayerShape, layer: LayerPlan) -> int:
 
     Per output channel: packed codes (each run of input channels padded to a byte), a float32 scale, an int8 zero
     point below 8 bits, a BOS row in the model's type where wanted. Per layer (or half of a split one) with
-    quantized activations: a float32 scale and its reciprocal, an int32 zero point. The BOS embedding, shared by
-    all layers, is counted once by ``summarize``.
+    quantized activations: a float32 scale and its reciprocal, an int32 zero point. What several layers share, the
+    BOS embedding and equal activation parameters, is counted once by ``summarize``.
     """
     if layer.weight_bits == 16:
         return shape.element * (shape.weights + shape.bias)
@@ -156,10 +157,23 @@ def summarize(plan: Plan, model: nn.Module) -> PlanSummary:
             {n: p.weight_bits for n, p in planned.items()}, {n: s.weights for n, s in shapes.items()}
         ),
         average_act_bits=_mean({n: p.act_bits for n, p in planned.items()}, act),
-        bytes=bos + sum(stored_bytes(shapes[n], p) for n, p in planned.items()),
+        bytes=bos + sum(stored_bytes(shapes[n], p) for n, p in planned.items()) - _repeated_bytes(planned.values()),
         counts=dict(Counter(p.weight_bits for p in planned.values())),
         act_counts=dict(Counter(p.act_bits for p in planned.values())),
     )
+
+
+def _repeated_bytes(layers: Iterable[LayerPlan]) -> int:
+    """Bytes of activation parameters beyond the first of each value: weights hold equal ones once."""
+    acts = [
+        act_params(*r, bits=layer.act_bits)
+        for layer in layers
+        if layer.weight_bits < 16 and layer.act_bits < 16
+        for r in (layer.act_range, layer.split_act_range)
+        if r is not None
+    ]
+    floats, integers = {v for a in acts for v in (a.scale, a.inv_scale)}, {a.zero_point for a in acts}
+    return 4 * (3 * len(acts) - len(floats) - len(integers))
 
 
 def _mean(values: Mapping[str, float], weights: Mapping[str, float]) -> float:
