@@ -42,6 +42,10 @@ __all__ = [
 
 log = logging.getLogger("inductor_kernels")
 
+if torch.torch_version.TorchVersion(torch.__version__) < (2, 13):
+    # Pointwise work on [B, T, N] joins a product of [B T, N] only if its loops are merged before kernels are fused.
+    config.loop_ordering_after_fusion = False
+
 
 def triton_device(device: torch.device) -> int | None:
     """The compute capability (90 for sm_90) Triton code will run at, or None where none can be made.
