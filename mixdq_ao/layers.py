@@ -85,6 +85,11 @@ def check_layer(module: nn.Module, layer: LayerPlan, *, need_ranges: bool = True
         raise PlanError(
             f"split is {layer.split}, expected less than the {channels} input channels of an ungrouped convolution"
         )
+    if layer.needs_moment and isinstance(module, nn.Conv2d) and module.groups != 1:
+        raise PlanError(
+            f"weight_range is {layer.weight_range!r} and rounding {layer.rounding!r} on a convolution of "
+            f"{module.groups} groups, expected 'minmax' or 'mse', and 'nearest'"
+        )
     if layer.bos and not isinstance(module, nn.Linear):
         raise PlanError("bos is true, expected a linear layer that reads the text embedding")
     if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .errors import PlanError
 from .jsonfile import read_document, write_document
@@ -20,6 +20,8 @@ FORMAT, VERSION = "mixdq-plan", 1
 WEIGHT_BITS = (2, 4, 8, 16)
 ACT_BITS = (4, 8, 16)
 Range = tuple[float, float]
+WeightRange = Literal["minmax", "mse", "output"]
+Rounding = Literal["nearest", "compensated"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +38,10 @@ class LayerPlan:
         split: channels of the first half of a concatenated input, quantized with its own range and scales.
         split_act_range: (lo, hi) of the second half where ``split`` is set.
         bos: rows equal to the plan's BOS embedding give the precomputed full-precision output row.
+        weight_range: what each output channel's scale is made for: "minmax", all its weights; "mse", the least squared
+            error of the weights; "output", the least squared error of the layer's output. Same bytes, same speed.
+        rounding: "nearest", or "compensated": weights not yet rounded make up for the error of those that are. This
+            and "output" need the second moments of the layer's input when quantizing (``input_moments``).
     """
 
     weight_bits: int = 16
@@ -45,6 +51,8 @@ class LayerPlan:
     split: int | None = None
     split_act_range: Range | None = None
     bos: bool = False
+    weight_range: WeightRange = "minmax"
+    rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
         _expect(
@@ -80,6 +88,15 @@ class LayerPlan:
             "null where split is null",
         )
         _expect(isinstance(self.bos, bool), "bos", self.bos, "true or false")
+        _expect_one_of("weight_range", self.weight_range, get_args(WeightRange))
+        _expect_one_of("rounding", self.rounding, get_args(Rounding))
+        plain = self.weight_range == "minmax" and self.rounding == "nearest"
+        _expect(
+            plain or self.weight_bits < 16,
+            "rounding" if self.weight_range == "minmax" else "weight_range",
+            self.rounding if self.weight_range == "minmax" else self.weight_range,
+            "'nearest' and 'minmax' at 16 bits",
+        )
 
     @property
     def quantized(self) -> bool:
@@ -92,6 +109,11 @@ class LayerPlan:
             self.act_range is not None and (self.split is None or self.split_act_range is not None)
         )
 
+    @property
+    def needs_moment(self) -> bool:
+        """The weight cannot be rounded without the second moment of the layer's input."""
+        return self.weight_range == "output" or self.rounding == "compensated"
+
     def to_json(self) -> dict[str, Any]:
         """All fields, ranges as lists; fields at their default are left out to keep the file readable."""
         defaults = LayerPlan(weight_bits=self.weight_bits, act_bits=self.act_bits)
@@ -102,6 +124,10 @@ class LayerPlan:
 def _expect(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
         raise PlanError(f"{name} is {value!r}, expected {expected}")
+
+
+def _expect_one_of(name: str, value: object, offered: tuple[str, ...]) -> None:
+    _expect(isinstance(value, str) and value in offered, name, value, f"one of {', '.join(map(repr, offered))}")
 
 
 def parse_range(name: str, value: object) -> Range:

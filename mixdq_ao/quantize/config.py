@@ -18,15 +18,17 @@ from ..errors import PlanError, QuantizationError
 from ..layers import check_layer, check_plan, find_layers
 from ..plan import LayerPlan, Plan
 from .fake import FakeQuantizer, with_fake_quantizer, without_fake_quantizer
+from .planned import check_moment, check_moment_fits, quantize_planned
 from .quantizer import ActQuant, act_params, refuse_unusable
-from .tensor import MixDQTensor, SplitMixDQTensor, is_quantized
+from .tensor import MixDQTensor, SplitMixDQTensor, bos_row, is_quantized
 
 Mode = Literal["real", "fake"]
 
 
 @dataclass
 class MixDQLayerConfig(AOBaseConfig):
-    """What one layer becomes: its LayerPlan, the mode, and the BOS embedding [K] its plan asks for.
+    """What one layer becomes: its LayerPlan, the mode, and what its plan asks for: the BOS embedding [K], the second
+    moment of its input [K, K].
 
     ``mode="real"``: packed integers and integer products. ``mode="fake"``: the same rounding in floating point,
     differentiable, the weight stays a parameter.
@@ -36,6 +38,7 @@ class MixDQLayerConfig(AOBaseConfig):
     mode: Mode = "real"
     bos_embedding: Tensor | None = None
     name: str = ""
+    moment: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in ("real", "fake"):
@@ -47,6 +50,10 @@ class MixDQLayerConfig(AOBaseConfig):
             )
         if self.layer.bos and self.bos_embedding is None:
             raise PlanError(f"layer {self.name!r}: bos is true, expected bos_embedding")
+        try:
+            check_moment(self.moment, self.layer)
+        except PlanError as e:
+            raise PlanError(f"layer {self.name!r}: {e}") from e
 
     def acts(self) -> tuple[ActQuant, ...]:
         """Activation parameters of the input, or of its two halves; empty with 16-bit activations."""
@@ -64,7 +71,11 @@ class MixDQConfig(FqnToConfig):
 
 
 def mixdq_config(
-    plan: Plan, *, mode: Mode = "real", overrides: Mapping[str, AOBaseConfig | None] | None = None
+    plan: Plan,
+    *,
+    mode: Mode = "real",
+    overrides: Mapping[str, AOBaseConfig | None] | None = None,
+    moments: Mapping[str, Tensor] | None = None,
 ) -> MixDQConfig:
     """A torchao ``FqnToConfig`` with one exact name for each layer the plan quantizes.
 
@@ -73,9 +84,11 @@ def mixdq_config(
         mode: "real" or "fake", see MixDQLayerConfig.
         overrides: {layer name, or "re:" and a regular expression: any torchao config, or None to leave the
             layer alone}; they win over the plan, so other torchao features combine with it.
+        moments: {layer: second moment of its input [K, K]}, from ``input_moments``: needed by layers whose rounding
+            is "compensated" or whose weight_range is "output".
 
     Raises:
-        PlanError: a layer lacks its range, or cannot be quantized as asked.
+        PlanError: a layer lacks its range or its moment, or cannot be quantized as asked.
     """
     import re
 
@@ -91,7 +104,8 @@ def mixdq_config(
                 f"layer {name!r}: act_bits is {layer.act_bits} but there is no act_range; "
                 "run calibrate() and Plan.with_calibration()"
             )
-        configs[name] = MixDQLayerConfig(layer, mode, bos if layer.bos else None, name)
+        moment = moments.get(name) if moments is not None and layer.needs_moment else None
+        configs[name] = MixDQLayerConfig(layer, mode, bos if layer.bos else None, name, moment)
     config = MixDQConfig(configs)
     config.plan, config.overrides = plan, overrides
     return config
@@ -107,6 +121,7 @@ def _quantize_layer(module: nn.Module, config: MixDQLayerConfig) -> nn.Module:
         raise QuantizationError(f"layer {config.name!r} is quantized already; load the original model to quantize anew")
     try:
         check_layer(module, config.layer)
+        check_moment_fits(config.moment, config.layer, module.weight)
         if config.mode == "fake":
             refuse_unusable(module.weight)
             return with_fake_quantizer(module, fake_quantizer(config))
@@ -119,23 +134,26 @@ def _quantize_layer(module: nn.Module, config: MixDQLayerConfig) -> nn.Module:
 
 def fake_quantizer(config: MixDQLayerConfig) -> FakeQuantizer:
     """The rounding a config asks for, in fake mode."""
-    layer = config.layer
-    return FakeQuantizer(layer.weight_bits, bool(layer.symmetric), config.acts(), layer.split, config.bos_embedding)
+    return FakeQuantizer(config.layer, config.acts(), config.bos_embedding, config.moment)
 
 
 def quantized_weight(weight: Tensor, config: MixDQLayerConfig) -> MixDQTensor | SplitMixDQTensor:
     """The quantized form of a layer's weight."""
-    layer, acts = config.layer, config.acts() or (None, None)
-    if layer.split is None:
-        embedding = None if config.bos_embedding is None else config.bos_embedding.to(weight.device)
-        return MixDQTensor.from_hp(
-            weight, layer.weight_bits, symmetric=layer.symmetric, act=acts[0], bos_embedding=embedding
-        )
-    halves = [
-        MixDQTensor.from_hp(half.contiguous(), layer.weight_bits, symmetric=layer.symmetric, act=act)
-        for half, act in zip(weight.tensor_split([layer.split], 1), acts, strict=True)
-    ]
-    return SplitMixDQTensor(halves[0], halves[1], weight.dtype)
+    layer, embedding = config.layer, config.bos_embedding
+    acts = config.acts() or (None, None)
+    quants = quantize_planned(weight, layer, config.moment)
+    if layer.split is not None:
+        parts = zip(quants, acts, strict=True)
+        halves = [MixDQTensor.from_codes(q, layer.weight_bits, weight.dtype, act=act) for q, act in parts]
+        return SplitMixDQTensor(halves[0], halves[1], weight.dtype)
+    return MixDQTensor.from_codes(
+        quants[0],
+        layer.weight_bits,
+        weight.dtype,
+        act=acts[0],
+        bos_embedding=None if embedding is None else embedding.to(weight.device),
+        bos_output=None if embedding is None else bos_row(weight, embedding),
+    )
 
 
 def quantize_(model: nn.Module, config: AOBaseConfig, **kwargs: object) -> None:
@@ -170,6 +188,7 @@ def _check(model: nn.Module, config: MixDQConfig) -> None:
             raise QuantizationError(f"layer {name!r} is quantized already; load the original model to quantize anew")
         try:
             check_layer(layers[name], layer_config.layer)
+            check_moment_fits(layer_config.moment, layer_config.layer, layers[name].weight)
             refuse_unusable(layers[name].weight)
         except (PlanError, QuantizationError) as e:
             raise type(e)(f"layer {name!r}: {e}") from e

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..plan import LayerPlan
 from .bos import bos_mask
-from .quantizer import ActQuant, fake_quantize_act, quantize_weight
+from .planned import quantize_planned
+from .quantizer import ActQuant, WeightQuant, fake_quantize_act
 from .tensor import bos_row
 
 
@@ -18,35 +20,84 @@ def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
     return x + (rounded - x).detach()
 
 
+def rounded_weight(weight: Tensor, layer: LayerPlan, moment: Tensor | None) -> Tensor:
+    """The values a layer's codes stand for, shaped and typed like ``weight``."""
+    return values_of(quantize_planned(weight, layer, moment), weight.dtype)
+
+
+def values_of(quants: list[WeightQuant], dtype: torch.dtype) -> Tensor:
+    """What the codes of a weight, or of its two halves, stand for."""
+    return torch.cat([q.dequantize() for q in quants], 1).to(dtype)
+
+
+@torch.library.custom_op("mixdq_ao::searched_weight", mutates_args=())
+def searched_weight(
+    weight: Tensor,
+    moment: Tensor | None,
+    bits: int,
+    symmetric: bool,
+    split: int | None,
+    weight_range: str,
+    rounding: str,
+) -> Tensor:
+    """``rounded_weight`` in one operator, where it goes over columns and ranges in loops no graph should hold."""
+    how: dict[str, Any] = {"symmetric": symmetric, "split": split, "weight_range": weight_range, "rounding": rounding}
+    return rounded_weight(weight, LayerPlan(weight_bits=bits, **how), moment)
+
+
+@searched_weight.register_fake
+def _(weight: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(weight)
+
+
 class FakeQuantizer(nn.Module):
     """How one layer rounds its weight and input; no parameters of its own.
 
     Attributes:
-        weight_bits, symmetric: as in LayerPlan; 16 leaves the weight alone.
+        layer: bits and rounding; 16 bits leave the weight alone.
         acts: activation parameters of each half of the input (one entry without a split; empty: 16 bit).
-        split: channels of the first half, or None.
+        moment: second moment of the input [K, K], where the layer's rounding needs it.
     """
 
     bos_embedding: Tensor | None
+    moment: Tensor | None
 
     def __init__(
         self,
-        weight_bits: int,
-        symmetric: bool,
+        layer: LayerPlan,
         acts: tuple[ActQuant, ...],
-        split: int | None,
         bos_embedding: Tensor | None,
+        moment: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.weight_bits, self.symmetric, self.acts, self.split = weight_bits, symmetric, acts, split
+        self.layer, self.acts = layer, acts
         self.register_buffer("bos_embedding", bos_embedding, persistent=False)
+        self.register_buffer("moment", moment if layer.needs_moment else None, persistent=False)
+        self.kept: list[WeightQuant] | None = None
+
+    @property
+    def split(self) -> int | None:
+        return self.layer.split
+
+    def keep(self, weight: Tensor) -> None:
+        """Rounds ``weight`` once and for all: later calls give that result, for a weight that does not change. Its
+        codes are kept, a byte each."""
+        if self.layer.weight_bits < 16 and self.kept is None:
+            self.kept, self.moment = quantize_planned(weight.detach(), self.layer, self.moment), None
 
     def weight(self, weight: Tensor) -> Tensor:
-        if self.weight_bits == 16:
+        if self.layer.weight_bits == 16:
             return weight
-        halves = [weight] if self.split is None else weight.tensor_split([self.split], 1)
-        rounded = [quantize_weight(h, self.weight_bits, symmetric=self.symmetric).dequantize() for h in halves]
-        return straight_through(weight, torch.cat(rounded, 1).to(weight.dtype))
+        rounded = self._rounded(weight) if self.kept is None else values_of(self.kept, weight.dtype)
+        return straight_through(weight, rounded)
+
+    def _rounded(self, weight: Tensor) -> Tensor:
+        layer = self.layer
+        if layer.weight_range == "minmax" and layer.rounding == "nearest":
+            return rounded_weight(weight, layer, None)
+        bits, symmetric = layer.weight_bits, bool(layer.symmetric)
+        rounding = layer.split, layer.weight_range, layer.rounding
+        return searched_weight(weight.detach(), self.moment, bits, symmetric, *rounding)
 
     def input(self, x: Tensor) -> Tensor:
         """The input rounded; x is [..., K], or [(B,) C, H, W] where the layer has a split."""
@@ -60,7 +111,7 @@ class FakeQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         acts = {0: 16}.get(len(self.acts)) or {15: 4, 255: 8}[self.acts[0].levels]
-        return f"W{self.weight_bits}A{acts}" + ("" if self.split is None else f", split={self.split}")
+        return f"W{self.layer.weight_bits}A{acts}" + ("" if self.split is None else f", split={self.split}")
 
 
 class FakeQuantLinear(nn.Linear):

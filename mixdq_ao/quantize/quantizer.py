@@ -1,7 +1,7 @@
 """The numerics: how a weight or an activation becomes integer codes. Everything else calls these functions.
 
-Rounding is to nearest, ties to even. Quantizing an activation multiplies by a stored reciprocal, never divides, so
-that eager, compiled C++ and compiled CUDA code agree to the code.
+Rounding is to nearest, ties to even, unless a weight's error is compensated. Quantizing an activation multiplies by
+a stored reciprocal, never divides, so that eager, compiled C++ and compiled CUDA code agree to the code.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from ..errors import QuantizationError
+from ..plan import Rounding, WeightRange
+from .compensate import Compensation, best_compensated
+from .grid import SMALLEST_SCALE, Grid, best_grid, minmax_grid, shrunk_grids, squared_error
 
-# Below this a scale is subnormal in float32, its reciprocal overflows, and codes become NaN.
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny * 4
+STEPS = {"nearest": 32, "compensated": 8}
+"""Ranges tried below min-max; every one of them is a whole compensated rounding where errors are compensated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +49,16 @@ def _rows(x: Tensor, dim: int) -> Tensor:
     return x.reshape(-1, *[1] * (dim - 1))
 
 
-def quantize_weight(weight: Tensor, bits: int, *, symmetric: bool | None = None) -> WeightQuant:
-    """Min-max rounding per output channel (dimension 0).
+def quantize_weight(
+    weight: Tensor,
+    bits: int,
+    *,
+    symmetric: bool | None = None,
+    weight_range: WeightRange = "minmax",
+    rounding: Rounding = "nearest",
+    moment: Tensor | None = None,
+) -> WeightQuant:
+    """Rounding with a scale per output channel (dimension 0).
 
     Symmetric: scale = max|w| / (2^(bits-1) - 1). Asymmetric (4 and 2 bit): the range is widened to hold 0,
     scale = (max - min) / (2^bits - 1), zero_point = round(-min / scale), as in section 3 of arXiv 2405.17873.
@@ -57,30 +68,62 @@ def quantize_weight(weight: Tensor, bits: int, *, symmetric: bool | None = None)
         weight: [N, ...], any floating dtype; computed in float32.
         bits: 8, 4 or 2.
         symmetric: default true at 8 bits (the only choice there), false at 4 and 2.
+        weight_range: "minmax", as above; "mse": per channel the narrower range, if any, with which the rounded weight
+            has the least squared error; "output": with which the layer's output has, as ``moment`` tells.
+        rounding: "nearest", or "compensated" (see ``compensate``).
+        moment: float32 [K, K], mean of x x^T over the K inputs each output is a sum over, in the order of
+            ``weight.flatten(1)``; needed for "output" and "compensated".
 
     Raises:
-        QuantizationError: bits not offered, an empty weight, NaN or infinity in it.
+        QuantizationError: bits not offered, an empty weight, NaN or infinity in it, a moment missing or of another
+            shape.
     """
     symmetric = bits == 8 if symmetric is None else symmetric
     if bits not in (2, 4, 8) or (bits == 8 and not symmetric):
         raise QuantizationError(f"weight_bits={bits}, symmetric={symmetric}: expected 8 (symmetric), 4 or 2 bits")
     refuse_unusable(weight)
     rows = weight.detach().to(torch.float32).flatten(1)
-    if symmetric:
-        top = 2 ** (bits - 1) - 1
-        scale = _usable_scale(rows.abs().amax(1) / top)
-        codes = torch.round(rows / scale[:, None]).clamp(-top, top)
-        if bits == 8:
-            return WeightQuant(codes.to(torch.int8).view(weight.shape), scale, None)
-        zero = torch.full_like(scale, 2 ** (bits - 1))
+    grid = minmax_grid(rows, bits, symmetric)
+    if (weight_range, rounding) == ("minmax", "nearest") or rows.is_meta:
+        codes = grid.codes(rows)
     else:
-        top = 2**bits - 1
-        lo, hi = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
-        scale = _usable_scale(hi / top - lo / top)
-        zero = torch.round(-lo / scale).clamp(0, top)
-        codes = torch.round(rows / scale[:, None])
-    codes = (codes + zero[:, None]).clamp(0, 2**bits - 1)
-    return WeightQuant(codes.to(torch.uint8).view(weight.shape), scale, zero.to(torch.int8))
+        usable = None if moment is None else _usable_moment(moment, rows)
+        grid, codes = _searched(rows, grid, bits, symmetric, weight_range, rounding, usable)
+    if bits == 8:
+        return WeightQuant(codes.to(torch.int8).view(weight.shape), grid.scale, None)
+    return WeightQuant(codes.to(torch.uint8).view(weight.shape), grid.scale, grid.zero.to(torch.int8))
+
+
+def _searched(
+    rows: Tensor,
+    widest: Grid,
+    bits: int,
+    symmetric: bool,
+    weight_range: WeightRange,
+    rounding: Rounding,
+    moment: Tensor | None,
+) -> tuple[Grid, Tensor]:
+    """Grid and codes of ``rows`` where they are more than min-max and nearest."""
+    if moment is None and (weight_range == "output" or rounding == "compensated"):
+        raise QuantizationError(f"weight_range={weight_range!r}, rounding={rounding!r}: expected a moment of the input")
+    grids = shrunk_grids(widest, bits, symmetric, STEPS[rounding if weight_range == "output" else "nearest"])
+    nearest = squared_error(rows, widest.scale, moment if weight_range == "output" else None)
+    if rounding == "nearest" or moment is None:
+        grid = best_grid(grids, nearest)
+        return grid, grid.codes(rows)
+    if weight_range == "mse":
+        widest = best_grid(grids, nearest)
+    tried = list(grids) if weight_range == "output" else [widest]
+    return best_compensated(rows, tried, Compensation.of(moment), moment, widest.scale)
+
+
+def _usable_moment(moment: Tensor, rows: Tensor) -> Tensor:
+    """``moment`` where the weight is, its mean diagonal 1 so that no error leaves float32."""
+    if moment.shape != (rows.shape[1], rows.shape[1]):
+        raise QuantizationError(f"moment has shape {tuple(moment.shape)}, expected {(rows.shape[1],) * 2}")
+    moment = moment.to(rows.device, torch.float32)
+    mean = moment.diagonal().mean()
+    return moment / mean if mean > 0 else moment
 
 
 def refuse_unusable(weight: Tensor) -> None:
@@ -95,11 +138,6 @@ def refuse_unusable(weight: Tensor) -> None:
             f"weight has {int(bad.sum())} NaN or infinite values (first in output channel "
             f"{int(bad.flatten(1).any(1).nonzero()[0])}); repair the checkpoint or give the layer 16 bits"
         )
-
-
-def _usable_scale(scale: Tensor) -> Tensor:
-    """A zero scale means a channel of zeros: any scale represents it. A subnormal one is raised to normal."""
-    return torch.where(scale == 0, torch.ones_like(scale), scale.clamp(min=SMALLEST_SCALE))
 
 
 @dataclass(frozen=True, slots=True)

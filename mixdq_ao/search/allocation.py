@@ -10,6 +10,7 @@ from math import ceil
 from ..plan import LayerPlan, Plan
 from .additive import Errors, additive_errors
 from .request import Request
+from .roundings import rounded_as
 from .sensitivity import GROUPS, Kind
 from .tables import stored
 
@@ -120,10 +121,10 @@ class Assembler:
         return self._figures[id(part)][1]
 
     def _layers(self, weight: Part, act: Part) -> dict[str, LayerPlan]:
-        kept = LayerPlan()
+        kept, layers = LayerPlan(), self.request.sensitivity.layers
         return {
-            name: kept if name in self.request.protect else _layer(weight.bits[name], act.bits[name])
-            for name in self.request.sensitivity.layers
+            name: kept if name in self.request.protect else _layer(bits, act.bits[name], layers[name].rounding(bits))
+            for name, bits in {**dict.fromkeys(layers, 16), **weight.bits}.items()
         }
 
     def _groups(self, part: Part) -> dict[str, list[str]]:
@@ -174,5 +175,6 @@ class Assembler:
 
 
 @cache
-def _layer(weight_bits: int, act_bits: int) -> LayerPlan:
-    return LayerPlan(weight_bits=weight_bits, act_bits=act_bits)
+def _layer(weight_bits: int, act_bits: int, rounding: str) -> LayerPlan:
+    layer = LayerPlan(weight_bits=weight_bits, act_bits=act_bits)
+    return layer if weight_bits == 16 else rounded_as(layer, rounding)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,8 @@ from ..plan import LayerPlan
 from ..progress import progress
 from .calibrate import calibrate
 from .calibration import Calibration
+from .moments_file import fingerprint_of
+from .roundings import PLAIN, best_of, check_roundings, rounded_as, usable
 from .sensitivity import LayerSensitivity, Sensitivity, sqnr_from_error
 from .store import Store, fingerprint
 from .trial import Trials
@@ -27,20 +29,26 @@ Kind = Literal["weight", "act"]
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One trial: which layer, weight or activation, how many bits."""
+    """One trial: which layer, weight or activation, how many bits, and how a weight is rounded."""
 
     name: str
     kind: Kind
     bits: int
+    rounding: str = PLAIN
+
+    @property
+    def label(self) -> str:
+        """Bits, and the rounding where it is not plain."""
+        return str(self.bits) if self.rounding == PLAIN else f"{self.bits} {self.rounding}"
 
     @property
     def key(self) -> str:
-        return f"{self.name}|{self.kind}|{self.bits}"
+        return f"{self.name}|{self.kind}|{self.label}"
 
     def layer(self, calibration: Calibration) -> LayerPlan:
         """The layer with only its weight, or only its input, quantized."""
         if self.kind == "weight":
-            plan = LayerPlan(weight_bits=self.bits)
+            plan = rounded_as(LayerPlan(weight_bits=self.bits), self.rounding)
         else:
             plan = LayerPlan(act_bits=self.bits)
         return calibration.layers[self.name].plan(plan, bos=True, split=True)
@@ -60,6 +68,8 @@ def analyze(
     seed: int = 0,
     batch_size: int = 16,
     rule: GroupRule = group_of,
+    roundings: Sequence[str] = (PLAIN,),
+    moments: Mapping[str, Tensor] | None = None,
     replay: bool = True,
     probes: int | None = None,
     precision: float = 0.995,
@@ -80,13 +90,18 @@ def analyze(
         calibration: ranges of the activations; calibrated on the same prompts and steps when None.
         steps, guidance_scale, seed, batch_size: see Sampling.
         rule: layer name -> "content" or "quality".
+        roundings: ways to round a weight that are tried at every bit width, as "weight_range rounding" of a LayerPlan
+            ("output compensated" is usually the best). Of each layer and bit width the one with the least error of the
+            denoiser's output is kept; the sensitivity says which (``weight_roundings``), and ``allocate`` plans it.
+        moments: from ``input_moments``, for roundings that need them; layers they lack go without those.
         replay: compute only what follows the changed layer (False: run everything every time).
         probes, precision: of method "probe" (see ``probe_sensitivity``).
         budget: bytes of intermediate results kept between runs or probes.
 
     Raises:
-        SensitivityError: the store cannot be used. MixDQError: prompts are empty.
+        SensitivityError: the store cannot be used, a rounding is unknown. MixDQError: prompts are empty.
     """
+    roundings = check_roundings(roundings)
     if method not in ("one_at_a_time", "probe"):
         raise MixDQError(f"method is {method!r}, expected 'one_at_a_time' or 'probe'")
     prompts = check_prompts(prompts)
@@ -100,16 +115,30 @@ def analyze(
 
         bits = {"weight_bits": weight_bits, "act_bits": act_bits}
         limits = {"probes": probes, "precision": precision, "budget": budget}
-        return probe_sensitivity(pipe, prompts, sampling, calibration, store=store, rule=rule, **bits, **limits)
+        ways = {"roundings": roundings, "moments": moments}
+        return probe_sensitivity(pipe, prompts, sampling, calibration, store=store, rule=rule, **bits, **ways, **limits)
     settings = {"prompts": prompts, "sampling": asdict(sampling), "calibration": calibration_key(calibration)}
+    settings |= rounding_settings(roundings, moments)
     with Store(store, fingerprint(denoiser(pipe), settings)) as results, torch.no_grad():
         trials = Trials(pipe, prompts, sampling, replay=replay, budget=budget)
         kinds: tuple[tuple[Kind, Sequence[int]], ...] = (("weight", weight_bits), ("act", act_bits))
-        todo = [Evaluation(n, k, b) for n in trials.called() for k, bits in kinds for b in bits]
-        _run_all(trials, [e for e in todo if results.get(e.key) is None], calibration, results.put, rule)
+        todo = [
+            Evaluation(n, k, b, r)
+            for n in trials.called()
+            for k, bits in kinds
+            for b in bits
+            for r in (usable(roundings, n, trials.layers[n], moments) if k == "weight" else (PLAIN,))
+        ]
+        _run_all(trials, [e for e in todo if results.get(e.key) is None], calibration, results.put, rule, moments)
         values = {e: results.results[e.key] for e in todo}
     metadata = {"prompts": len(prompts), "sampling": asdict(sampling), "method": method}
     return Sensitivity({n: _layer(trials, n, values, calibration, rule(n)) for n in trials.called()}, metadata)
+
+
+def rounding_settings(roundings: Sequence[str], moments: Mapping[str, Tensor] | None) -> dict[str, Any]:
+    """What roundings add to a store's fingerprint; nothing where they are plain."""
+    settings: dict[str, Any] = {} if tuple(roundings) == (PLAIN,) else {"roundings": list(roundings)}
+    return settings if moments is None or not settings else settings | {"moments": fingerprint_of(moments)}
 
 
 def calibration_key(calibration: Calibration) -> dict[str, Any]:
@@ -123,22 +152,30 @@ def _run_all(
     calibration: Calibration,
     put: Callable[[str, dict[str, float]], None],
     rule: GroupRule,
+    moments: Mapping[str, Tensor] | None,
 ) -> None:
     embedding = None if calibration.bos_embedding is None else torch.tensor(calibration.bos_embedding)
     for e in todo:
         check_layer(trials.layers[e.name], e.layer(calibration))
     with progress("analyzing", len(todo)) as bar:
         for e in todo:
-            result = _finite(e, trials, calibration, embedding, images=rule(e.name) == "content")
+            moment = None if moments is None else moments.get(e.name)
+            result = _finite(e, trials, calibration, embedding, moment, images=rule(e.name) == "content")
             put(e.key, result)
             bar.advance(note=e.key)
 
 
 def _finite(
-    e: Evaluation, trials: Trials, calibration: Calibration, embedding: Tensor | None, *, images: bool
+    e: Evaluation,
+    trials: Trials,
+    calibration: Calibration,
+    embedding: Tensor | None,
+    moment: Tensor | None,
+    *,
+    images: bool,
 ) -> dict[str, float]:
     """The trial's figures; an output that overflows is an error power of 1e6 and an SSIM of 0."""
-    result = trials.measure(e.name, e.layer(calibration), embedding, images=images)
+    result = trials.measure(e.name, e.layer(calibration), embedding, images=images, moment=moment)
     error = result["error"]
     finite = {"error": error if math.isfinite(error) else 1e6}
     if "ssim" in result:
@@ -153,7 +190,9 @@ def _layer(
     calibration: Calibration,
     group: Group,
 ) -> LayerSensitivity:
-    own = {(e.kind, e.bits): v for e, v in values.items() if e.name == name}
+    every = {e: v for e, v in values.items() if e.name == name}
+    best = best_of({(e.bits, e.rounding): v["error"] for e, v in every.items() if e.kind == "weight"})
+    own = {(e.kind, e.bits): v for e, v in every.items() if e.kind == "act" or e.rounding == best[e.bits]}
     shape = LayerShape.of(trials.layers[name])
     score = lambda v: v["ssim"] if group == "content" else sqnr_from_error(v["error"])  # noqa: E731
     bits = sorted(b for k, b in own if k == "weight")
@@ -167,4 +206,5 @@ def _layer(
         weight_errors={b: v["error"] for (k, b), v in own.items() if k == "weight"},
         act_errors={b: v["error"] for (k, b), v in own.items() if k == "act"},
         weight_bytes={b: stored_bytes(shape, plan(b)) for b in bits},
+        weight_roundings={b: r for b, r in best.items() if r != PLAIN},
     )

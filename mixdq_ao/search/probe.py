@@ -7,16 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import SensitivityError
 from ..layers import GroupRule
 from ..models.pipelines import Sampling, denoiser
 from ..progress import Bar, progress
-from .analyze import calibration_key
+from .analyze import calibration_key, rounding_settings
 from .calibration import Calibration
 from .probe_batch import BatchProbe, batches
 from .probe_delta import LayerDeltas, deltas_of
 from .probe_result import to_sensitivity
 from .probe_stats import Estimates
+from .roundings import PLAIN
 from .sensitivity import Sensitivity
 from .store import Store, fingerprint
 
@@ -35,6 +38,8 @@ def probe_sensitivity(
     weight_bits: Sequence[int],
     act_bits: Sequence[int],
     rule: GroupRule,
+    roundings: Sequence[str] = (PLAIN,),
+    moments: Mapping[str, Tensor] | None = None,
     probes: int | None = None,
     precision: float = 0.995,
     budget: int = 4 << 30,
@@ -55,10 +60,11 @@ def probe_sensitivity(
     Probes run in rounds of 2, 2, 4, 8, ... until the estimated rank correlation with infinitely many (see
     Estimates.settled) reaches ``precision`` for weights and activations at every bit width, or 32 have run. Metadata
     holds ``probes``, ``settled``, ``standard_errors`` (of the errors), ``picture_errors`` and
-    ``picture_standard_errors`` (mean squared error of the pictures, values in [0, 1]).
+    ``picture_standard_errors`` (mean squared error of the pictures, values in [0, 1]); with several roundings also
+    ``rounding_errors``, the errors of all of them, whereas all other figures are of the best.
 
     Args:
-        pipe, prompts, store, weight_bits, act_bits, rule: see ``analyze``.
+        pipe, prompts, store, weight_bits, act_bits, rule, roundings, moments: see ``analyze``.
         probes: exactly so many probes; None: as many as ``precision`` asks for.
         budget: bytes of layers' output changes kept between probes; what does not fit is computed again.
 
@@ -68,7 +74,7 @@ def probe_sensitivity(
     if (probes is not None and probes < 1) or not 0 < precision < 1:
         raise SensitivityError(f"probes is {probes}, precision {precision}; expected at least 1, and between 0 and 1")
     model = denoiser(pipe)
-    deltas = deltas_of(model, calibration, weight_bits, act_bits)
+    deltas = deltas_of(model, calibration, weight_bits, act_bits, roundings, moments)
     content = {name for name in deltas if rule(name) == "content"}
     settings = {
         "method": "probe",
@@ -77,6 +83,7 @@ def probe_sensitivity(
         "calibration": calibration_key(calibration),
         "bits": [list(weight_bits), list(act_bits)],
         "content": sorted(content),
+        **rounding_settings(roundings, moments),
     }
     with Store(store, fingerprint(model, settings)) as results:
         runs = _Runs(pipe, list(batches(prompts, sampling)), deltas, content, budget, results)

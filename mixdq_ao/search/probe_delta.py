@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from ..quantize.bos import bos_mask
 from ..quantize.config import MixDQLayerConfig, fake_quantizer
 from ..quantize.fake import FakeQuantizer
 from ..quantize.quantizer import refuse_unusable
-from .analyze import Evaluation, Kind
+from .analyze import Evaluation
 from .calibration import Calibration
+from .roundings import PLAIN, usable
 
 
 class LayerDeltas:
@@ -27,6 +28,9 @@ class LayerDeltas:
         module: a linear or convolution layer in floating point.
         choices: what to quantize; all of them name this layer.
         embedding: the BOS embedding [K] on the model's device, or None.
+        moment: second moment of the layer's input, for choices that need it.
+
+    Codes of weights that are not rounded plainly are kept, a byte a weight and choice; others are made anew.
 
     Raises:
         MixDQError: the layer cannot be quantized as asked, or was not calibrated.
@@ -38,6 +42,7 @@ class LayerDeltas:
         choices: Sequence[Evaluation],
         calibration: Calibration,
         embedding: Tensor | None,
+        moment: Tensor | None = None,
     ) -> None:
         self.module, self.choices = module, tuple(choices)
         self.bos: Tensor | None = None
@@ -45,15 +50,19 @@ class LayerDeltas:
         try:
             refuse_unusable(module.weight)
             for choice in self.choices:
-                self._add(choice, calibration, embedding)
+                self._add(choice, calibration, embedding, moment)
         except MixDQError as e:
             raise type(e)(f"layer {self.choices[0].name!r}: {e}") from e
 
-    def _add(self, choice: Evaluation, calibration: Calibration, embedding: Tensor | None) -> None:
+    def _add(
+        self, choice: Evaluation, calibration: Calibration, embedding: Tensor | None, moment: Tensor | None
+    ) -> None:
         plan = choice.layer(calibration)
         check_layer(self.module, plan)
-        config = MixDQLayerConfig(plan, "fake", embedding if plan.bos else None, choice.name)
+        config = MixDQLayerConfig(plan, "fake", embedding if plan.bos else None, choice.name, moment)
         self.quantizers.append(fake_quantizer(config))
+        if choice.rounding != PLAIN:
+            self.quantizers[-1].keep(self.module.weight)
         if plan.bos:
             self.bos = self.quantizers[-1].bos_embedding
 
@@ -84,18 +93,26 @@ class LayerDeltas:
 
 
 def deltas_of(
-    model: nn.Module, calibration: Calibration, weight_bits: Sequence[int], act_bits: Sequence[int]
+    model: nn.Module,
+    calibration: Calibration,
+    weight_bits: Sequence[int],
+    act_bits: Sequence[int],
+    roundings: Sequence[str] = (PLAIN,),
+    moments: Mapping[str, Tensor] | None = None,
 ) -> dict[str, LayerDeltas]:
-    """The deltas of every calibrated layer of ``model``: its weight at each of ``weight_bits``, its input at each of
-    ``act_bits``. Raises SensitivityError where neither is given."""
+    """The deltas of every calibrated layer of ``model``: its weight at each of ``weight_bits`` in each of the
+    ``roundings`` it can be given, its input at each of ``act_bits``. Raises SensitivityError where neither bit widths
+    are given or a layer can be given no rounding."""
     if not weight_bits and not act_bits:
         raise SensitivityError("weight_bits and act_bits are both empty, expected at least one bit width")
     device, embedding = next(model.parameters()).device, calibration.bos_embedding
     bos = None if embedding is None else torch.tensor(embedding, device=device)
-    kinds: tuple[tuple[Kind, Sequence[int]], ...] = (("weight", weight_bits), ("act", act_bits))
     deltas = {}
     for name, module in find_layers(model).items():
         if name in calibration.layers:
-            choices = [Evaluation(name, kind, bits) for kind, widths in kinds for bits in widths]
-            deltas[name] = LayerDeltas(module, choices, calibration, bos)
+            ways = usable(roundings, name, module, moments)
+            choices = [Evaluation(name, "weight", bits, rounding) for bits in weight_bits for rounding in ways]
+            choices += [Evaluation(name, "act", bits) for bits in act_bits]
+            moment = None if moments is None else moments.get(name)
+            deltas[name] = LayerDeltas(module, choices, calibration, bos, moment)
     return deltas

@@ -11,6 +11,7 @@ from ..plan import LayerPlan
 from .calibration import Calibration
 from .probe_delta import LayerDeltas
 from .probe_stats import Estimates, Key
+from .roundings import PLAIN, best_of
 from .sensitivity import ERROR_FLOOR, Kind, LayerSensitivity, Sensitivity, sqnr_from_error
 
 
@@ -25,7 +26,7 @@ def to_sensitivity(
     values = dict(zip(estimates.keys, estimates.values.tolist(), strict=True))
     names = dict.fromkeys(name for name, *_ in estimates.keys)
     layers = {n: _layer(n, values, deltas[n], calibration, rule(n)) for n in names}
-    return Sensitivity(layers, {**metadata, **_figures(estimates)})
+    return Sensitivity(layers, {**metadata, **_figures(estimates, deltas, layers)})
 
 
 def psnr_from_mse(mse: float) -> float:
@@ -38,9 +39,12 @@ def _layer(
 ) -> LayerSensitivity:
     shape, own = LayerShape.of(deltas.module), calibration.layers[name]
 
+    weights = [choice for choice in deltas.choices if choice.kind == "weight"]
+    best = best_of({(c.bits, c.rounding): values[name, "weight", c.label, "output"] for c in weights})
+
     def table(kind: Kind, target: str) -> dict[int, float]:
-        widths = [choice.bits for choice in deltas.choices if choice.kind == kind]
-        return {bits: values[name, kind, bits, target] for bits in widths}
+        kept = [c for c in deltas.choices if c.kind == kind and (kind == "act" or c.rounding == best[c.bits])]
+        return {c.bits: values[name, kind, c.label, target] for c in kept}
 
     def scores(kind: Kind) -> dict[int, float]:
         if group == "content":
@@ -57,25 +61,41 @@ def _layer(
         weight_errors=table("weight", "output"),
         act_errors=table("act", "output"),
         weight_bytes={bits: stored_bytes(shape, plan(bits)) for bits in sorted(table("weight", "output"))},
+        weight_roundings={bits: rounding for bits, rounding in best.items() if rounding != PLAIN},
     )
 
 
-def _figures(estimates: Estimates) -> dict[str, Any]:
-    settled = {f"{kind}|{bits}|{target}": r for (kind, bits, target), r in estimates.settled.items()}
-    return {
-        "probes": len(estimates.second),
-        "settled": settled,
-        "content_score": "psnr",
-        "standard_errors": _nested(estimates, "output", estimates.standard_errors.tolist()),
-        "picture_errors": _nested(estimates, "picture", estimates.values.tolist()),
-        "picture_standard_errors": _nested(estimates, "picture", estimates.standard_errors.tolist()),
+def _figures(
+    estimates: Estimates, deltas: Mapping[str, LayerDeltas], layers: Mapping[str, LayerSensitivity]
+) -> dict[str, Any]:
+    kept = {
+        (c.name, c.kind, c.label): str(c.bits)
+        for name, layer in layers.items()
+        for c in deltas[name].choices
+        if c.kind == "act" or c.rounding == layer.rounding(c.bits)
     }
+    values, spread = estimates.values.tolist(), estimates.standard_errors.tolist()
+    figures = {
+        "probes": len(estimates.second),
+        "settled": {f"{kind}|{label}|{target}": r for (kind, label, target), r in estimates.settled.items()},
+        "content_score": "psnr",
+        "standard_errors": _nested(estimates, "output", spread, kept),
+        "picture_errors": _nested(estimates, "picture", values, kept),
+        "picture_standard_errors": _nested(estimates, "picture", spread, kept),
+    }
+    if any(c.rounding != PLAIN for d in deltas.values() for c in d.choices):
+        every = {(c.name, c.kind, c.label): f"{c.bits} {c.rounding}" for n in layers for c in deltas[n].choices}
+        weights = {key: label for key, label in every.items() if key[1] == "weight"}
+        figures["rounding_errors"] = _nested(estimates, "output", values, weights)
+    return figures
 
 
-def _nested(estimates: Estimates, wanted: str, values: list[float]) -> dict[str, dict[str, dict[str, float]]]:
-    """{layer: {kind: {bits: value}}} as JSON keeps it."""
+def _nested(
+    estimates: Estimates, wanted: str, values: list[float], labels: Mapping[tuple[str, str, str], str]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """{layer: {kind: {label: value}}} as JSON keeps it, of the choices in ``labels``."""
     result: dict[str, dict[str, dict[str, float]]] = {}
-    for (name, kind, bits, target), value in zip(estimates.keys, values, strict=True):
-        if target == wanted:
-            result.setdefault(name, {}).setdefault(kind, {})[str(bits)] = value
+    for (name, kind, label, target), value in zip(estimates.keys, values, strict=True):
+        if target == wanted and (name, kind, label) in labels:
+            result.setdefault(name, {}).setdefault(kind, {})[labels[name, kind, label]] = value
     return result

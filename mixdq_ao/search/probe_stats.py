@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .probe_batch import Record
 
 Array = NDArray[np.float64]
-Key = tuple[str, str, int, str]
+Key = tuple[str, str, str, str]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Estimates:
     """Records of all probes and batches, summed over batches.
 
     Attributes:
-        keys: (layer, kind, bits, "output" or "picture"), in order of the layers' first calls.
+        keys: (layer, kind, label of an Evaluation, "output" or "picture"), in order of the layers' first calls.
         second, fourth: [probes, keys] sums of p^2 and p^4 over samples, steps and batches.
         power, pixels: sum of squares of the outputs, number of picture values.
     """
@@ -42,7 +42,7 @@ class Estimates:
             return np.array([[sum(r.get(n + suffix, 0.0) for r in batch) for n in names] for batch in records])
 
         split = [n.rsplit("|", 3) for n in names]
-        keys = [(name, kind, int(bits), target) for name, kind, bits, target in split]
+        keys = [(name, kind, label, target) for name, kind, label, target in split]
         power, pixels = (sum(r[n] for r in records[0]) for n in ("power", "pixels"))
         return cls(keys, total(""), total("|4th"), power, pixels)
 
@@ -66,16 +66,16 @@ class Estimates:
         return np.sqrt(self.fourth.sum(0) * 2 / 3) / len(self.second) / self.scale
 
     @cached_property
-    def settled(self) -> dict[tuple[str, int, str], float]:
-        """{(kind, bits, target): estimated rank correlation, over layers, of ``values`` with infinitely many probes}.
+    def settled(self) -> dict[tuple[str, str, str], float]:
+        """{(kind, label, target): estimated rank correlation, over layers, of ``values`` with infinitely many probes}.
 
         From the Spearman correlation r of two halves (even and odd probes): the whole correlates with another whole
         of its size by 2 r / (1 + r) (Spearman 1910, Brown 1910), and with the limit by the root of that. 0 with
         fewer than two probes.
         """
-        columns: dict[tuple[str, int, str], list[int]] = defaultdict(list)
-        for i, (_, kind, bits, target) in enumerate(self.keys):
-            columns[kind, bits, target].append(i)
+        columns: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+        for i, (_, kind, label, target) in enumerate(self.keys):
+            columns[kind, label, target].append(i)
         return {key: self._reliability(of) for key, of in columns.items()}
 
     def _reliability(self, columns: list[int]) -> float:

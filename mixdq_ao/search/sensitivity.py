@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..errors import SensitivityError
 from ..jsonfile import read_document, write_document
+from .roundings import PLAIN, ROUNDINGS
 
 FORMAT, VERSION = "mixdq-sensitivity", 1
 BITS = (2, 4, 8, 16)
@@ -41,6 +42,8 @@ class LayerSensitivity:
         weight_scores, act_scores: {bits: the group's metric, SSIM or dB}; higher is less sensitive.
         weight_errors, act_errors: {bits: relative error power of the model's output}; may be empty.
         weight_bytes: {bits: bytes really stored, scales and zero points included}; may be empty.
+        weight_roundings: {bits: the rounding, of ``roundings.ROUNDINGS``, that scores and errors were measured with and
+            that ``allocate`` plans}; "minmax nearest" where it is absent.
     """
 
     group: Literal["content", "quality"]
@@ -51,6 +54,7 @@ class LayerSensitivity:
     weight_errors: Mapping[int, float] = field(default_factory=dict)
     act_errors: Mapping[int, float] = field(default_factory=dict)
     weight_bytes: Mapping[int, int] = field(default_factory=dict)
+    weight_roundings: Mapping[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.group not in GROUPS:
@@ -63,6 +67,8 @@ class LayerSensitivity:
         for name in ("weight_errors", "act_errors"):
             _check_table(name, getattr(self, name), _is_error, "a finite number >= 0")
         _check_table("weight_bytes", self.weight_bytes, _is_count, "a positive integer")
+        roundings = f"one of {', '.join(map(repr, ROUNDINGS))}"
+        _check_table("weight_roundings", self.weight_roundings, _is_rounding, roundings)
 
     def scores(self, kind: Kind) -> Mapping[int, float]:
         return self.weight_scores if kind == "weight" else self.act_scores
@@ -79,8 +85,15 @@ class LayerSensitivity:
             return {bits: sqnr_from_error(error) for bits, error in errors.items()}
         return dict(self.scores(kind)) if self.group == "quality" else {}
 
+    def rounding(self, bits: int) -> str:
+        """The rounding the weight's figures at ``bits`` are of."""
+        return self.weight_roundings.get(bits, PLAIN)
+
     def to_json(self) -> dict[str, Any]:
+        """All fields; no ``weight_roundings`` where all are plain, so that such files are as they always were."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if not self.weight_roundings:
+            del values["weight_roundings"]
         return {n: {str(b): x for b, x in v.items()} if isinstance(v, Mapping) else v for n, v in values.items()}
 
 
@@ -169,6 +182,10 @@ def _is_error(value: object) -> bool:
 
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 < value < 2**53
+
+
+def _is_rounding(value: object) -> bool:
+    return isinstance(value, str) and value in ROUNDINGS
 
 
 def _check_table(name: str, table: object, valid: Callable[[object], bool], expected: str) -> None:

@@ -72,7 +72,15 @@ class Trials:
             handle.remove()
         return Output(torch.stack(outputs), result if images else None)
 
-    def measure(self, name: str, layer: LayerPlan, bos_embedding: Tensor | None, *, images: bool) -> dict[str, float]:
+    def measure(
+        self,
+        name: str,
+        layer: LayerPlan,
+        bos_embedding: Tensor | None,
+        *,
+        images: bool,
+        moment: Tensor | None = None,
+    ) -> dict[str, float]:
         """Quantizes one layer (fake mode), everything else as it is.
 
         Returns:
@@ -80,7 +88,7 @@ class Trials:
             steps; "ssim": mean SSIM of the decoded pictures, where ``images`` is asked for.
         """
         noise = power = similarity = 0.0
-        with self._changed(name, layer, bos_embedding):
+        with self._changed(name, layer, bos_embedding, moment):
             for batch in self.batches:
                 with batch.recorder.replay(name) if self.use_replay else nullcontext():
                     output = self._run(batch.prompts, batch.sampling, images)
@@ -95,11 +103,15 @@ class Trials:
         return result
 
     @contextmanager
-    def _changed(self, name: str, layer: LayerPlan, bos_embedding: Tensor | None) -> Iterator[None]:
+    def _changed(
+        self, name: str, layer: LayerPlan, bos_embedding: Tensor | None, moment: Tensor | None = None
+    ) -> Iterator[None]:
         module = self.layers[name]
-        config = MixDQLayerConfig(layer, "fake", bos_embedding if layer.bos else None, name)
+        config = MixDQLayerConfig(layer, "fake", bos_embedding if layer.bos else None, name, moment)
+        quantizer = fake_quantizer(config)
+        quantizer.keep(module.weight)
         with ExitStack() as stack:
-            with_fake_quantizer(module, fake_quantizer(config))
+            with_fake_quantizer(module, quantizer)
             stack.callback(without_fake_quantizer, module)
             yield
 
