@@ -43,10 +43,11 @@ class MemoryEfficientOptimizer(Optimizer):
     _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves unscaling and skipping to step()
     _hooks: InBackward | None = None
     _versions: dict[Tensor, tuple[int, int]]
+    _places: dict[Tensor, int]
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, nonfinite: str, compile: bool) -> None:
         check_choice(nonfinite, NONFINITE, "nonfinite")
-        self._versions = {}
+        self._versions, self._places = {}, {}
         super().__init__(params, defaults)
         self.defaults.update(nonfinite=nonfinite, compile=bool(compile))
 
@@ -54,7 +55,7 @@ class MemoryEfficientOptimizer(Optimizer):
         """From a checkpoint (``Ready`` states), a copy, or a pickle."""
         own = defaultdict(dict, {k: v.tensors if isinstance(v, Ready) else v for k, v in state["state"].items()})
         super().__setstate__({**state, "state": own})
-        self._versions = {}
+        self._versions, self._places = {}, {}
 
     @classmethod
     @torch.no_grad()
@@ -313,9 +314,11 @@ class MemoryEfficientOptimizer(Optimizer):
         return ((group, p) for group in self.param_groups for p in group["params"])
 
     def _group_of(self, p: Tensor) -> dict[str, Any]:
-        for group, other in self._parameters():
-            if other is p:
-                return group
+        """The group of a parameter, as it is now: loading a checkpoint replaces the groups."""
+        if p not in self._places:
+            self._places = {q: i for i, group in enumerate(self.param_groups) for q in group["params"]}
+        if p in self._places:
+            return self.param_groups[self._places[p]]
         raise OptimizerError(f"a tensor {list(p.shape)} of {p.dtype} is not a parameter of this optimizer")
 
     def name_of(self, p: Tensor) -> str:

@@ -7,9 +7,9 @@ the old values, autograd says so instead of using the new ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +47,9 @@ class InBackward:
         self._clip = make_clip(clip, max_norm)
         self._done: set[Tensor] = set()
         self._overflowed = self._paused = False
-        groups = {p: group for group, p in optimizer._parameters()}
-        _check_model(model, groups, self.names)
-        self._groups = groups
-        self._handles = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in groups if p.requires_grad]
+        params = [p for _, p in optimizer._parameters()]
+        _check_model(model, params, self.names)
+        self._handles = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in params if p.requires_grad]
 
     def remove(self) -> None:
         """Take the hooks off: ``step()`` steps again."""
@@ -86,7 +85,7 @@ class InBackward:
                 "torch.amp.GradScaler cannot unscale gradients that are used inside backward; "
                 "pass a LossScale to attach() and call its scale(loss).backward(), then optimizer.step()"
             )
-        for p in self._groups:
+        for _, p in self._optimizer._parameters():
             if p.grad is not None:
                 self._step(p)
         if self._clip is not None and self._done:
@@ -107,14 +106,16 @@ class InBackward:
             self._step(p)
 
     def _step(self, p: Tensor) -> None:
-        o, name = self._optimizer, self.names[p]
+        o = self._optimizer
+        name = o.name_of(p)
         if p in self._done:
             raise OptimizerError(
                 f"{name}: a second gradient before step(), after the first was used. Accumulate with "
                 "`with handle.accumulating():` around all but the last backward; checkpoint activations with "
                 "use_reentrant=False, so that a weight used in several blocks has one gradient"
             )
-        assert p.grad is not None
+        if p.grad is None:
+            raise OptimizerError(f"{name}: its gradient is gone already; is a second optimizer attached to it?")
         if p.grad.layout is not torch.strided:
             refuse_sparse(p.grad, name)
         if not self._is_usable(p, name):
@@ -127,7 +128,7 @@ class InBackward:
         if self._clip is not None:
             o._state_of(p)
             factor *= self._clip.factor(p, square_norm(p.grad, p) * factor**2, o.state)
-        o._apply(self._groups[p], p, factor)
+        o._apply(o._group_of(p), p, factor)
         p.grad = None
         self._done.add(p)
 
@@ -148,17 +149,18 @@ class InBackward:
         return False
 
 
-def _check_model(model: nn.Module, groups: dict[Tensor, Any], names: dict[Tensor, str]) -> None:
-    if strange := [p for p in groups if p not in names]:
+def _check_model(model: nn.Module, params: Sequence[Tensor], names: dict[Tensor, str]) -> None:
+    if strange := [p for p in params if p not in names]:
         raise OptimizerError(
             f"attach: a parameter {list(strange[0].shape)} of the optimizer is not in the model; "
             "attach the model whose parameters the optimizer was made with"
         )
+    ours = set(params)
     for name, module in model.named_modules():
         if isinstance(module, DistributedDataParallel):
             raise OptimizerError(
                 f"attach: {name or 'the model'} is in DistributedDataParallel, which averages gradients after they are "
                 "complete; use fully_shard, or step() without attach"
             )
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight in groups:
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight in ours:
             raise OptimizerError(f"attach: {name} makes sparse gradients; build the embedding with sparse=False")

@@ -83,7 +83,8 @@ def check_same_as_torch_on_the_gathered_gradients() -> None:
         for p, q in zip(model.parameters(), reference.parameters(), strict=True):
             assert p.grad is not None
             q.grad = whole(p.grad).float()
-        optimizer.step(), other.step()
+        optimizer.step()
+        other.step()
         optimizer.zero_grad()
     assert all(same_bits(a, q) for a, q in zip(values(model, optimizer), reference.parameters(), strict=True))
     state = optimizer.state[model[3].weight]

@@ -52,7 +52,9 @@ def run() -> SimpleNamespace:
         give_gradients(models[0].parameters(), models[1].parameters())
         for p, q in zip(models[1].parameters(), models[2].parameters(), strict=True):
             q.grad = p.grad
-        ours.step(), theirs.step(), exact.step()
+        ours.step()
+        theirs.step()
+        exact.step()
 
     torch._dynamo.utils.counters.clear()
     _, code = run_and_get_code(step)
@@ -101,7 +103,8 @@ def test_sgd_is_torchs_to_the_bit():
     theirs = torch.optim.SGD(models[1].parameters(), foreach=False, **options)
     for _ in range(20):
         give_gradients(models[0].parameters(), models[1].parameters())
-        ours.step(), theirs.step()
+        ours.step()
+        theirs.step()
     assert all(same_bits(ours.fp32(p), q) for p, q in zip(*models, strict=True))
 
 

@@ -142,6 +142,32 @@ def test_what_only_earlier_passes_reached_is_stepped_at_the_end():
     assert all(optimizer.state[p]["step"] == 1 and p.grad is None for p in layers.parameters())
 
 
+def test_groups_may_change_after_attach():
+    """Loading replaces the groups, a scheduler writes into them, a group is added: steps follow."""
+    layers = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(2)).to(BF16)
+    saved = MemoryEfficientSGD(layers[0].parameters(), lr=0.25).state_dict()
+    optimizer = MemoryEfficientSGD(layers[0].parameters(), lr=1.0)
+    optimizer.attach(layers)
+    optimizer.load_state_dict(saved)
+    optimizer.add_param_group({"params": layers[1].parameters(), "lr": 0.5})
+    before = [optimizer.fp32(layer.weight) for layer in layers]
+    x = torch.ones(1, 4, dtype=BF16)
+    for lr in (0.25, 0.125):
+        optimizer.param_groups[0]["lr"] = lr
+        (layers[0](x) + layers[1](x)).sum().backward()
+        optimizer.step()
+    moved = [b - optimizer.fp32(layer.weight) for b, layer in zip(before, layers, strict=True)]
+    assert [m.mean().item() for m in moved] == pytest.approx([0.375, 1.0], abs=1e-6)
+
+
+def test_two_optimizers_on_one_parameter_are_refused():
+    model, first = pair()[0]
+    first.attach(model)
+    MemoryEfficientAdamW(model.parameters()).attach(model)
+    with pytest.raises(OptimizerError, match="is a second optimizer attached to it"):
+        model.loss(batches(1)[0]).backward()
+
+
 def test_remove_brings_back_steps_after_backward():
     one, two = pair()
     handle = two[1].attach(two[0])

@@ -1,0 +1,145 @@
+"""Training steps side by side: memory, time and final loss of the optimizers on a UNet.
+
+MIXDQ_OPTIM_SIZE=tiny|small|mid chooses the UNet (default small). Memory is measured in a process for each contender;
+steps are timed in one process, one of each contender in turn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixdq_ao import MemoryEfficientAdamW
+
+from .optim_subject import CONTENDERS, batch_of, make_unet
+
+SIZE = os.environ.get("MIXDQ_OPTIM_SIZE", "small")
+ROUNDS, SEEDS, LOSS_STEPS = 7, 3, 60
+MASTER = "torch AdamW, float32 + autocast"
+
+
+def show(title: str, rows: dict[str, str]) -> None:
+    print(f"\n{title}, {SIZE} UNet, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    for name, row in rows.items():
+        print(f"  {name:36} {row}")
+
+
+def test_memory(benchmark: Any) -> None:
+    """Peaks in MiB; freed memory goes back at once (large blocks are mapped), so resident peaks mean something."""
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+    def measure() -> dict[str, dict[str, float]]:
+        found = {}
+        for name in CONTENDERS:
+            command = [sys.executable, "-m", "benchmarks.optim_subject", name, SIZE]
+            done = subprocess.run(command, cwd=Path(__file__).parents[1], env=env, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            found[name] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    found = benchmark.pedantic(measure, rounds=1)
+    base = found[MASTER]
+    show(
+        "peak memory of a step",
+        {
+            name: f"{f['kept'] / f['parameters']:5.2f} B/parameter kept, live {f['live_peak'] / 2**20:6.1f} "
+            f"({f['live_peak'] / base['live_peak']:.2f}), resident {f['resident_peak'] / 2**20:6.1f} "
+            f"({f['resident_peak'] / base['resident_peak']:.2f})"
+            for name, f in found.items()
+        },
+    )
+    benchmark.extra_info.update(found, size=SIZE)
+    assert found["ours in backward"]["live_peak"] < found["ours"]["live_peak"] < base["live_peak"]
+
+
+def test_step_time(benchmark: Any) -> None:
+    """Whole training steps (forward, backward, optimizer); the machine's bfloat16 decides most of it."""
+    contenders = {name: make(make_unet(SIZE)) for name, make in CONTENDERS.items()}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    seed = 0
+
+    def one_round() -> None:
+        nonlocal seed
+        seed += 1
+        for name, contender in contenders.items():
+            batch = batch_of(seed)
+            start = time.perf_counter()
+            contender.step(batch)
+            times[name].append(time.perf_counter() - start)
+
+    benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=2)
+    medians = {name: statistics.median(t[2:]) for name, t in times.items()}
+    show(
+        "training step",
+        {
+            name: f"median {m * 1e3:7.1f} ms, least {min(times[name]) * 1e3:7.1f} ms ({m / medians[MASTER]:.2f})"
+            for name, m in medians.items()
+        },
+    )
+    benchmark.extra_info.update(seconds=medians, size=SIZE)
+
+
+def test_update_time(benchmark: Any) -> None:
+    """The optimizer's step alone, on one tensor of a million values, in nanoseconds a value."""
+    n = 1 << 20
+
+    def ready(make: Any, dtype: torch.dtype) -> torch.optim.Optimizer:
+        p = torch.nn.Parameter(torch.randn(n).to(dtype))
+        p.grad = torch.randn(n).to(dtype)
+        return make([p])
+
+    optimizers = {
+        "torch AdamW, float32": ready(lambda p: torch.optim.AdamW(p, foreach=False), torch.float32),
+        "torch AdamW fused, float32": ready(lambda p: torch.optim.AdamW(p, fused=True), torch.float32),
+        "ours": ready(MemoryEfficientAdamW, torch.bfloat16),
+        "ours, nothing checked": ready(lambda p: MemoryEfficientAdamW(p, nonfinite="propagate"), torch.bfloat16),
+        "ours, bfloat16 moments": ready(lambda p: MemoryEfficientAdamW(p, moments="bfloat16"), torch.bfloat16),
+        "ours, 8-bit moments": ready(lambda p: MemoryEfficientAdamW(p, moments="8bit"), torch.bfloat16),
+        "ours, compiled": ready(lambda p: MemoryEfficientAdamW(p, compile=True), torch.bfloat16),
+    }
+    times: dict[str, list[float]] = {name: [] for name in optimizers}
+
+    def one_round() -> None:
+        for name, optimizer in optimizers.items():
+            start = time.perf_counter()
+            optimizer.step()
+            times[name].append(time.perf_counter() - start)
+
+    benchmark.pedantic(one_round, rounds=20, warmup_rounds=2)
+    least = {name: min(t[2:]) / n * 1e9 for name, t in times.items()}
+    show("update", {name: f"{v:6.2f} ns/value" for name, v in least.items()})
+    benchmark.extra_info.update(nanoseconds=least)
+
+
+@pytest.mark.parametrize("size", ["tiny"])
+def test_final_loss(benchmark: Any, size: str) -> None:
+    """Mean loss of the last ten steps over three seeds: equal within the spread of the seeds."""
+
+    def train() -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+        for seed in range(SEEDS):
+            for name, make in CONTENDERS.items():
+                if "torchao" in name:
+                    continue  # compiles each shape: minutes
+                contender = make(make_unet(size, seed))
+                losses = [contender.step(batch_of(1000 * seed + step)) for step in range(LOSS_STEPS)]
+                found[name].append(statistics.mean(losses[-10:]))
+        return {name: v for name, v in found.items() if v}
+
+    found = benchmark.pedantic(train, rounds=1)
+    rows = {n: " ".join(f"{x:.4f}" for x in v) + f"  mean {statistics.mean(v):.4f}" for n, v in found.items()}
+    show(f"loss after {LOSS_STEPS} steps ({size})", rows)
+    benchmark.extra_info.update(losses=found)
+    spread = statistics.stdev(found["torch AdamW, float32"])
+    for values in found.values():
+        differences = [a - b for a, b in zip(values, found["torch AdamW, float32"], strict=True)]
+        assert abs(statistics.mean(differences)) < 2 * spread + 0.01
