@@ -18,6 +18,7 @@ from mixdq_ao import Plan, TemporalPlan, allocate, analyze, calibrate, prepare, 
 from mixdq_ao.app.output import show_table
 from mixdq_ao.jsonfile import write_document
 from mixdq_ao.models.pipelines import Sampling
+from mixdq_ao.search.store import fingerprint
 from mixdq_ao.temporal.additivity import check_additivity
 from mixdq_ao.temporal.baselines import exhaustive, hand_set
 from mixdq_ao.temporal.layer import Storage
@@ -43,6 +44,8 @@ class Study:
             found = allocate(sensitivity, weight_bits=bits, act_bits=8, objective="additive")
             self.levels[name] = found.plan.with_calibration(calibration)
         self.prompts = [p.text for p in subject.prompts(prompts, seed=2024, held_out=True)]
+        plans = {n: p and p.to_json() for n, p in self.levels.items()}
+        self.key = fingerprint(self.pipe.unet, {"prompts": self.prompts, "levels": plans})
 
     def error(self, steps: int, storage: Storage) -> GenerationError:
         """1 - SSIM of whole generations; 16 bit is exact."""
@@ -57,7 +60,7 @@ class Study:
     def settings(self, steps: int, storage: str, levels: Mapping[str, float] = COSTS) -> dict[str, Any]:
         """What all searches at one number of steps share; they read each other's measurements."""
         store = self.out / f"store_{steps}_{len(levels)}_{storage}.jsonl"
-        return {"steps": steps, "levels": dict(levels), "store": store, "subject": f"{len(self.prompts)} prompts"}
+        return {"steps": steps, "levels": dict(levels), "store": store, "subject": self.key}
 
 
 def main() -> None:
@@ -65,7 +68,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/schedule"))
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--costs", type=float, nargs="+", default=[0.25, 0.4])
+    parser.add_argument("--costs", type=float, nargs="+", default=[0.2, 0.25, 0.3, 0.4, 0.5])
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     study = Study(args.out, args.prompts)
@@ -136,14 +139,14 @@ def report(results: dict[str, Any], steps: int) -> None:
             [*rows, *(r for r in uniform if r not in rows)],
         )
     errors = results["storage"]["errors"]
-    rows = [(n, f"{e['own']:.5f}", f"{e['nested']:.5f}") for n, e in errors.items()]
+    rows = [(n, f"{e['own']:.2e}", f"{e['nested']:.2e}") for n, e in errors.items()]
     show_table(f"storage, bytes {results['storage']['bytes']}", ("levels", "own", "nested"), rows)
     print("4 steps of 3 levels:", results["small"])
     print("denoiser calls:", results["calls"])
 
 
 def _row(schedule: dict[str, Any]) -> tuple[str, str, str]:
-    return f"{schedule['error']:.5f}", f"{schedule['cost']:.3f}", " ".join(schedule["levels"])
+    return f"{schedule['error']:.2e}", f"{schedule['cost']:.3f}", " ".join(schedule["levels"])
 
 
 if __name__ == "__main__":

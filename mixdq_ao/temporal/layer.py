@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from inductor_kernels.packing import pack
+from inductor_kernels.packing import pack, unpack_weight
 
 from ..plan import LayerPlan
 from ..quantize.bos import bos_mask
@@ -71,8 +71,7 @@ class LevelWeight(nn.Module):
     def _nest(self, weight: Tensor) -> dict[int, Tensor]:
         quant = nested.nest(weight)
         self.register_buffer("planes", quant.planes)
-        for bits in (4, 2):
-            self.register_buffer(f"zero_{bits}", quant.zero_point[bits] if bits in self.bits else None)
+        self.register_buffer("zero_4", quant.zero_point if 4 in self.bits else None)
         return quant.scale
 
     def _own(self, weight: Tensor, forms: Sequence[tuple[LayerPlan, ActQuant | None]]) -> dict[int, Tensor]:
@@ -103,16 +102,20 @@ class LevelWeight(nn.Module):
             self.sums = torch.stack([self.integers(bits).flatten(1).sum(1, dtype=torch.int32) for bits in self.bits])
 
     def _stored(self, bits: int) -> Tensor:
-        return self.get_buffer("planes" if self.storage == "nested" else f"codes_{bits}")
+        """Packed codes as kernels take them; of a nested weight at 8 bits both planes."""
+        if self.storage == "own":
+            return self.get_buffer(f"codes_{bits}")
+        planes = self.get_buffer("planes")
+        return planes[0] if bits == 4 else planes
 
     def _zero(self, bits: int) -> Tensor | None:
         return None if bits == 8 else self._buffers[f"zero_{bits}"]
 
     def integers(self, bits: int) -> Tensor:
         """int8 [N, ..., K]: the integers the product multiplies by."""
-        if self.storage == "nested":
-            return nested.integers(self._stored(bits), self._zero(bits), bits, self.length)
-        return nested_op.weights.integers(self._stored(bits), self._zero(bits), bits, self.length)
+        if self.storage == "nested" and bits == 8:
+            return nested.merged(self._stored(8), self.length)
+        return unpack_weight(self._stored(bits), self._zero(bits), bits, self.length)
 
     def dequantize(self, form: Form, dtype: torch.dtype) -> Tensor:
         """The weight in floating point, in the logical shape [N, K] or [O, C / groups, kh, kw]."""
@@ -131,14 +134,13 @@ class LevelWeight(nn.Module):
             zero_point = self.zero_point[row]
             codes = quantize_act(x, self.inverse[row], zero_point, form.levels)
         stored, zero, total = self._stored(bits), self._zero(bits), None if sums is None else sums[row]
-        if self.storage == "own":
-            return nested_op.product(codes, stored, zero, total, scale, zero_point, bias, bits, geometry, x.dtype)
-        if bits != 4 and x.device.type == "cpu":
-            return torch.ops.mixdq_ao.nested_product(
-                codes, stored, zero, total, scale, zero_point, bias, bits, self.length, geometry, x.dtype
-            )
-        stored, width = nested.codes(stored, bits, self.length), nested_op.kernel_bits(bits)
-        return nested_op.product(codes, stored, zero, total, scale, zero_point, bias, width, geometry, x.dtype)
+        if self.storage == "nested" and bits == 8:
+            if x.device.type == "cpu":
+                return torch.ops.mixdq_ao.nested_product(
+                    codes, stored, total, scale, zero_point, bias, self.length, geometry, x.dtype
+                )
+            stored = nested.merged(stored, self.length)
+        return nested_op.product(codes, stored, zero, total, scale, zero_point, bias, bits, geometry, x.dtype)
 
 
 class LevelLayer(nn.Module):
@@ -161,12 +163,14 @@ class LevelLayer(nn.Module):
         bos_embedding: Tensor | None,
         storage: Storage,
     ) -> None:
-        """``plans``: how the layer runs at each level, None for its own weight in full; widths are 8, 4 or 2."""
+        """``plans``: how the layer runs at each level, None for its own weight in full; widths are 8, 4 or 2 (in nested
+        storage 2 becomes 4)."""
         super().__init__()
         for name in layer.__constants__:  # what models and pipelines ask a layer: in_features, kernel_size, ...
             if hasattr(layer, name):
                 setattr(self, name, getattr(layer, name))
         weight, self.bias, self.switch = layer.weight.detach(), layer.bias, switch
+        plans = {n: p and _stored_plan(p, storage) for n, p in plans.items()}
         quantized = [p for p in plans.values() if p is not None]
         self.split = next((p.split for p in quantized if p.split is not None), None)
         distinct = list(dict.fromkeys(quantized))
@@ -223,6 +227,11 @@ class LevelLayer(nn.Module):
     def extra_repr(self) -> str:
         names = {n: "full" if f is None else f"W{f.bits}A{_BITS[f.levels]}" for n, f in self.forms.items()}
         return ", ".join(f"{n}: {v}" for n, v in names.items())
+
+
+def _stored_plan(plan: LayerPlan, storage: Storage) -> LayerPlan:
+    """Nested storage has no 2 bits: what is planned there reads the same 4-bit plane in full."""
+    return replace(plan, weight_bits=4) if storage == "nested" and plan.weight_bits == 2 else plan
 
 
 _BITS = {None: 16, 15: 4, 255: 8}

@@ -1,4 +1,4 @@
-"""``torch.ops.mixdq_ao.nested_product``: 8- and 2-bit products from nested planes on a CPU.
+"""``torch.ops.mixdq_ao.nested_product``: 8-bit products from nested planes on a CPU.
 
 A CPU keeps weights in the form its kernels want, made once per weight (``inductor_kernels.weights``). Codes put
 together anew at every call would be new weights to it, so here they are made once and kept beside that form; with
@@ -18,8 +18,8 @@ from . import nested
 kernels = torch.ops.inductor_kernels
 library = torch.library.Library("mixdq_ao", "DEF")
 library.define(
-    "nested_product(Tensor x, Tensor planes, Tensor? weight_zero_point, Tensor? weight_sum, Tensor scale, "
-    "Tensor? zero_point, Tensor? bias, int bits, int length, int[] geometry, ScalarType out_dtype) -> Tensor",
+    "nested_product(Tensor x, Tensor planes, Tensor? weight_sum, Tensor scale, Tensor? zero_point, Tensor? bias, "
+    "int length, int[] geometry, ScalarType out_dtype) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -51,21 +51,12 @@ def product(
     )  # fmt: skip
 
 
-def kernel_bits(bits: int) -> int:
-    """The width of the codes a kernel gets: 2-bit ones come as coarse 4-bit ones."""
-    return max(bits, 4)
-
-
-def _nested_product(
-    x, planes, weight_zero_point, weight_sum, scale, zero_point, bias, bits, length, geometry, out_dtype
-) -> Tensor:
-    prepared = weights.find(planes, None, bits, length) or weights.add(planes, None, bits, length)
-    stored = prepared.forms.get("nested")
-    if stored is None:
-        stored = prepared.keep("nested", nested.codes(planes, bits, length).contiguous())
-    return product(
-        x, stored, weight_zero_point, weight_sum, scale, zero_point, bias, kernel_bits(bits), geometry, out_dtype
-    )  # fmt: skip
+def _nested_product(x, planes, weight_sum, scale, zero_point, bias, length, geometry, out_dtype) -> Tensor:
+    prepared = weights.find(planes, None, 8, length) or weights.add(planes, None, 8, length)
+    merged = prepared.forms.get("nested")
+    if merged is None:
+        merged = prepared.keep("nested", nested.merged(planes, length))
+    return product(x, merged, None, weight_sum, scale, zero_point, bias, 8, geometry, out_dtype)
 
 
 def _below_autograd(*arguments) -> Tensor:
@@ -75,7 +66,7 @@ def _below_autograd(*arguments) -> Tensor:
 
 
 @torch.library.register_fake("mixdq_ao::nested_product", lib=library)
-def _(x, planes, weight_zero_point, weight_sum, scale, zero_point, bias, bits, length, geometry, out_dtype):
+def _(x, planes, weight_sum, scale, zero_point, bias, length, geometry, out_dtype):
     n = planes.shape[1]
     if not geometry:
         return x.new_empty((*x.shape[:-1], n), dtype=out_dtype)

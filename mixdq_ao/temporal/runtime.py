@@ -38,9 +38,10 @@ def prepare(
         model: a denoiser in full precision.
         plan: its levels say what each layer becomes; 16-bit weights run as 8-bit ones with 16-bit activations.
         calibration: fills in ranges where the levels' plans have none yet.
-        storage: "nested": 4- and 2-bit weights are the upper bits of the 8-bit ones (``nested`` has the numerics),
-            and all levels together hold the bytes of one 8-bit model. "own": each width has codes of its own, as
-            ``quantize_`` would make them: better pictures at 4 and 2 bits, half and a quarter of those bytes more.
+        storage: "nested": 4-bit weights are the upper half of the 8-bit ones (``nested`` has the numerics), and all
+            levels together hold the bytes of one 8-bit model; 2-bit weights run at 4 bits, for they would read as
+            much. "own": each width has codes of its own, as ``quantize_`` would make them, for half and a quarter
+            of those bytes more.
         keep_full: also keep the model's own weights, so that 16 bit is exact.
 
     torch.compile makes one graph for each level when it is first seen, and none after that. It gives up after

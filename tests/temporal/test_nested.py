@@ -39,9 +39,6 @@ def test_planes_hold_the_eight_bit_code_and_its_rounded_upper_half(shape):
     assert q.min() >= -127 and q.max() <= 119
     assert torch.equal(quant.integers(4).to(torch.int64), torch.floor((q.double() + 8) / 16).to(torch.int64))
     assert set(quant.integers(4).unique().tolist()) <= set(range(-8, 8))
-    cells = torch.floor((high.double()) / 4).to(torch.int64)
-    zero = quant.zero_point[2].to(torch.int64).reshape(-1, *[1] * (len(shape) - 1))
-    assert torch.equal(quant.integers(2).to(torch.int64), 4 * cells + 2 - zero)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -60,10 +57,10 @@ def signal_to_noise(w: Tensor, values: Tensor) -> float:
 
 
 def test_what_nesting_costs_on_gaussian_channels():
-    """Against codes of their own: 8 and 4 bit lose less than 0.4 dB, 2 bit gains from the refitted scale."""
+    """Against codes of their own: 8 and 4 bit lose less than 0.4 dB."""
     w = torch.randn(64, 512)
     quant = nest(w)
-    for bits, at_least in ((8, -0.4), (4, -0.4), (2, 1.0)):
+    for bits, at_least in ((8, -0.4), (4, -0.4)):
         nested = quant.scale[bits][:, None] * quant.integers(bits).float()
         own = quantize_weight(w, bits).dequantize()
         assert signal_to_noise(w, nested) - signal_to_noise(w, own) > at_least
@@ -177,4 +174,14 @@ def test_planes_of_every_level_are_the_bytes_of_eight_bits():
     assert isinstance(held, LevelWeight)
     assert held.get_buffer("planes").nbytes == 64 * 32
     vectors = sum(b.nbytes for n, b in held.named_buffers() if n != "planes")
-    assert vectors == len(PLANS) * (4 * 32 + 4 + 4) + 2 * 32  # a scale and an activation range each; zero points
+    distinct = len(PLANS) - 1  # W2A8 runs as W4A8
+    assert vectors == distinct * (4 * 32 + 4 + 4) + 32  # a scale and an activation range each; zero points
+
+
+def test_two_bits_run_at_four_where_they_would_read_the_same_plane():
+    x, source = torch.randn(3, 32), nn.Linear(32, 8)
+    nested, own = (LevelLayer(source, PLANS, Switch("W2A8"), bos_embedding=None, storage=s) for s in ("nested", "own"))
+    coarse = nested(x)
+    nested.switch.level = "W4A8"
+    assert torch.equal(nested(x), coarse) and nested.forms["W2A8"] == nested.forms["W4A8"]
+    assert own.forms["W2A8"].bits == 2 and "W2A8: W4A8" in repr(nested)  # type: ignore[union-attr]
