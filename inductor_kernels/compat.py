@@ -15,6 +15,7 @@ from torch._inductor.select_algorithm import (
     realize_inputs,
 )
 from torch._inductor.virtualized import V
+from torch.torch_version import TorchVersion
 
 __all__ = [
     "SymbolicGridFn",
@@ -42,7 +43,7 @@ __all__ = [
 
 log = logging.getLogger("inductor_kernels")
 
-if torch.torch_version.TorchVersion(torch.__version__) < (2, 13):
+if TorchVersion(torch.__version__) < (2, 13):
     # Pointwise work on [B, T, N] joins a product of [B T, N] only if its loops are merged before kernels are fused.
     config.loop_ordering_after_fusion = False
 
