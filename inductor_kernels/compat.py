@@ -43,7 +43,7 @@ __all__ = [
 
 log = logging.getLogger("inductor_kernels")
 
-if TorchVersion(torch.__version__) < (2, 13):
+if TorchVersion(torch.__version__) < "2.13":
     # Pointwise work on [B, T, N] joins a product of [B T, N] only if its loops are merged before kernels are fused.
     config.loop_ordering_after_fusion = False
 
