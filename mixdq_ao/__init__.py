@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .search.analyze import analyze
     from .search.calibrate import Calibrator, calibrate
     from .search.calibration import Calibration
-    from .search.moments import input_moments
+    from .search.moments import Moments, input_moments
     from .search.pareto import pareto
     from .search.sensitivity import LayerSensitivity, Sensitivity
     from .temporal.plan import TemporalPlan
@@ -73,6 +73,7 @@ _HOME = {
     "Calibrator": "search.calibrate",
     "calibrate": "search.calibrate",
     "Calibration": "search.calibration",
+    "Moments": "search.moments",
     "input_moments": "search.moments",
     "pareto": "search.pareto",
     "LayerSensitivity": "search.sensitivity",

@@ -18,7 +18,7 @@ from .grid import Grid, output_error
 
 DAMPING = 0.01
 """Added to M's diagonal, as a part of its mean: inputs that were never seen still cost something. As in the paper."""
-BLOCK = 128
+BLOCK = 64
 ROOM = 1 << 25
 """Weights rounded at once where several grids are tried: each costs K steps, whatever their number."""
 
@@ -57,21 +57,25 @@ def _eye(like: Tensor) -> Tensor:
 
 
 def compensated_codes(rows: Tensor, grid: Grid, compensation: Compensation) -> Tensor:
-    """Codes of ``rows`` [N, K] in ``grid``, float32 [N, K]."""
+    """Codes of ``rows`` [N, K] in ``grid``, float32 [N, K].
+
+    Columns are rows here, so that each lies in one piece. What a column's error does to the others of its block is
+    applied at once, to all later ones when the block is done (section 3.3 of the paper).
+    """
     order, factor = compensation.order, compensation.factor
-    left, codes = rows[:, order], torch.empty_like(rows)
+    left = rows.T[order]
+    codes = torch.empty_like(left)
     for start in range(0, len(order), BLOCK):
         end = min(start + BLOCK, len(order))
-        block, own = left[:, start:end].clone(), factor[start:end, start:end]
-        errors = torch.empty_like(block)
-        for j in range(end - start):
-            column = block[:, j : j + 1]
-            code = grid.codes(column)
-            errors[:, j : j + 1] = (column - grid.values(code)) / own[j, j]
-            codes[:, order[start + j]] = code[:, 0]
-            block[:, j + 1 :] -= errors[:, j : j + 1] * own[j, j + 1 :]
-        left[:, end:] -= errors @ factor[start:end, end:]
-    return codes
+        errors, diagonal = torch.empty_like(left[start:end]), factor.diagonal()[start:end].tolist()
+        for j in range(start, end):
+            code = torch.round(left[j] / grid.scale).add_(grid.zero).clamp_(grid.lowest, grid.highest)
+            codes[j] = code
+            error = torch.sub(left[j], (code - grid.zero).mul_(grid.scale), out=errors[j - start])
+            error.div_(diagonal[j - start])
+            left[j + 1 : end].addr_(factor[j, j + 1 : end], error, alpha=-1)
+        left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    return codes[order.argsort()].T.contiguous()
 
 
 def best_compensated(

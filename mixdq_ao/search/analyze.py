@@ -93,7 +93,8 @@ def analyze(
         roundings: ways to round a weight that are tried at every bit width, as "weight_range rounding" of a LayerPlan
             ("output compensated" is usually the best). Of each layer and bit width the one with the least error of the
             denoiser's output is kept; the sensitivity says which (``weight_roundings``), and ``allocate`` plans it.
-        moments: from ``input_moments``, for roundings that need them; layers they lack go without those.
+        moments: from ``input_moments``, for roundings that need them; layers they lack go without those, plain if
+            nothing else is offered.
         replay: compute only what follows the changed layer (False: run everything every time).
         probes, precision: of method "probe" (see ``probe_sensitivity``).
         budget: bytes of intermediate results kept between runs or probes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from ..errors import MixDQError, SensitivityError
 from ..layers import check_layer, find_layers
+from ..progress import progress
 from ..quantize.bos import bos_mask
 from ..quantize.config import MixDQLayerConfig, fake_quantizer
 from ..quantize.fake import FakeQuantizer
@@ -101,18 +103,21 @@ def deltas_of(
     moments: Mapping[str, Tensor] | None = None,
 ) -> dict[str, LayerDeltas]:
     """The deltas of every calibrated layer of ``model``: its weight at each of ``weight_bits`` in each of the
-    ``roundings`` it can be given, its input at each of ``act_bits``. Raises SensitivityError where neither bit widths
-    are given or a layer can be given no rounding."""
+    ``roundings`` it can be given, its input at each of ``act_bits``. Raises SensitivityError where no bit widths
+    are given, or where moments are needed and missing."""
     if not weight_bits and not act_bits:
         raise SensitivityError("weight_bits and act_bits are both empty, expected at least one bit width")
     device, embedding = next(model.parameters()).device, calibration.bos_embedding
     bos = None if embedding is None else torch.tensor(embedding, device=device)
+    layers = {name: module for name, module in find_layers(model).items() if name in calibration.layers}
     deltas = {}
-    for name, module in find_layers(model).items():
-        if name in calibration.layers:
+    with progress("rounding weights", len(layers)) if tuple(roundings) != (PLAIN,) else nullcontext() as bar:
+        for name, module in layers.items():
             ways = usable(roundings, name, module, moments)
             choices = [Evaluation(name, "weight", bits, rounding) for bits in weight_bits for rounding in ways]
             choices += [Evaluation(name, "act", bits) for bits in act_bits]
             moment = None if moments is None else moments.get(name)
             deltas[name] = LayerDeltas(module, choices, calibration, bos, moment)
+            if bar is not None:
+                bar.advance(note=name)
     return deltas

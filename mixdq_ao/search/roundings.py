@@ -34,18 +34,18 @@ def rounded_as(layer: LayerPlan, rounding: str) -> LayerPlan:
 def usable(
     roundings: Iterable[str], name: str, module: nn.Module, moments: Mapping[str, Tensor] | None
 ) -> tuple[str, ...]:
-    """Those that layer ``name`` can be given: without a moment of its input, and in groups, none that needs one.
+    """Those that layer ``name`` can be given: without a moment of its input, and in groups, none that needs one, but
+    PLAIN always.
 
-    Raises SensitivityError where none is left.
+    Raises SensitivityError where moments are needed and there are none of any layer.
     """
-    moment = moments is not None and name in moments and getattr(module, "groups", 1) == 1
-    found = tuple(r for r in roundings if moment or not rounded_as(LayerPlan(weight_bits=8), r).needs_moment)
-    if not found:
+    needy = {r for r in roundings if rounded_as(LayerPlan(weight_bits=8), r).needs_moment}
+    if needy and moments is None:
         raise SensitivityError(
-            f"layer {name!r}: roundings {', '.join(map(repr, roundings))} need the second moment of its input, which "
-            f"is not there; pass moments=input_moments(...), or offer {PLAIN!r} as well"
+            f"roundings {', '.join(map(repr, sorted(needy)))} need second moments; pass moments=input_moments(...)"
         )
-    return found
+    moment = moments is not None and name in moments and getattr(module, "groups", 1) == 1
+    return tuple(r for r in roundings if moment or r not in needy) or (PLAIN,)
 
 
 def best_of(errors: Mapping[tuple[int, str], float]) -> dict[int, str]:

@@ -1,4 +1,4 @@
-"""Ranges by error and compensated rounding, against plain float64 formulas and against what they must not make worse."""
+"""Ranges by error and compensated rounding, against plain float64 formulas and what they must not make worse."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ def moment_of(length: int, rank: int | None = None, seed: int = 0) -> Tensor:
 
 def error(weight: Tensor, moment: Tensor | None, bits: int, **how: Any) -> Tensor:
     """[N] of a rounded weight: d M d^T, or sum of squares without a moment; float64."""
-    given = {} if moment is None else {"moment": moment}
-    d = (quantize_weight(weight, bits, **how, **given).dequantize().double() - weight.double()).flatten(1)
+    d = (quantize_weight(weight, bits, moment=moment, **how).dequantize().double() - weight.double()).flatten(1)
     return ((d if moment is None else d @ moment.double()) * d).sum(1)
 
 
