@@ -22,7 +22,7 @@ from .loss_scale import LossScale
 from .moments import KINDS, new_moment
 from .options import NONFINITE, check_choice, check_number, check_parameter
 from .rules import Rule
-from .split import REMAINDER, join, split
+from .split import REMAINDER, fits, join, split
 from .update import update
 
 
@@ -71,7 +71,8 @@ class MemoryEfficientOptimizer(Optimizer):
             options: of the optimizer.
 
         Raises:
-            OptimizerError: wrong options or a sharded model; the model is not changed then.
+            OptimizerError: wrong options, a sharded model, or values that float16 cannot hold; the model is not
+                changed then.
         """
         if dtype not in REMAINDER:
             raise OptimizerError(f"dtype is {dtype}, expected torch.bfloat16 or torch.float16")
@@ -80,6 +81,8 @@ class MemoryEfficientOptimizer(Optimizer):
             raise OptimizerError(
                 f"from_fp32: {sharded[0]} is sharded; convert the model first, then shard and set_fp32"
             )
+        if large := [name for name, p in named.items() if not fits(p, dtype)]:
+            raise OptimizerError(f"{large[0]}: has values of 65520 or more, which {dtype} cannot hold; use bfloat16")
         cls(list(named.items()), **options)  # says what is wrong before the model changes
         rest: dict[Tensor, Tensor] = {}
         for p in named.values():
@@ -126,7 +129,8 @@ class MemoryEfficientOptimizer(Optimizer):
         """Give a parameter an exact float32 value; what the model sees is that value rounded.
 
         Raises:
-            OptimizerError: ``value`` is not float32, of the parameter's shape, and sharded like it.
+            OptimizerError: ``value`` is not float32, of the parameter's shape, and sharded like it; or the parameter
+                is float16 and ``value`` has finite values of 65520 or more.
         """
         self._group_of(param)
         visible, exact = local(param), local(value)
@@ -135,6 +139,8 @@ class MemoryEfficientOptimizer(Optimizer):
                 f"{self.name_of(param)}: set_fp32 with {list(exact.shape)} of {exact.dtype}, "
                 f"expected {list(visible.shape)} of torch.float32"
             )
+        if not fits(exact, param.dtype):
+            raise OptimizerError(f"{self.name_of(param)}: set_fp32 with values of 65520 or more, too large for float16")
         exact = laid_out_like(exact, visible)
         if param.dtype in REMAINDER:
             state = self._state_of(param)

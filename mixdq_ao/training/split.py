@@ -40,6 +40,11 @@ def join(visible: Tensor, remainder: Tensor) -> Tensor:
     return _join_bfloat16(visible, remainder) if visible.dtype is torch.bfloat16 else _join_float16(visible, remainder)
 
 
+def fits(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether no finite value of ``x`` is beyond what a pair of ``dtype`` can hold."""
+    return dtype is not torch.float16 or not bool(((x.abs() >= 65520) & x.isfinite()).any())
+
+
 def _split_bfloat16(x: Tensor) -> tuple[Tensor, Tensor]:
     bits = x.view(torch.int32)
     visible = (bits + 0x8000).bitwise_and_(-0x10000).view(torch.float32).to(torch.bfloat16)  # exact: lower half zero

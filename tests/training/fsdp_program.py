@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torchao.optim.subclass_8bit import OptimState8bit
 
 from mixdq_ao import MemoryEfficientAdamW
 from mixdq_ao.errors import OptimizerError
@@ -155,6 +156,30 @@ def check_nan_in_one_process() -> None:
         assert all(map(same_bits, before, values(model, optimizer)))
 
 
+def check_8bit_moments() -> None:
+    """torchao's blocks of a shard; saved and loaded to the bit."""
+
+    def run(saved: Any = None) -> tuple[Tensor, Any]:
+        torch.manual_seed(0)
+        layer = nn.Linear(128, 128, bias=False).to(BF16)
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+        optimizer = MemoryEfficientAdamW(layer.parameters(), moments="8bit")
+        if saved is not None:
+            layer.weight.to_local().data.copy_(saved[0])
+            optimizer.load_state_dict(saved[1])
+        for step in range(2):
+            layer(torch.full((1, 128), 1.0 + step, dtype=BF16)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        local = layer.weight.to_local().detach().clone()
+        assert isinstance(optimizer.state[layer.weight]["exp_avg"].to_local(), OptimState8bit)
+        return local, optimizer.state_dict()  # nothing steps it any more
+
+    first = run()
+    again, twin = run(first), run(first)
+    assert not torch.equal(first[0], again[0]) and torch.equal(again[0], twin[0])
+
+
 def check_written_by_others() -> None:
     """A write through the sharded parameter's name counts, to its local part too; nothing FSDP2 does counts."""
     model, optimizer = sharded()
@@ -189,6 +214,7 @@ def main(rank: int, store: str, directory: str) -> None:
         check_clipping,
         lambda: check_resume(directory),
         check_nan_in_one_process,
+        check_8bit_moments,
         check_written_by_others,
         check_refusals,
     ]

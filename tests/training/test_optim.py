@@ -344,6 +344,21 @@ def test_from_fp32_refuses_before_the_model_changes(options, message):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+def test_float16_takes_no_value_beyond_its_range():
+    model = nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight[0, 0] = 65520.0
+    with pytest.raises(OptimizerError, match="weight: has values of 65520 or more"):
+        MemoryEfficientAdamW.from_fp32(model, FP16)
+    assert model.weight.dtype is model.bias.dtype is torch.float32
+    p = nn.Parameter(torch.zeros(2, dtype=FP16))
+    optimizer = MemoryEfficientAdamW([p])
+    with pytest.raises(OptimizerError, match="set_fp32 with values of 65520 or more"):
+        optimizer.set_fp32(p, torch.tensor([1.0, -1e30]))
+    assert p.tolist() == [0.0, 0.0]
+    assert MemoryEfficientAdamW.from_fp32(model).fp32(model.weight)[0, 0] == 65520.0
+
+
 # --- bad options ---
 
 
