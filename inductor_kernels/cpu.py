@@ -9,7 +9,7 @@ Without VNNI or AMX, oneDNN multiplies with ``vpmaddubsw``, which adds two produ
     float32       the same on integer codes, where there is none; also grouped convolutions
 
 Measured on two cores of an AMD EPYC (Zen 3, no VNNI), times the speed of float32: linear layers of 10 M multiplications
-and more 1.4-2.6 (avx2) and 1.4-2.6 (onednn-int8), 3x3 convolutions 1.1-1.9 and 1.5-1.8.
+and more 1.4-2.0 (avx2) and 1.1-2.6 (onednn-int8), 3x3 convolutions 1.1-1.9 and 1.3-1.8.
 
 Prepared weights are cached beside the graph (:mod:`inductor_kernels.weights`).
 """
