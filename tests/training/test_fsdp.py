@@ -48,5 +48,9 @@ def test_two_processes(tmp_path):
         for p in running:
             p.kill()
     ends = zip(range(2), running, outputs, strict=True)
-    failed = [f"--- process {rank} ---\n{out}" for rank, process, out in ends if process.returncode]
+    failed = [
+        f"--- process {rank} ended with {process.returncode} ---\n{out}"
+        for rank, process, out in ends
+        if process.returncode
+    ]
     assert not failed, "\n".join(failed)
