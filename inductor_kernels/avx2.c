@@ -12,6 +12,7 @@
 #define FEW_ROWS 24    // per thread; below, the threads share out the columns instead
 #define DEPTH 384      // pairs of a panel kept in the first-level cache
 #define WORTH 2000000  // multiplications that repay waking a thread, about 50 us of one
+#define WORTH_CODES 200000  // as many numbers to quantize
 
 // What stays the same from call to call. Panels: [columns / 16][pairs][16][2] 16-bit weights, zeros at the end.
 typedef struct {
@@ -23,8 +24,10 @@ typedef struct {
 
 typedef struct {
     const uint8_t *codes;
+    const float *values;  // instead of codes, to be quantized as they are gathered; of a linear layer
     int16_t zero_point;
     uint8_t flip;  // 128 turns signed codes into unsigned ones
+    float inverse, levels;
 } Input;
 
 // A panel's columns of the vectors, padded to the panel's width. Without a bias it is -0, which changes no sum.
@@ -42,6 +45,36 @@ static void widen(const uint8_t *from, int64_t count, uint8_t flip, int16_t *to)
         _mm256_storeu_si256((__m256i *)(to + i), _mm256_cvtepu8_epi16(codes));
     }
     for (; i < count; i++) to[i] = (int16_t)(from[i] ^ flip);
+}
+
+// clamp(round(x * inverse + zero_point), 0, levels) of 8 numbers, ties to even; NaN gives 0
+static __m256i codes_of(const float *x, __m256 inverse, __m256 zero_point, __m256 levels) {
+    __m256 value = _mm256_add_ps(_mm256_mul_ps(_mm256_loadu_ps(x), inverse), zero_point);
+    return _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(value, _mm256_setzero_ps()), levels));
+}
+
+static void quantize_wide(const Input *x, int64_t first, int64_t count, int16_t *to) {
+    __m256 by = _mm256_set1_ps(x->inverse), zero = _mm256_set1_ps(x->zero_point), most = _mm256_set1_ps(x->levels);
+    const float *from = x->values + first;
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        __m256i pair = _mm256_packs_epi32(codes_of(from + i, by, zero, most), codes_of(from + i + 8, by, zero, most));
+        _mm256_storeu_si256((__m256i *)(to + i), _mm256_permute4x64_epi64(pair, 0xd8));  // packing kept the halves
+    }
+    for (; i < count; i += 8) {
+        float rest[8] = {0};
+        int32_t eight[8];
+        int64_t left = count - i < 8 ? count - i : 8;
+        memcpy(rest, from + i, (size_t)left * sizeof(float));
+        _mm256_storeu_si256((__m256i *)eight, codes_of(rest, by, zero, most));
+        for (int64_t j = 0; j < left; j++) to[i + j] = (int16_t)eight[j];
+    }
+}
+
+// count codes from place first on, 16 bits each
+static void take(const Input *x, int64_t first, int64_t count, int16_t *to) {
+    if (x->values) quantize_wide(x, first, count, to);
+    else widen(x->codes + first, count, x->flip, to);
 }
 
 static void fill(int16_t value, int64_t count, int16_t *to) {
@@ -75,10 +108,10 @@ static void gather(const Plan *p, const Input *x, int64_t first, int64_t count, 
     int64_t depth = p->kernel_h * p->kernel_w * p->channels;
     int is_pointwise = p->kernel_h * p->kernel_w * p->stride_h * p->stride_w == 1 && !p->pad_h && !p->pad_w;
     if (is_pointwise) {
-        if (depth == stride) widen(x->codes + first * depth, count * depth, x->flip, a);
+        if (depth == stride) take(x, first * depth, count * depth, a);
         else
             for (int64_t r = 0; r < count; r++) {
-                widen(x->codes + (first + r) * depth, depth, x->flip, a + r * stride);
+                take(x, (first + r) * depth, depth, a + r * stride);
                 a[r * stride + depth] = 0;
             }
         return;
@@ -178,17 +211,17 @@ static Split split(int64_t rows, int64_t depth, int64_t columns, int64_t panels,
     return s;
 }
 
-// x: codes [batch, height, width, channels]; y: float [batch, out_h, out_w, columns]; bias and row_scale may be
-// NULL. Returns 0, or 1 when there is no memory.
-int inductor_kernels_product(const Plan *p, const uint8_t *codes, float *y, const float *scale, const float *bias,
-                             const float *row_scale, int64_t batch, int64_t zero_point, int64_t is_signed,
-                             int64_t threads) {
+// codes, or for a linear layer the values they are made of: [batch, height, width, channels]; y: float [batch, out_h,
+// out_w, columns]; bias and row_scale may be NULL. Returns 0, or 1 when there is no memory.
+int inductor_kernels_product(const Plan *p, const uint8_t *codes, const float *values, float *y, const float *scale,
+                             const float *bias, const float *row_scale, int64_t batch, int64_t zero_point,
+                             int64_t is_signed, float inverse, float levels, int64_t threads) {
     int64_t rows = batch * p->out_h * p->out_w, depth = p->kernel_h * p->kernel_w * p->channels;
     int64_t pairs = (depth + 1) / 2, panels = (p->columns + COLUMNS - 1) / COLUMNS;
     if (rows == 0) return 0;
     Split s = split(rows, depth, p->columns, panels, threads);
     int64_t padded = (s.chunk + ROWS - 1) / ROWS * ROWS;
-    Input x = {codes, (int16_t)zero_point, is_signed ? 128 : 0};
+    Input x = {codes, values, (int16_t)zero_point, is_signed ? 128 : 0, inverse, levels};
     int failed = 0;
 #pragma omp parallel num_threads((int)s.threads) if (s.threads > 1)
     {
@@ -222,4 +255,30 @@ int inductor_kernels_product(const Plan *p, const uint8_t *codes, float *y, cons
         free(sums);
     }
     return failed;
+}
+
+// codes[i] = clamp(round(x[i] * inverse + zero_point), 0, levels), ties to even; levels <= 255.
+void inductor_kernels_quantize(const float *x, uint8_t *codes, int64_t count, float inverse, float zero_point,
+                               float levels, int64_t threads) {
+    __m256 by = _mm256_set1_ps(inverse), zero = _mm256_set1_ps(zero_point), most = _mm256_set1_ps(levels);
+    __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing works on each half of a register
+    int64_t whole = count / 32, worth = count / WORTH_CODES;
+    threads = threads < worth ? threads : worth > 1 ? worth : 1;
+#pragma omp parallel for schedule(static) num_threads((int)threads) if (threads > 1)
+    for (int64_t i = 0; i < whole; i++) {
+        const float *from = x + 32 * i;
+        __m256i low = _mm256_packs_epi32(codes_of(from, by, zero, most), codes_of(from + 8, by, zero, most));
+        __m256i high = _mm256_packs_epi32(codes_of(from + 16, by, zero, most), codes_of(from + 24, by, zero, most));
+        __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
+        _mm256_storeu_si256((__m256i *)(codes + 32 * i), bytes);
+    }
+    float rest[32] = {0};
+    uint8_t last[32];
+    memcpy(rest, x + 32 * whole, (size_t)(count - 32 * whole) * sizeof(float));
+    for (int h = 0; h < 32; h += 8) {
+        int32_t eight[8];
+        _mm256_storeu_si256((__m256i *)eight, codes_of(rest + h, by, zero, most));
+        for (int j = 0; j < 8; j++) last[h + j] = (uint8_t)eight[j];
+    }
+    memcpy(codes + 32 * whole, last, (size_t)(count - 32 * whole));
 }

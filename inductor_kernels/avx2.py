@@ -53,8 +53,8 @@ def _build(compiler: str) -> Path:
 
 
 @functools.cache
-def _function():
-    """The C function, or None where it cannot be had."""
+def _library() -> ctypes.CDLL | None:
+    """The C functions, or None where they cannot be had."""
     capability = torch.backends.cpu.get_cpu_capability()
     if os.environ.get("INDUCTOR_KERNELS_AVX2") == "0" or not capability.startswith("AVX"):
         return None
@@ -62,18 +62,24 @@ def _function():
     if compiler is None:
         return None
     try:
-        function = ctypes.CDLL(str(_build(compiler))).inductor_kernels_product
+        library = ctypes.CDLL(str(_build(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("inductor_kernels: the AVX2 kernel was not built, 8-bit weights run in float32: %s", error)
         return None
-    function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 4
-    function.restype = ctypes.c_int
-    return function
+    library.inductor_kernels_product.argtypes = [
+        *[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 3, *[ctypes.c_float] * 2, ctypes.c_int64
+    ]  # fmt: skip
+    library.inductor_kernels_product.restype = ctypes.c_int
+    library.inductor_kernels_quantize.argtypes = [
+        *[ctypes.c_void_p] * 2, ctypes.c_int64, *[ctypes.c_float] * 3, ctypes.c_int64
+    ]  # fmt: skip
+    library.inductor_kernels_quantize.restype = None
+    return library
 
 
 def available() -> bool:
     """Whether the kernel runs here. The first call may compile it, which takes a second or two."""
-    return _function() is not None
+    return _library() is not None
 
 
 def pack(w: Tensor) -> Tensor:
@@ -113,31 +119,51 @@ def conv_plan(w: Tensor, image: tuple[int, int, int, int, int], geometry: tuple[
 
 
 def product(
-    plan: Plan, x_q: Tensor, scale: Tensor, zero_point: int, bias: Tensor | None, row_scale: Tensor | None,
-    shape: tuple[int, ...],
+    plan: Plan, x: Tensor, scale: Tensor, zero_point: int, bias: Tensor | None, row_scale: Tensor | None,
+    shape: tuple[int, ...], inv_scale: float = 0.0, levels: int = 0,
 ) -> Tensor:  # fmt: skip
-    """float32 ``shape`` [..., N] of the codes [..., C] of as many pixels or rows as the plan's images hold."""
-    function = _function()
-    assert function is not None
+    """float32 ``shape`` [..., N] of the codes [..., C] of as many pixels or rows as the plan's images hold.
+
+    With ``levels``, which only linear layers take, ``x`` is float32 and quantized on the way.
+    """
+    library = _library()
+    assert library is not None
     layout = plan.layout
-    x_q, scale = x_q.contiguous(), scale.contiguous()
+    x, scale = x.contiguous(), scale.contiguous()
     if bias is not None and not (bias.dtype is torch.float32 and bias.is_contiguous()):
         bias = bias.to(torch.float32).contiguous()
     if row_scale is not None:
         row_scale = row_scale.contiguous()
     y = torch.empty(shape, dtype=torch.float32)
-    failed = function(
+    address = x.data_ptr()
+    failed = library.inductor_kernels_product(
         plan.address,
-        x_q.data_ptr(),
+        None if levels else address,
+        address if levels else None,
         y.data_ptr(),
         scale.data_ptr(),
         None if bias is None else bias.data_ptr(),
         None if row_scale is None else row_scale.data_ptr(),
-        x_q.numel() // (layout.height * layout.width * layout.channels),
+        x.numel() // (layout.height * layout.width * layout.channels),
         zero_point,
-        x_q.dtype is torch.int8,
+        x.dtype is torch.int8,
+        inv_scale,
+        levels,
         torch.get_num_threads(),
     )
     if failed:
         raise MemoryError("inductor_kernels: no memory for the rows of a product")
     return y
+
+
+def quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
+    """uint8 codes of a float32 tensor, clamp(round(x * inv_scale + zero_point), 0, levels), in one pass."""
+    library = _library()
+    assert library is not None
+    codes = torch.empty_like(x, dtype=torch.uint8)
+    if codes.stride() != x.stride():  # x has gaps or overlaps, its codes have not
+        x = torch.empty_like(x).copy_(x)
+    library.inductor_kernels_quantize(
+        x.data_ptr(), codes.data_ptr(), x.numel(), inv_scale.item(), zero_point.item(), levels, torch.get_num_threads()
+    )
+    return codes

@@ -72,6 +72,17 @@ def output_size(x: Tensor, w: Tensor, stride, padding, dilation) -> tuple[int, i
     return height, width
 
 
+def quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int) -> None:
+    """All arguments of ``inductor_kernels::quantize``."""
+    op = "quantize"
+    _require(x.dtype in FLOATS, op, "x", _describe(x), "float32, bfloat16 or float16")
+    good = inv_scale.ndim == 0 and inv_scale.dtype == torch.float32
+    _require(good, op, "inv_scale", _describe(inv_scale), "a float32 tensor without dimensions")
+    good = zero_point.ndim == 0 and zero_point.dtype == torch.int32
+    _require(good, op, "zero_point", _describe(zero_point), "an int32 tensor without dimensions")
+    _require(0 < levels <= 255, op, "levels", levels, "the largest code, 1 to 255")
+
+
 def linear(x_q, w, weight_zero_point, weight_sum, scale, zero_point, bias, row_scale, weight_bits, out_dtype) -> None:
     """All arguments of ``inductor_kernels::linear``."""
     op = "linear"

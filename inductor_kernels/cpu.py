@@ -138,6 +138,14 @@ def _plain(x_q: Tensor, scale: Tensor, bias: Tensor | None, n: int) -> bool:
     return good and (bias is None or bias.numel() == n)
 
 
+def quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
+    """``inductor_kernels::quantize``."""
+    checks.quantize(x, inv_scale, zero_point, levels)
+    if x.dtype is torch.float32 and avx2.available():
+        return avx2.quantize(x, inv_scale, zero_point, levels)
+    return reference.quantize(x, inv_scale, zero_point, levels)
+
+
 def linear(
     x_q: Tensor, weight: Tensor, weight_zero_point: Tensor | None, weight_sum: Tensor | None, scale: Tensor,
     zero_point: Tensor, bias: Tensor | None, row_scale: Tensor | None, weight_bits: int,
@@ -174,6 +182,27 @@ def linear(
         return y if direct else y.to(out_dtype)
     total = _onednn_linear(x, z, packed, scale, None, torch.float32).mul_(row_scale.unsqueeze(-1))
     return (total if bias is None else total.add_(bias)).to(out_dtype)
+
+
+def quantize_linear(
+    x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int, weight: Tensor, weight_zero_point: Tensor | None,
+    weight_sum: Tensor | None, scale: Tensor, bias: Tensor | None, weight_bits: int,
+) -> Tensor:  # fmt: skip
+    """``inductor_kernels::quantize_linear``: the C kernel quantizes rows as it reads them."""
+    n, k = weight.shape[0], x.shape[-1] if x.ndim else 0
+    if x.dtype is torch.float32 and _has_avx2() and (bias is None or bias.numel() == n) and scale.numel() == n:
+        prepared = weights.find(weight, weight_zero_point, weight_bits, k)
+        plan = None if prepared is None else prepared.forms.get("avx2")
+        if (
+            prepared is not None
+            and plan is not None
+            and (x.numel() * n < _small() or not _takes_int8(prepared, weight))
+        ):
+            z, shape = int(zero_point), (*x.shape[:-1], n)
+            return avx2.product(plan, x, scale, z, bias, None, shape, float(inv_scale), levels)
+    codes = quantize(x, inv_scale, zero_point, levels)
+    rest = (weight, weight_zero_point, weight_sum, scale, zero_point, bias, None, weight_bits)
+    return linear(codes, *rest, x.dtype)
 
 
 def _float_linear(prepared: weights.Prepared, weight: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -223,6 +252,17 @@ def conv2d(
         stride, padding, dilation, groups, 1.0, 0, out_dtype if direct else torch.float32, "none", [], "",
     )  # fmt: skip
     return (y if direct else y.to(out_dtype)).permute(0, 2, 3, 1).contiguous()
+
+
+def quantize_conv2d(
+    x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int, weight: Tensor, weight_zero_point: Tensor | None,
+    weight_sum: Tensor | None, scale: Tensor, bias: Tensor | None, weight_bits: int, stride: list[int],
+    padding: list[int], dilation: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """``inductor_kernels::quantize_conv2d``."""
+    codes = quantize(x, inv_scale, zero_point, levels)
+    rest = (weight, weight_zero_point, weight_sum, scale, zero_point, bias, weight_bits)
+    return conv2d(codes, *rest, stride, padding, dilation, groups, x.dtype)
 
 
 def _layout_conv(

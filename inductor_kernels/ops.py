@@ -14,6 +14,13 @@ reference): small models need not store it.
 
 The integer difference is exact, the rest float32, rounded once to ``out_dtype``. The ``_weight_only`` variants take
 floating point activations and return their type.
+
+For eager mode, where nothing fuses, ``quantize`` makes the codes in one pass,
+
+    x_q = clamp(round(x * inv_scale + zero_point), 0, levels)    in float32, ties to even
+
+and ``quantize_linear`` and ``quantize_conv2d`` are that and the product in one call, in the type of ``x``. Graphs
+should hold the formula itself (``reference.quantize``), which Inductor fuses into whatever made ``x``.
 """
 
 import functools
@@ -27,11 +34,17 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from . import checks, cpu, reference
 
 _SCHEMAS = (
+    "quantize(Tensor x, Tensor inv_scale, Tensor zero_point, int levels) -> Tensor",
     "linear(Tensor x_q, Tensor weight, Tensor? weight_zero_point, Tensor? weight_sum, Tensor scale, "
     "Tensor zero_point, Tensor? bias, Tensor? row_scale, int weight_bits, ScalarType out_dtype) -> Tensor",
     "conv2d(Tensor x_q, Tensor weight, Tensor? weight_zero_point, Tensor? weight_sum, Tensor scale, "
     "Tensor zero_point, Tensor? bias, int weight_bits, SymInt[2] stride, SymInt[2] padding, "
     "SymInt[2] dilation, int groups, ScalarType out_dtype) -> Tensor",
+    "quantize_linear(Tensor x, Tensor inv_scale, Tensor zero_point, int levels, Tensor weight, "
+    "Tensor? weight_zero_point, Tensor? weight_sum, Tensor scale, Tensor? bias, int weight_bits) -> Tensor",
+    "quantize_conv2d(Tensor x, Tensor inv_scale, Tensor zero_point, int levels, Tensor weight, "
+    "Tensor? weight_zero_point, Tensor? weight_sum, Tensor scale, Tensor? bias, int weight_bits, "
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, int groups) -> Tensor",
     "linear_weight_only(Tensor x, Tensor weight, Tensor? weight_zero_point, Tensor scale, Tensor? bias, "
     "int weight_bits) -> Tensor",
     "conv2d_weight_only(Tensor x, Tensor weight, Tensor? weight_zero_point, Tensor scale, Tensor? bias, "
@@ -53,6 +66,11 @@ def _traced() -> None:
         _load_lowering()
 
 
+def _quantize_shape(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
+    checks.quantize(x, inv_scale, zero_point, levels)
+    return torch.empty_like(x, dtype=reference.code_dtype(x.device))
+
+
 def _linear_shape(x_q: Tensor, weight: Tensor, *rest) -> Tensor:
     _traced()
     checks.linear(x_q, weight, *rest)
@@ -64,6 +82,16 @@ def _conv2d_shape(x_q: Tensor, weight: Tensor, *rest) -> Tensor:
     checks.conv2d(x_q, weight, *rest)
     size = checks.output_size(x_q, weight, *rest[6:9])
     return x_q.new_empty((x_q.shape[0], *size, weight.shape[0]), dtype=rest[-1])
+
+
+def _quantize_linear_shape(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int, *rest) -> Tensor:
+    codes = _quantize_shape(x, inv_scale, zero_point, levels)
+    return _linear_shape(codes, *rest[:4], zero_point, rest[4], None, rest[5], x.dtype)
+
+
+def _quantize_conv2d_shape(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int, *rest) -> Tensor:
+    codes = _quantize_shape(x, inv_scale, zero_point, levels)
+    return _conv2d_shape(codes, *rest[:4], zero_point, *rest[4:], x.dtype)
 
 
 def _linear_weight_only_shape(x: Tensor, weight: Tensor, *rest) -> Tensor:

@@ -11,6 +11,21 @@ from . import checks
 from .packing import unpack_weight
 
 
+def code_dtype(device: torch.device) -> torch.dtype:
+    """int8 (codes minus 128) on CUDA, whose integer matrix units want signed operands; else uint8."""
+    return torch.int8 if device.type == "cuda" else torch.uint8
+
+
+def quantize(x: Tensor, inv_scale: Tensor | float, zero_point: Tensor | float, levels: int) -> Tensor:
+    """Codes of ``x`` [...]: a product with a stored reciprocal, so that all kinds of code agree to the code.
+
+    Plain aten operators in float32, which Inductor fuses into whatever produced ``x``.
+    """
+    codes = torch.round(x.to(torch.float32) * inv_scale + zero_point).clamp(0, levels)
+    dtype = code_dtype(x.device)
+    return (codes - 128).to(dtype) if dtype is torch.int8 else codes.to(dtype)
+
+
 def _exact(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
@@ -87,3 +102,20 @@ def conv2d_weight_only(
     w = unpack_weight(weight, weight_zero_point, weight_bits, x.shape[-1] // groups)
     total = _conv(x.to(_exact(x.device)), w, stride, padding, dilation, groups)
     return _finish(total, scale, None, bias, x.dtype)
+
+
+def quantize_linear(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int, *rest) -> Tensor:
+    """``quantize``, then ``linear``."""
+    checks.quantize(x, inv_scale, zero_point, levels)
+    weight, weight_zero_point, weight_sum, scale, bias, bits = rest
+    codes = quantize(x, inv_scale, zero_point, levels)
+    return linear(codes, weight, weight_zero_point, weight_sum, scale, zero_point, bias, None, bits, x.dtype)
+
+
+def quantize_conv2d(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int, *rest) -> Tensor:
+    """``quantize``, then ``conv2d``."""
+    checks.quantize(x, inv_scale, zero_point, levels)
+    weight, weight_zero_point, weight_sum, scale, bias, bits, stride, padding, dilation, groups = rest
+    codes = quantize(x, inv_scale, zero_point, levels)
+    product = (weight, weight_zero_point, weight_sum, scale, zero_point, bias, bits)
+    return conv2d(codes, *product, stride, padding, dilation, groups, x.dtype)

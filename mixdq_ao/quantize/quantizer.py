@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from inductor_kernels import ops as _ops  # noqa: F401  (registers torch.ops.inductor_kernels)
+from inductor_kernels import reference
+
 from ..errors import QuantizationError
 from ..plan import Rounding, WeightRange
 from .compensate import Compensation, best_compensated
@@ -163,15 +166,15 @@ def act_params(lo: float, hi: float, bits: int = 8) -> ActQuant:
     return ActQuant(scale, inv, min(max(round(-lo / scale), 0), levels), levels)
 
 
-def quantize_act(x: Tensor, inv_scale: Tensor | float, zero_point: Tensor | float, levels: int) -> Tensor:
+def quantize_act(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
     """uint8 codes of ``x`` (int8 codes minus 128 on CUDA, whose integer matrix units want signed operands).
 
-    Plain aten operators in float32, so Inductor fuses them into whatever produced ``x``.
+    inv_scale: float32 []; zero_point: int32 []. A graph being traced gets plain operators, which Inductor fuses into
+    whatever produced ``x``; eager mode on a CPU one pass over the memory.
     """
-    codes = torch.round(x.to(torch.float32) * inv_scale + zero_point).clamp(0, levels)
-    if x.device.type == "cuda":
-        return (codes - 128).to(torch.int8)
-    return codes.to(torch.uint8)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.ops.inductor_kernels.quantize(x, inv_scale, zero_point, levels)
+    return reference.quantize(x, inv_scale, zero_point, levels)
 
 
 def fake_quantize_act(x: Tensor, params: ActQuant) -> Tensor:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from inductor_kernels.packing import pack
 
 from .bos import bos_mask
+from .eager import is_eager, reused
 from .quantizer import quantize_act
 from .shared import share
 from .tensor import MixDQTensor, SplitMixDQTensor, _row_sums
@@ -23,26 +24,20 @@ kernels = torch.ops.inductor_kernels
 
 def linear(x: Tensor, weight: MixDQTensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times the quantized weight [N, K], plus bias; the result has x's type."""
-    act = weight.act
+    stored, bits = (weight.qdata, weight.weight_zero_point), weight.bits
+    act, z = weight.act, weight.act_zero_point
     if act is None:
-        y = kernels.linear_weight_only(x, weight.qdata, weight.weight_zero_point, weight.scale, bias, weight.bits)
+        y = kernels.linear_weight_only(x, *stored, weight.scale, bias, bits)
+    elif is_eager(x):
+        y = kernels.quantize_linear(x, *act, *stored, weight.weight_sum, weight.scale, bias, bits)
     else:
-        y = kernels.linear(
-            quantize_act(x, *act),
-            weight.qdata,
-            weight.weight_zero_point,
-            weight.weight_sum,
-            weight.scale,
-            weight.act_zero_point,
-            bias,
-            None,
-            weight.bits,
-            x.dtype,
-        )
-    if weight.bos_output is None or weight.bos_embedding is None:
+        codes = quantize_act(x, *act)
+        y = kernels.linear(codes, *stored, weight.weight_sum, weight.scale, z, bias, None, bits, x.dtype)
+    embedding = weight.bos_embedding
+    if weight.bos_output is None or embedding is None:
         return y
     row = weight.bos_output if bias is None else weight.bos_output + bias
-    return torch.where(bos_mask(x, weight.bos_embedding), row.to(y.dtype), y)
+    return torch.where(reused(x, embedding, lambda: bos_mask(x, embedding)), row.to(y.dtype), y)
 
 
 def conv2d(
@@ -59,25 +54,17 @@ def conv2d(
         raise NotImplementedError(f"padding={padding!r} with a quantized weight: give the padding as numbers")
     if x.dim() == 3:
         return conv2d(x.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
+    stored, bits = (weight.qdata, weight.weight_zero_point), weight.bits
+    act, z = weight.act, weight.act_zero_point
     geometry = (_pair(stride), _pair(padding), _pair(dilation), groups)
-    nhwc, act = x.permute(0, 2, 3, 1), weight.act
+    nhwc = x.permute(0, 2, 3, 1)
     if act is None:
-        y = kernels.conv2d_weight_only(
-            nhwc, weight.qdata, weight.weight_zero_point, weight.scale, bias, weight.bits, *geometry
-        )
+        y = kernels.conv2d_weight_only(nhwc, *stored, weight.scale, bias, bits, *geometry)
+    elif is_eager(x):
+        y = kernels.quantize_conv2d(nhwc, *act, *stored, weight.weight_sum, weight.scale, bias, bits, *geometry)
     else:
-        y = kernels.conv2d(
-            quantize_act(nhwc, *act),
-            weight.qdata,
-            weight.weight_zero_point,
-            weight.weight_sum,
-            weight.scale,
-            weight.act_zero_point,
-            bias,
-            weight.bits,
-            *geometry,
-            x.dtype,
-        )
+        codes = quantize_act(nhwc, *act)
+        y = kernels.conv2d(codes, *stored, weight.weight_sum, weight.scale, z, bias, bits, *geometry, x.dtype)
     return y.permute(0, 3, 1, 2)
 
 

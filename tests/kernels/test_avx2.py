@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from inductor_kernels import avx2
+from inductor_kernels import avx2, reference
 
 from . import cases
 
@@ -36,23 +36,64 @@ def test_sums_do_not_depend_on_threads(threads):
     assert torch.equal(y, (arguments[0].double() @ arguments[1].double().t()).float())
 
 
+@needs_kernel
+@pytest.mark.parametrize("levels", [15, 255])
+@pytest.mark.parametrize("count", [0, 1, 31, 32, 33, 1000, 400_001])
+def test_codes_of_every_remainder(count, levels):
+    x = torch.randn(count) * 40
+    x[: count // 2] = x[: count // 2].round() + 0.5  # ties
+    given = torch.tensor(0.5), torch.tensor(levels // 3, dtype=torch.int32), levels
+    assert torch.equal(avx2.quantize(x, *given), reference.quantize(x, *given))
+
+
+@needs_kernel
+def test_codes_of_what_is_no_number():
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38, -3e38])
+    codes = avx2.quantize(x, torch.tensor(3.0), torch.tensor(7, dtype=torch.int32), 255)
+    assert codes.tolist() == [0, 255, 0, 255, 0]
+
+
+@needs_kernel
+@pytest.mark.parametrize("view", [
+    lambda x: x, lambda x: x.permute(0, 2, 3, 1), lambda x: x[:, 1:4], lambda x: x[..., ::2],
+    lambda x: x[:, :1].expand(-1, 5, -1, -1), lambda x: x.transpose(0, 1),
+])  # fmt: skip
+def test_codes_of_any_layout(view):
+    x = view(torch.randn(3, 5, 7, 9))
+    given = torch.tensor(20.0), torch.tensor(128, dtype=torch.int32), 255
+    codes = avx2.quantize(x, *given)
+    assert codes.shape == x.shape and torch.equal(codes, reference.quantize(x, *given))
+
+
+@needs_kernel
+@pytest.mark.parametrize("k", [1, 7, 16, 31, 40])
+@pytest.mark.parametrize("m", [1, 97, 300])
+def test_linear_of_values(m, k):
+    """The codes it makes as it reads are those of a pass of their own: the sums are the same to the bit."""
+    x, w, _, _, scale, z, bias, *_ = cases.linear((m,), 33, k)
+    values, inverse, plan = torch.randn(m, k) * 60, torch.tensor(1.3), avx2.linear_plan(w)
+    codes = reference.quantize(values, inverse, z, 200)
+    given = scale, int(z), bias, None, (m, 33)
+    assert torch.equal(avx2.product(plan, values, *given, inverse.item(), 200), avx2.product(plan, codes, *given))
+
+
 def test_absent_without_a_compiler(monkeypatch, caplog):
     monkeypatch.setenv("CC", "/no/such/compiler")
-    avx2._function.cache_clear()
+    avx2._library.cache_clear()
     try:
         assert not avx2.available()
     finally:
         monkeypatch.undo()
-        avx2._function.cache_clear()
+        avx2._library.cache_clear()
     if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         assert "the AVX2 kernel was not built" in caplog.text
 
 
 def test_can_be_turned_off(monkeypatch):
     monkeypatch.setenv("INDUCTOR_KERNELS_AVX2", "0")
-    avx2._function.cache_clear()
+    avx2._library.cache_clear()
     try:
         assert not avx2.available()
     finally:
         monkeypatch.undo()
-        avx2._function.cache_clear()
+        avx2._library.cache_clear()

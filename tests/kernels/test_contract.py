@@ -10,7 +10,12 @@ OPS = torch.ops.inductor_kernels
 
 def calls(bits):
     flat, image = cases.linear((2, 5), 6, 20, bits, rows=True), cases.conv2d(bits=bits)
+    act = torch.tensor(7.0), cases.zero_point(), 255
+    values = torch.randn(flat[0].shape) * 9, torch.randn(image[0].shape) * 9
     return {
+        "quantize": (torch.randn(2, 6, 5).transpose(1, 2) * 9, *act),
+        "quantize_linear": (values[0], *act, *flat[1:5], flat[6], bits),
+        "quantize_conv2d": (values[1], *act, *image[1:5], *image[6:12]),
         "linear": flat,
         "conv2d": image,
         "linear_weight_only": cases.weight_only(flat, torch.bfloat16, conv=False),
@@ -24,13 +29,13 @@ def test_opcheck(bits):
         torch.library.opcheck(getattr(OPS, name).default, arguments)
 
 
-@pytest.mark.parametrize("name", ["linear", "conv2d", "linear_weight_only", "conv2d_weight_only"])
+@pytest.mark.parametrize("name", list(calls(4)))
 def test_compiles_in_one_graph(name):
     arguments = calls(4)[name]
     op = getattr(OPS, name)
 
     def f(*arguments):
-        return torch.nn.functional.silu(op(*arguments)) + 1
+        return torch.nn.functional.silu(op(*arguments).float()) + 1
 
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(f, fullgraph=True)(*arguments), f(*arguments))

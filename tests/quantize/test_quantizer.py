@@ -93,7 +93,8 @@ def test_activation_codes(range_, bits):
     x = torch.cat([torch.linspace(*range_, 101), torch.randn(50) * max(map(abs, range_))])
     params = act_params(*range_, bits=bits)
     expected = reference.round_act(x, *range_, bits)
-    codes = quantize_act(x, params.inv_scale, params.zero_point, params.levels)
+    given = torch.tensor(params.inv_scale), torch.tensor(params.zero_point, dtype=torch.int32), params.levels
+    codes = quantize_act(x, *given)
     assert codes.dtype == torch.uint8 and codes.max() <= 2**bits - 1
     fake = fake_quantize_act(x, params)
     assert torch.equal(fake, ((codes.float() - params.zero_point) * params.scale))
