@@ -34,7 +34,7 @@ typedef struct {
 typedef struct {
     int32_t zero[COLUMNS];  // zero point times weight sum
     float scale[COLUMNS], bias[COLUMNS];
-    int64_t width;
+    int64_t width, step;  // step: from a column to the next in the result
 } Finish;
 
 static void widen(const uint8_t *from, int64_t count, uint8_t flip, int16_t *to) {
@@ -128,7 +128,8 @@ static void gather(const Plan *p, const Input *x, int64_t first, int64_t count, 
 }
 
 static void load_finish(const Plan *p, int64_t column, int64_t zero_point, const float *scale, const float *bias,
-                        Finish *f) {
+                        int64_t step, Finish *f) {
+    f->step = step;
     f->width = p->columns - column < COLUMNS ? p->columns - column : COLUMNS;
     for (int64_t n = 0; n < COLUMNS; n++) {
         int inside = n < f->width;
@@ -145,16 +146,18 @@ static __m256 finished(__m256i sum, const Finish *f, int half, float factor) {
     return _mm256_add_ps(_mm256_mul_ps(value, _mm256_set1_ps(factor)), _mm256_loadu_ps(f->bias + 8 * half));
 }
 
-static void store_finished(__m256i low, __m256i high, const Finish *f, float factor, float *out) {
-    __m256 values[2] = {finished(low, f, 0, factor), finished(high, f, 1, factor)};
-    if (f->width == COLUMNS) {
+static void store_finished(const int32_t *sums, const Finish *f, float factor, float *out) {
+    const __m256i *halves = (const __m256i *)sums;
+    __m256 values[2] = {finished(_mm256_loadu_si256(halves), f, 0, factor),
+                        finished(_mm256_loadu_si256(halves + 1), f, 1, factor)};
+    if (f->width == COLUMNS && f->step == 1) {
         _mm256_storeu_ps(out, values[0]);
         _mm256_storeu_ps(out + 8, values[1]);
     } else {
         float both[COLUMNS];
         _mm256_storeu_ps(both, values[0]);
         _mm256_storeu_ps(both + 8, values[1]);
-        memcpy(out, both, (size_t)f->width * sizeof(float));
+        for (int64_t n = 0; n < f->width; n++) out[n * f->step] = both[n];
     }
 }
 
@@ -188,12 +191,16 @@ __attribute__((noinline)) static void tile(const int16_t *a, int64_t stride, con
         for (int h = 0; h < 2; h++) _mm256_storeu_si256((__m256i *)(sums + r * COLUMNS + 8 * h), c[r][h]);
 }
 
-// Rows [0, rows) of a tile into y; y and row_scale point at the first one.
-static void store_tile(const int32_t *sums, int64_t rows, const Finish *f, const float *row_scale, float *y,
-                       int64_t columns) {
-    for (int64_t r = 0; r < (rows < ROWS ? rows : ROWS); r++, sums += COLUMNS)
-        store_finished(_mm256_loadu_si256((const __m256i *)sums), _mm256_loadu_si256((const __m256i *)(sums + 8)), f,
-                       row_scale ? row_scale[r] : 1.0f, y + r * columns);
+// A tile's rows, the first of which is row `first` of the result, into y. With planes the result is [batch, columns,
+// pixels], else [rows, columns].
+static void store_tile(const int32_t *sums, int64_t first, int64_t rows, int64_t column, const Plan *p,
+                       const Finish *f, const float *row_scale, float *y) {
+    int64_t pixels = p->out_h * p->out_w;
+    for (int64_t row = first; row < first + (rows < ROWS ? rows : ROWS); row++, sums += COLUMNS) {
+        float *out = f->step == 1 ? y + row * p->columns + column
+                                  : y + row / pixels * p->columns * pixels + column * pixels + row % pixels;
+        store_finished(sums, f, row_scale ? row_scale[row] : 1.0f, out);
+    }
 }
 
 // How the rows and panels are shared out.
@@ -212,16 +219,19 @@ static Split split(int64_t rows, int64_t depth, int64_t columns, int64_t panels,
 }
 
 // codes, or for a linear layer the values they are made of: [batch, height, width, channels]; y: float [batch, out_h,
-// out_w, columns]; bias and row_scale may be NULL. Returns 0, or 1 when there is no memory.
+// out_w, columns], or [batch, columns, out_h, out_w] with planes; bias and row_scale may be NULL. Returns 0, or 1 when
+// there is no memory.
 int inductor_kernels_product(const Plan *p, const uint8_t *codes, const float *values, float *y, const float *scale,
                              const float *bias, const float *row_scale, int64_t batch, int64_t zero_point,
-                             int64_t is_signed, float inverse, float levels, int64_t threads) {
+                             int64_t is_signed, int64_t planes, float inverse, float levels,
+                             int64_t threads) {
     int64_t rows = batch * p->out_h * p->out_w, depth = p->kernel_h * p->kernel_w * p->channels;
     int64_t pairs = (depth + 1) / 2, panels = (p->columns + COLUMNS - 1) / COLUMNS;
     if (rows == 0) return 0;
     Split s = split(rows, depth, p->columns, panels, threads);
     int64_t padded = (s.chunk + ROWS - 1) / ROWS * ROWS;
     Input x = {codes, values, (int16_t)zero_point, is_signed ? 128 : 0, inverse, levels};
+    int64_t step = planes ? p->out_h * p->out_w : 1;
     int failed = 0;
 #pragma omp parallel num_threads((int)s.threads) if (s.threads > 1)
     {
@@ -240,14 +250,13 @@ int inductor_kernels_product(const Plan *p, const uint8_t *codes, const float *v
             fill(0, (ROWS - count % ROWS) % ROWS * pairs * 2, a + count * pairs * 2);
             for (int64_t panel = panels * part / s.parts; panel < panels * (part + 1) / s.parts; panel++) {
                 Finish f;
-                load_finish(p, panel * COLUMNS, zero_point, scale, bias, &f);
+                load_finish(p, panel * COLUMNS, zero_point, scale, bias, step, &f);
                 for (int64_t k = 0; k < pairs; k += DEPTH)
                     for (int64_t r = 0; r < count; r += ROWS) {
                         tile(a + (r * pairs + k) * 2, pairs * 2, p->panels + (panel * pairs + k) * 2 * COLUMNS,
                              pairs - k < DEPTH ? pairs - k : DEPTH, k == 0, sums + r * COLUMNS);
                         if (k + DEPTH < pairs) continue;
-                        store_tile(sums + r * COLUMNS, count - r, &f, row_scale ? row_scale + first + r : NULL,
-                                   y + (first + r) * p->columns + panel * COLUMNS, p->columns);
+                        store_tile(sums + r * COLUMNS, first + r, count - r, panel * COLUMNS, p, &f, row_scale, y);
                     }
             }
         }
@@ -257,28 +266,59 @@ int inductor_kernels_product(const Plan *p, const uint8_t *codes, const float *v
     return failed;
 }
 
+static int64_t threads_for(int64_t count, int64_t threads) {
+    int64_t worth = count / WORTH_CODES;
+    return threads < worth ? threads : worth > 1 ? worth : 1;
+}
+
 // codes[i] = clamp(round(x[i] * inverse + zero_point), 0, levels), ties to even; levels <= 255.
 void inductor_kernels_quantize(const float *x, uint8_t *codes, int64_t count, float inverse, float zero_point,
                                float levels, int64_t threads) {
     __m256 by = _mm256_set1_ps(inverse), zero = _mm256_set1_ps(zero_point), most = _mm256_set1_ps(levels);
     __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing works on each half of a register
-    int64_t whole = count / 32, worth = count / WORTH_CODES;
-    threads = threads < worth ? threads : worth > 1 ? worth : 1;
+    int64_t whole = count / 32;
+    threads = threads_for(count, threads);
 #pragma omp parallel for schedule(static) num_threads((int)threads) if (threads > 1)
-    for (int64_t i = 0; i < whole; i++) {
-        const float *from = x + 32 * i;
+    for (int64_t i = 0; i <= whole; i++) {
+        float rest[32] = {0};
+        uint8_t last[32];
+        int64_t left = i < whole ? 32 : count - 32 * whole;
+        if (left < 32) memcpy(rest, x + 32 * i, (size_t)left * sizeof(float));
+        const float *from = left < 32 ? rest : x + 32 * i;
         __m256i low = _mm256_packs_epi32(codes_of(from, by, zero, most), codes_of(from + 8, by, zero, most));
         __m256i high = _mm256_packs_epi32(codes_of(from + 16, by, zero, most), codes_of(from + 24, by, zero, most));
         __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
-        _mm256_storeu_si256((__m256i *)(codes + 32 * i), bytes);
+        _mm256_storeu_si256((__m256i *)(left < 32 ? last : codes + 32 * i), bytes);
+        if (left < 32) memcpy(codes + 32 * i, last, (size_t)left);
     }
-    float rest[32] = {0};
-    uint8_t last[32];
-    memcpy(rest, x + 32 * whole, (size_t)(count - 32 * whole) * sizeof(float));
-    for (int h = 0; h < 32; h += 8) {
-        int32_t eight[8];
-        _mm256_storeu_si256((__m256i *)eight, codes_of(rest + h, by, zero, most));
-        for (int j = 0; j < 8; j++) last[h + j] = (uint8_t)eight[j];
+}
+
+// The same of x [batch, channels, pixels] into codes [batch, pixels, channels]; stride: from an image of x to the next.
+void inductor_kernels_quantize_planes(const float *x, uint8_t *codes, int64_t batch, int64_t stride, int64_t channels,
+                                      int64_t pixels, float inverse, float zero_point, float levels, int64_t threads) {
+    __m256 by = _mm256_set1_ps(inverse), zero = _mm256_set1_ps(zero_point), most = _mm256_set1_ps(levels);
+    int64_t blocks = (pixels + 7) / 8;
+    threads = threads_for(batch * channels * pixels, threads);
+#pragma omp parallel for schedule(static) num_threads((int)threads) if (threads > 1)
+    for (int64_t block = 0; block < batch * blocks; block++) {
+        int64_t image = block / blocks, pixel = block % blocks * 8, wide = pixels - pixel < 8 ? pixels - pixel : 8;
+        const float *from = x + image * stride + pixel;
+        uint8_t *to = codes + (image * pixels + pixel) * channels;
+        for (int64_t c = 0; c < channels; c += 4) {  // four channels make the four bytes of a pixel's number
+            int64_t high = channels - c < 4 ? channels - c : 4;
+            __m256i four = _mm256_setzero_si256();
+            uint32_t numbers[8];
+            for (int64_t h = high - 1; h >= 0; h--) {
+                float rest[8] = {0};
+                const float *line = from + (c + h) * pixels;
+                if (wide < 8) memcpy(rest, line, (size_t)wide * sizeof(float));
+                four = _mm256_or_si256(_mm256_slli_epi32(four, 8), codes_of(wide < 8 ? rest : line, by, zero, most));
+            }
+            _mm256_storeu_si256((__m256i *)numbers, four);
+            if (high == 4)
+                for (int64_t i = 0; i < wide; i++) memcpy(to + i * channels + c, numbers + i, 4);
+            else
+                for (int64_t i = 0; i < wide; i++) memcpy(to + i * channels + c, numbers + i, (size_t)high);
+        }
     }
-    memcpy(codes + 32 * whole, last, (size_t)(count - 32 * whole));
 }

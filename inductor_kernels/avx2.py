@@ -67,13 +67,17 @@ def _library() -> ctypes.CDLL | None:
         log.warning("inductor_kernels: the AVX2 kernel was not built, 8-bit weights run in float32: %s", error)
         return None
     library.inductor_kernels_product.argtypes = [
-        *[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 3, *[ctypes.c_float] * 2, ctypes.c_int64
+        *[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 4, *[ctypes.c_float] * 2, ctypes.c_int64
     ]  # fmt: skip
     library.inductor_kernels_product.restype = ctypes.c_int
     library.inductor_kernels_quantize.argtypes = [
         *[ctypes.c_void_p] * 2, ctypes.c_int64, *[ctypes.c_float] * 3, ctypes.c_int64
     ]  # fmt: skip
     library.inductor_kernels_quantize.restype = None
+    library.inductor_kernels_quantize_planes.argtypes = [
+        *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 4, *[ctypes.c_float] * 3, ctypes.c_int64
+    ]  # fmt: skip
+    library.inductor_kernels_quantize_planes.restype = None
     return library
 
 
@@ -120,11 +124,12 @@ def conv_plan(w: Tensor, image: tuple[int, int, int, int, int], geometry: tuple[
 
 def product(
     plan: Plan, x: Tensor, scale: Tensor, zero_point: int, bias: Tensor | None, row_scale: Tensor | None,
-    shape: tuple[int, ...], inv_scale: float = 0.0, levels: int = 0,
+    shape: tuple[int, ...], inv_scale: float = 0.0, levels: int = 0, planes: bool = False,
 ) -> Tensor:  # fmt: skip
     """float32 ``shape`` [..., N] of the codes [..., C] of as many pixels or rows as the plan's images hold.
 
-    With ``levels``, which only linear layers take, ``x`` is float32 and quantized on the way.
+    With ``levels``, which only linear layers take, ``x`` is float32 and quantized on the way. With ``planes`` the
+    memory of the result is that of its permutation [B, N, OH, OW].
     """
     library = _library()
     assert library is not None
@@ -134,7 +139,11 @@ def product(
         bias = bias.to(torch.float32).contiguous()
     if row_scale is not None:
         row_scale = row_scale.contiguous()
-    y = torch.empty(shape, dtype=torch.float32)
+    if planes:
+        batch, *size, n = shape
+        y = torch.empty((batch, n, *size), dtype=torch.float32).permute(0, 2, 3, 1)
+    else:
+        y = torch.empty(shape, dtype=torch.float32)
     address = x.data_ptr()
     failed = library.inductor_kernels_product(
         plan.address,
@@ -147,6 +156,7 @@ def product(
         x.numel() // (layout.height * layout.width * layout.channels),
         zero_point,
         x.dtype is torch.int8,
+        planes,
         inv_scale,
         levels,
         torch.get_num_threads(),
@@ -166,4 +176,17 @@ def quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int) -> T
     library.inductor_kernels_quantize(
         x.data_ptr(), codes.data_ptr(), x.numel(), inv_scale.item(), zero_point.item(), levels, torch.get_num_threads()
     )
+    return codes
+
+
+def quantize_planes(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
+    """uint8 codes [B, H, W, C], contiguous, of a float32 tensor whose images lie in planes."""
+    library = _library()
+    assert library is not None
+    batch, height, width, channels = x.shape
+    codes = torch.empty(x.shape, dtype=torch.uint8)
+    library.inductor_kernels_quantize_planes(
+        x.data_ptr(), codes.data_ptr(), batch, x.stride(0), channels, height * width,
+        inv_scale.item(), zero_point.item(), levels, torch.get_num_threads(),
+    )  # fmt: skip
     return codes

@@ -224,6 +224,16 @@ def conv2d(
     dilation: list[int], groups: int, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """``inductor_kernels::conv2d``."""
+    rest = (weight, weight_zero_point, weight_sum, scale, zero_point, bias, weight_bits)
+    return _conv2d(x_q, *rest, stride, padding, dilation, groups, out_dtype, planes=False)
+
+
+def _conv2d(
+    x_q: Tensor, weight: Tensor, weight_zero_point: Tensor | None, weight_sum: Tensor | None, scale: Tensor,
+    zero_point: Tensor, bias: Tensor | None, weight_bits: int, stride: list[int], padding: list[int],
+    dilation: list[int], groups: int, out_dtype: torch.dtype, planes: bool,
+) -> Tensor:  # fmt: skip
+    """``planes``: the result's memory is that of [B, O, OH, OW] where the C kernel serves; else what costs nothing."""
     length = x_q.shape[-1] // groups if groups > 0 else 0
     prepared = weights.find(weight, weight_zero_point, weight_bits, length)
     n = weight.shape[0]
@@ -240,7 +250,7 @@ def conv2d(
         prepared.keep(geometry, packed)
     if isinstance(packed, avx2.Plan):
         size = (packed.layout.out_h, packed.layout.out_w)
-        y = avx2.product(packed, x_q, scale, z, bias, None, (x_q.shape[0], *size, n))
+        y = avx2.product(packed, x_q, scale, z, bias, None, (x_q.shape[0], *size, n), planes=planes)
         return y if out_dtype is torch.float32 else y.to(out_dtype)
     if not packed.is_mkldnn:  # the float32 form
         x = _centered(x_q, z).permute(0, 3, 1, 2)
@@ -259,10 +269,16 @@ def quantize_conv2d(
     weight_sum: Tensor | None, scale: Tensor, bias: Tensor | None, weight_bits: int, stride: list[int],
     padding: list[int], dilation: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
-    """``inductor_kernels::quantize_conv2d``."""
-    codes = quantize(x, inv_scale, zero_point, levels)
+    """``inductor_kernels::quantize_conv2d``: the result lies in memory as ``x`` does."""
+    checks.quantize(x, inv_scale, zero_point, levels)
+    planes = reference.in_planes(x)
+    if planes and x.dtype is torch.float32 and avx2.available():
+        codes = avx2.quantize_planes(x, inv_scale, zero_point, levels)
+    else:
+        codes = quantize(x, inv_scale, zero_point, levels)
     rest = (weight, weight_zero_point, weight_sum, scale, zero_point, bias, weight_bits)
-    return conv2d(codes, *rest, stride, padding, dilation, groups, x.dtype)
+    y = _conv2d(codes, *rest, stride, padding, dilation, groups, x.dtype, planes)
+    return reference.like_planes(y) if planes else y
 
 
 def _layout_conv(

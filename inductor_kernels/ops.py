@@ -19,7 +19,8 @@ For eager mode, where nothing fuses, ``quantize`` makes the codes in one pass,
 
     x_q = clamp(round(x * inv_scale + zero_point), 0, levels)    in float32, ties to even
 
-and ``quantize_linear`` and ``quantize_conv2d`` are that and the product in one call, in the type of ``x``. Graphs
+and ``quantize_linear`` and ``quantize_conv2d`` are that and the product in one call, in the type of ``x``; an image
+comes back in memory as ``x`` lies there, NHWC or NCHW, so that what follows is as fast as it was. Graphs
 should hold the formula itself (``reference.quantize``), which Inductor fuses into whatever made ``x``.
 """
 
@@ -91,7 +92,8 @@ def _quantize_linear_shape(x: Tensor, inv_scale: Tensor, zero_point: Tensor, lev
 
 def _quantize_conv2d_shape(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int, *rest) -> Tensor:
     codes = _quantize_shape(x, inv_scale, zero_point, levels)
-    return _conv2d_shape(codes, *rest[:4], zero_point, *rest[4:], x.dtype)
+    y = _conv2d_shape(codes, *rest[:4], zero_point, *rest[4:], x.dtype)
+    return reference.like_planes(y) if reference.in_planes(x) else y
 
 
 def _linear_weight_only_shape(x: Tensor, weight: Tensor, *rest) -> Tensor:

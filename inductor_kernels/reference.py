@@ -26,6 +26,16 @@ def quantize(x: Tensor, inv_scale: Tensor | float, zero_point: Tensor | float, l
     return (codes - 128).to(dtype) if dtype is torch.int8 else codes.to(dtype)
 
 
+def in_planes(x: Tensor) -> bool:
+    """Whether each image of ``x`` [B, H, W, C] lies in memory as [C, H, W], which is how images come in eager mode."""
+    return x.ndim == 4 and not x.is_contiguous() and x.stride()[1:] == (x.shape[2], 1, x.shape[1] * x.shape[2])
+
+
+def like_planes(y: Tensor) -> Tensor:
+    """``y`` [B, H, W, C] in such memory."""
+    return y.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+
+
 def _exact(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
@@ -113,9 +123,10 @@ def quantize_linear(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: in
 
 
 def quantize_conv2d(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int, *rest) -> Tensor:
-    """``quantize``, then ``conv2d``."""
+    """``quantize``, then ``conv2d``; the result lies in memory as ``x`` does."""
     checks.quantize(x, inv_scale, zero_point, levels)
     weight, weight_zero_point, weight_sum, scale, bias, bits, stride, padding, dilation, groups = rest
     codes = quantize(x, inv_scale, zero_point, levels)
     product = (weight, weight_zero_point, weight_sum, scale, zero_point, bias, bits)
-    return conv2d(codes, *product, stride, padding, dilation, groups, x.dtype)
+    y = conv2d(codes, *product, stride, padding, dilation, groups, x.dtype)
+    return like_planes(y) if in_planes(x) else y

@@ -49,7 +49,8 @@ def conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """x [B, C, H, W] (or [C, H, W]) convolved with the quantized weight; computed and returned channels-last."""
+    """x [B, C, H, W] (or [C, H, W]) convolved with the quantized weight; compiled code computes and returns it
+    channels-last."""
     if isinstance(padding, str):
         raise NotImplementedError(f"padding={padding!r} with a quantized weight: give the padding as numbers")
     if x.dim() == 3:

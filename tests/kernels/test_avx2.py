@@ -66,6 +66,29 @@ def test_codes_of_any_layout(view):
 
 
 @needs_kernel
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 5), (2, 4, 4, 2), (3, 9, 16, 17), (1, 130, 40, 40)])
+def test_codes_of_planes(shape):
+    x = reference.like_planes(torch.randn(shape).permute(0, 2, 3, 1))
+    given = torch.tensor(20.0), torch.tensor(128, dtype=torch.int32), 255
+    for part in (x, x[..., 1:], x[1:]):
+        codes = avx2.quantize_planes(part, *given)
+        assert codes.is_contiguous() and torch.equal(codes, reference.quantize(part, *given))
+
+
+@needs_kernel
+@pytest.mark.parametrize("geometry", [dict(), dict(o=17, size=(5, 3)), dict(stride=(2, 2), c=3, o=33, size=(31, 9))])
+def test_conv_into_planes(geometry):
+    """The same numbers wherever they are stored, also where a tile's rows belong to two images."""
+    x, w, _, total, scale, z, bias, _, stride, padding, *_ = cases.conv2d(**geometry)
+    act = torch.tensor(5.0), z, 255
+    rest = w, None, total, scale, bias, 8, stride, padding, [1, 1], 1
+    values = torch.randn(x.shape) * 10
+    rows = torch.ops.inductor_kernels.quantize_conv2d(values, *act, *rest)
+    planes = torch.ops.inductor_kernels.quantize_conv2d(reference.like_planes(values), *act, *rest)
+    assert rows.is_contiguous() and reference.in_planes(planes) and torch.equal(rows, planes)
+
+
+@needs_kernel
 @pytest.mark.parametrize("k", [1, 7, 16, 31, 40])
 @pytest.mark.parametrize("m", [1, 97, 300])
 def test_linear_of_values(m, k):
