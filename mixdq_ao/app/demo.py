@@ -38,7 +38,7 @@ class Size:
     analysis: int = 8
     judged: int = 16
     test: int = 256
-    latency_batch: int = 8
+    latency_batch: int = 32
     timed: tuple[str, ...] = ("mixdq_w8a8", "mixdq_w4a8")
 
 
@@ -50,7 +50,7 @@ def run_demo(out: Path, quick: bool = False, full: bool = False) -> Path:
     """Writes plans, sensitivities, pictures, results.json and report.html to ``out``; returns the report's path.
 
     A run that was interrupted continues its sensitivity analysis where it was. ``quick``: few prompts, no
-    compilation. ``full``: compiles and times every variant (a minute or more each), not only two of them.
+    compilation. ``full``: compiles and times every variant (two minutes each on two cores), not only two of them.
     """
     size, out = (QUICK if quick else Size(timed=ALL) if full else Size()), Path(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from ..models.pipelines import Sampling, generate_all
 from ..plan import Plan
 from ..progress import progress
-from .measure import interleaved
+from .measure import rounds_of, speedup
 from .quantized import quantized_unet
 
 
@@ -28,8 +29,8 @@ def latencies(pipe: Any, plans: dict[str, Plan], prompts: list[str]) -> dict[str
             compiled(**inputs)
             calls[name] = lambda compiled=compiled: compiled(**inputs)
             bar.advance(note=name)
-    times = interleaved(calls)
-    return {n: {"latency_ms": t, "speedup": times["fp32"] / t} for n, t in times.items()}
+    times = rounds_of(calls, rounds=25)
+    return {n: {"latency_ms": statistics.median(t), "speedup": speedup(times["fp32"], t)} for n, t in times.items()}
 
 
 def unet_inputs(pipe: Any, prompts: list[str]) -> dict[str, Any]:

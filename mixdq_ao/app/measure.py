@@ -77,14 +77,26 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return tensors
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 2) -> dict[str, float]:
-    """Median milliseconds of each call, all measured in turn, round by round, so that a machine whose speed drifts
-    slows all of them alike."""
+def rounds_of(
+    calls: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Milliseconds of each call in every round, all measured in turn, so that a machine whose speed drifts slows all
+    of them alike."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(warmup + rounds):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
             if i >= warmup:
-                times[name].append(time.perf_counter() - start)
-    return {name: 1e3 * statistics.median(t) for name, t in times.items()}
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 2) -> dict[str, float]:
+    """Median milliseconds of each call (see ``rounds_of``)."""
+    return {n: statistics.median(t) for n, t in rounds_of(calls, rounds=rounds, warmup=warmup).items()}
+
+
+def speedup(reference: list[float], times: list[float]) -> float:
+    """How many times faster: the median of the ratios within each round."""
+    return statistics.median(r / t for r, t in zip(reference, times, strict=True))

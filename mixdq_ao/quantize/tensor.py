@@ -111,17 +111,25 @@ class MixDQTensor(TorchAOBaseTensor):
         self.bos_output, self.act_levels = bos_output, act_levels
         self.shared_key = shared_key or key(*(getattr(self, name) for name in self.shared_tensors))
         optional = [name for name in self.optional_tensor_data_names if getattr(self, name) is not None]
-        self._names = [*self.tensor_data_names, *optional]
+        self._flat = [*self.tensor_data_names, *optional], self._attributes()
+
+    def _attributes(self) -> dict[str, object]:
+        names = (*self.tensor_attribute_names, *self.optional_tensor_attribute_names)
+        return {name: getattr(self, name) for name in names}
+
+    def take_shared_key(self, source: MixDQTensor) -> None:
+        """The ``shared_tensors`` are now those of ``source``."""
+        self.shared_key = source.shared_key
+        self._flat = self._flat[0], self._attributes()
 
     def __tensor_flatten__(self):
-        """As inherited, but the names are found once: torch.compile asks every weight for them at every call."""
-        attributes = {name: getattr(self, name) for name in self.tensor_attribute_names}
-        return self._names, attributes | {"act_levels": self.act_levels, "shared_key": self.shared_key}
+        """As inherited, but put together once: torch.compile asks every weight for it at every call."""
+        return self._flat
 
     @classmethod
     def __metadata_guard__(cls, traced: dict[str, object], other: dict[str, object]) -> bool:
         """Compiled code takes any values of ``shared_tensors``; torch.compile guards which of them are one."""
-        return all(traced[name] == other[name] for name in traced if name != "shared_key")
+        return traced == other or all(traced[name] == other[name] for name in traced if name != "shared_key")
 
     @classmethod
     def from_hp(

@@ -196,7 +196,7 @@ def _(func, types, args, kwargs):
         tensor.copy_(tensors[name] if name in tensors else _row_sums(source.integers()))
         # Below the dispatcher nothing else counts versions; forms prepared of the old weight must be dropped.
         torch.autograd.graph.increment_version(tensor)
-    weight.shared_key = source.shared_key
+    weight.take_shared_key(source)
     return weight
 
 
