@@ -36,11 +36,14 @@ if TYPE_CHECKING:
     from .search.calibrate import Calibrator, calibrate
     from .search.calibration import Calibration
     from .search.moments import Moments, input_moments
+    from .search.orthogonality import Orthogonality, orthogonality
+    from .search.orthogonality_allocate import allocate_orthogonal
     from .search.pareto import pareto
     from .search.sensitivity import LayerSensitivity, Sensitivity
     from .temporal.plan import TemporalPlan
     from .temporal.runtime import LevelRuntime, prepare
     from .temporal.schedule import Schedule, search_schedule
+    from .temporal.step_allocation import allocate_steps
     from .training.optim import MemoryEfficientAdamW, MemoryEfficientSGD
 
 _HOME = {
@@ -75,6 +78,9 @@ _HOME = {
     "Calibration": "search.calibration",
     "Moments": "search.moments",
     "input_moments": "search.moments",
+    "Orthogonality": "search.orthogonality",
+    "orthogonality": "search.orthogonality",
+    "allocate_orthogonal": "search.orthogonality_allocate",
     "pareto": "search.pareto",
     "LayerSensitivity": "search.sensitivity",
     "Sensitivity": "search.sensitivity",
@@ -83,6 +89,7 @@ _HOME = {
     "prepare": "temporal.runtime",
     "Schedule": "temporal.schedule",
     "search_schedule": "temporal.schedule",
+    "allocate_steps": "temporal.step_allocation",
     "MemoryEfficientAdamW": "training.optim",
     "MemoryEfficientSGD": "training.optim",
 }

@@ -1,0 +1,50 @@
+"""mixdq analyze --metric orthogonality: a file the library reads, sampled steps, errors in one line."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mixdq_ao import Orthogonality, orthogonality
+from mixdq_ao.app import cli
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    try:
+        code = cli.main([str(a) for a in arguments])
+    except SystemExit as e:
+        code = int(e.code or 0)
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture
+def analyze(shapes, _bundled, tmp_path):
+    (tmp_path / "p.txt").write_text("\n".join(_bundled.prompts[:4]))
+    return ("analyze", shapes.PIPELINE, "--prompts", tmp_path / "p.txt", "--metric", "orthogonality")
+
+
+def test_what_the_library_measures(capsys, analyze, bundled, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bundled.calibration.save(tmp_path / "c.json")
+    options = ("--steps", 3, "--timesteps", 1, "--estimator", "unbiased", "--calibration", tmp_path / "c.json")
+    code, _, err = run(capsys, *analyze, *options)
+    assert code == 0 and "orthogonality.json: correlations of 175 layers over 4 prompts at 1 of 3 steps" in err
+    found = Orthogonality.load(tmp_path / "orthogonality.json")
+    expected = orthogonality(bundled.pipe, bundled.prompts[:4], steps=3, timesteps=1, estimator="unbiased")
+    assert found.sampled == (1,) and found.estimator == "unbiased"
+    np.testing.assert_allclose(found.matrices, expected.matrices, atol=1e-4)
+    assert found.layers["conv_in"].weight_bytes
+
+
+def test_errors_are_one_line(capsys, analyze, tmp_path):
+    cases = [
+        (("--store", tmp_path / "s"), "--store has no use with --metric orthogonality"),
+        (("--timesteps", 2), "timesteps is 2, expected 1 to 1"),
+        (("--metric", "error", "--timesteps", 2), "--timesteps has no use with --metric error"),
+        (("--estimator", "x"), "invalid choice: 'x'"),
+        (("--batch-size", 1), "expected at least 2 for the biased correlation"),
+    ]
+    for arguments, words in cases:
+        code, out, err = run(capsys, *analyze, *arguments)
+        assert code == 2 and out == "" and words in err and err.count("\n") == 1, (arguments, err)
+    assert not (tmp_path / "orthogonality.json").exists()
