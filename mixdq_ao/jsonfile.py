@@ -11,8 +11,22 @@ from typing import Any
 from .errors import MixDQError
 
 
+def parse(text: str) -> Any:
+    """``json.loads`` for what others may have written. Raises ValueError also for NaN, infinity and a repeated key."""
+    return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+
+
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in document:
+            raise ValueError(f"key {key!r} appears twice")
+        document[key] = value
+    return document
 
 
 def read_document(path: str | os.PathLike[str], kind: str, version: int, error: type[MixDQError]) -> dict[str, Any]:
@@ -27,7 +41,7 @@ def read_document(path: str | os.PathLike[str], kind: str, version: int, error: 
     except (OSError, UnicodeDecodeError) as e:
         raise error(f"{path}: cannot be read as UTF-8 text: {e}") from e
     try:
-        document = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        document = parse(text)
     except (ValueError, RecursionError) as e:
         raise error(f"{path}: not valid JSON ({e}); expected a {kind} file written by mixdq_ao") from e
     if not isinstance(document, dict) or document.get("format") != kind:
@@ -38,15 +52,6 @@ def read_document(path: str | os.PathLike[str], kind: str, version: int, error: 
             f"{path}: version is {document.get('version')!r}, this release reads version {version}; "
             "upgrade mixdq-ao if the file is newer"
         )
-    return document
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in document:
-            raise ValueError(f"key {key!r} appears twice")
-        document[key] = value
     return document
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..jsonfile import _refuse_constant, _unique
+from ..jsonfile import parse
 from .flatten import Contents, read_contents
 from .safetensors_io import SAVE_AGAIN, Header, read_header
 
@@ -108,7 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError naming the file."""
     try:
         text = path.read_text(encoding="utf-8")
-        document = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        document = parse(text)
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
     except (ValueError, RecursionError) as e:

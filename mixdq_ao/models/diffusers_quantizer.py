@@ -31,7 +31,7 @@ from torchao.utils import TorchAOBaseTensor
 from ..errors import CheckpointError, PlanError
 from ..layers import find_layers
 from ..plan import Plan
-from ..quantize import config as plan_config
+from ..quantize.config import check_model, mixdq_config
 from ..quantize.tensor import is_quantized
 from .checkpoint import Checkpoint
 from .flatten import FORMAT, VERSION, check_version, flatten
@@ -114,10 +114,8 @@ class MixDQQuantizer(DiffusersQuantizer):
                 )
             _take_types(model, self.checkpoint)
         else:
-            config = plan_config.mixdq_config(
-                self.quantization_config.plan, overrides=self.quantization_config.overrides
-            )
-            plan_config._check(model, config)
+            config = mixdq_config(self.quantization_config.plan, overrides=self.quantization_config.overrides)
+            check_model(model, config)
             self.configs = config.fqn_to_config
         model.register_to_config(quantization_config=self.quantization_config)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchao.utils import TorchAOBaseTensor
 
 from ..errors import CheckpointError
-from ..jsonfile import _unique
+from ..jsonfile import parse
 from ..quantize.tensor import MixDQTensor, SplitMixDQTensor
 from .safetensors_io import SAVE_AGAIN, Header
 from .torchao_safetensors import MIXDQ_ATTRIBUTES, PLAIN, Record, known, part_key, rebuild, record_of
@@ -141,9 +141,9 @@ def read_contents(headers: Sequence[Header]) -> Contents:
                 f"{path}: holds no model quantized by mixdq_ao; load it with from_pretrained, or quantize it first"
             )
         try:
-            mark = json.loads(metadata[MARK], object_pairs_hook=_unique)
+            mark = parse(metadata[MARK])
             check_version(path, mark)
-            own = {name: _record(metadata[name]) for name in _names(json.loads(metadata["tensor_names"]))}
+            own = {name: _record(metadata[name]) for name in _names(parse(metadata["tensor_names"]))}
             splits.update(_names(mark["split"]))
         except (ValueError, KeyError, RecursionError) as e:
             if isinstance(e, CheckpointError):
@@ -178,7 +178,7 @@ def _names(value: Any) -> list[str]:
 
 
 def _record(text: str) -> Record:
-    record = json.loads(text, object_pairs_hook=_unique)
+    record = parse(text)
     kind = record.get("_type") if isinstance(record, dict) else None
     if kind == PLAIN["_type"]:
         return PLAIN

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..jsonfile import _unique
+from ..jsonfile import parse
 
 DTYPES = {
     "F64": torch.float64,
@@ -81,7 +81,7 @@ def read_header(path: Path) -> Header:
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
     try:
-        document = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        document = parse(text.decode("utf-8"))
         tensors, metadata = _parse(document)
         _check_layout(tensors, size - 8 - length)
     except (ValueError, RecursionError) as e:

@@ -168,13 +168,14 @@ def quantize_(model: nn.Module, config: AOBaseConfig, **kwargs: object) -> None:
         PlanError, QuantizationError: naming the layer, before anything is changed.
     """
     if isinstance(config, MixDQConfig):
-        _check(model, config)
+        check_model(model, config)
     if isinstance(config, FqnToConfig):
         kwargs.setdefault("filter_fn", None)
     torchao_quantize_(model, config, **kwargs)  # type: ignore[arg-type]
 
 
-def _check(model: nn.Module, config: MixDQConfig) -> None:
+def check_model(model: nn.Module, config: MixDQConfig) -> None:
+    """Raises PlanError or QuantizationError, naming the layer, where ``model`` cannot be quantized so."""
     check_plan(config.plan, model, need_ranges=False)
     layers = find_layers(model)
     names = {n for n, _ in model.named_modules()} | {n for n, _ in model.named_parameters()}
