@@ -8,31 +8,14 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
 from ..errors import ScheduleError
 from .evaluations import Choice, Error, Evaluations
 from .plan import check_costs
+from .results import Additivity
 from .schedule import open_store
-
-
-@dataclass(frozen=True, slots=True)
-class Additivity:
-    """Attributes:
-    schedules: the random schedules; predicted, measured: their errors.
-    singles: {level: error of each step at that level, all others precise}.
-    r_squared: of log measured against log predicted (squared Pearson correlation); 1 where errors add up to a factor.
-    ratio: median of measured over predicted; above 1 where the errors of steps correlate.
-    """
-
-    schedules: tuple[tuple[str, ...], ...]
-    predicted: tuple[float, ...]
-    measured: tuple[float, ...]
-    singles: Mapping[str, tuple[float, ...]]
-    r_squared: float
-    ratio: float
 
 
 def check_additivity(
@@ -53,11 +36,8 @@ def check_additivity(
         ScheduleError: fewer than three schedules, errors that are not positive, or no finite number measured.
     """
     check_costs(levels)
-    if type(schedules) is not int or schedules < 3:
-        raise ScheduleError(f"schedules is {schedules!r}, expected at least 3")
+    check_count(schedules, steps, len(levels))
     names, draw = tuple(levels), random.Random(seed)
-    if len(names) ** steps - steps * (len(names) - 1) - 1 < schedules:
-        raise ScheduleError(f"schedules is {schedules}, but {steps} steps of {len(names)} levels have fewer")
     with open_store(store, steps, levels, subject) as results:
         evaluate = Evaluations(error, names, store=results)
         base = evaluate((0,) * steps)
@@ -79,3 +59,11 @@ def check_additivity(
     ratio = float(np.median(np.array(measured) / np.array(predicted)))
     shown = tuple(evaluate.schedule(choice) for choice in drawn)
     return Additivity(shown, tuple(predicted), tuple(measured), singles, r * r, ratio)
+
+
+def check_count(schedules: int, steps: int, levels: int) -> None:
+    """Raises ScheduleError unless so many different schedules with two cheaper steps or more exist, and suffice."""
+    if type(schedules) is not int or schedules < 3:
+        raise ScheduleError(f"schedules is {schedules!r}, expected at least 3")
+    if levels**steps - steps * (levels - 1) - 1 < schedules:
+        raise ScheduleError(f"schedules is {schedules}, but {steps} steps of {levels} levels have fewer")

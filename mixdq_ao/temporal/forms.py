@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 from .evaluations import Choice
 from .goal import Goal
@@ -48,3 +49,12 @@ def at_cost(goal: Goal, steps: int) -> dict[tuple, Choice]:
         for name, form in FORMS.items() if fitting else ():
             found[name, precise, cheap] = form(steps, fitting[-1], precise, cheap)
     return found
+
+
+def hand_names(steps: int, names: Sequence[str]) -> dict[tuple[str, ...], str]:
+    """Every schedule a person would set, whatever its cost: {("16", "W4A8", "W4A8"): "first 1 16/W4A8", ...}."""
+    found = {uniform(steps, level): f"uniform {name}" for level, name in enumerate(names)}
+    for precise, cheap in itertools.combinations(range(len(names)), 2):
+        for (form, make), n in itertools.product(FORMS.items(), range(1, steps)):
+            found.setdefault(make(steps, n, precise, cheap), f"{form} {n} {names[precise]}/{names[cheap]}")
+    return {tuple(names[level] for level in choice): name for choice, name in found.items()}

@@ -163,7 +163,7 @@ def check_costs(costs: Mapping[str, float]) -> None:
     """Raises ScheduleError unless the costs are positive, finite and falling."""
     last = math.inf
     for name, cost in costs.items():
-        if type(cost) not in (int, float) or not 0 < cost < math.inf:
+        if type(cost) not in (int, float) or not 0 < cost < 1e300:
             raise ScheduleError(f"level {name!r}: cost is {cost!r}, expected a finite number > 0")
         if not cost < last:
             raise ScheduleError(

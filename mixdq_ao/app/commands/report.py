@@ -16,7 +16,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "directory",
         type=Path,
         metavar="DIR",
-        help="folder with results.json, and sensitivity.json, plan_*.json, pareto.json, grid.png where there are such",
+        help="folder with results.json, and sensitivity.json, plan_*.json, pareto.json, schedule*.json, "
+        "orthogonality.json, grid.png where there are such",
     )
 
 

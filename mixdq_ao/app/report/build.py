@@ -12,8 +12,10 @@ from .grid import grid_section
 from .html import Html, join, tag
 from .inputs import Inputs, read_inputs
 from .layers import layers_section, plan_css
+from .orthogonality import orthogonality_section
 from .overview import ablation, overview
 from .pareto import pareto_section
+from .schedule import schedule_section
 
 LINKS = {
     "results": "Results",
@@ -21,6 +23,8 @@ LINKS = {
     "ablation": "Ingredients",
     "pareto": "Size and quality",
     "layers": "Layers",
+    "schedule": "Steps",
+    "orthogonality": "Correlation",
     "environment": "Environment",
 }
 
@@ -28,8 +32,8 @@ LINKS = {
 def build(directory: str | os.PathLike[str]) -> Path:
     """Writes ``report.html`` from the results in ``directory``, in one file that needs no network. Returns its path.
 
-    Reads results.json, sensitivity.json, plan_*.json, pareto.json, and grid.png with grid.json; a missing one drops its
-    section. Raises MixDQError where one is broken or nothing is there.
+    Reads results.json, sensitivity.json, plan_*.json, pareto.json, schedule*.json, orthogonality.json, and grid.png
+    with grid.json; a missing one drops its section. Raises MixDQError where one is broken or nothing is there.
     """
     directory = Path(directory)
     page = render(read_inputs(directory))
@@ -48,6 +52,8 @@ def render(inputs: Inputs) -> str:
         "ablation": ablation(inputs),
         "pareto": pareto_section(inputs.points),
         "layers": layers_section(inputs),
+        "schedule": schedule_section(inputs.schedules, inputs.schedule_results),
+        "orthogonality": orthogonality_section(inputs.orthogonality),
         "environment": environment_section(inputs.environment),
     }
     here = files("mixdq_ao.app.report")
@@ -61,6 +67,8 @@ def render(inputs: Inputs) -> str:
 
 
 def _lede(inputs: Inputs) -> Html:
+    if not inputs.variants and not inputs.one_step:
+        return Html("Measurements of one pipeline.")
     many = len([n for n in inputs.variants if n != "fp32"])
     what = f"{many} quantized variants of one pipeline" if many > 1 else "A quantized pipeline"
     return join(

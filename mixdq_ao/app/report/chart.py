@@ -27,6 +27,10 @@ class Scale:
     def __call__(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
+    def text(self, value: float) -> str:
+        """A tick's label."""
+        return f"{value:g}"
+
     def ticks(self, about: int = 6) -> list[float]:
         """Round values inside the scale."""
         rough = (self.high - self.low) / about
@@ -36,17 +40,42 @@ class Scale:
         return [i * step for i in range(first, math.floor(self.high / step) + 1)]
 
 
+class LogScale(Scale):
+    """Maps positive values by their logarithm."""
+
+    @classmethod
+    def around(cls, values: list[float], start: float, end: float) -> LogScale:
+        """All values with 5 % of room on either side."""
+        room = max((max(values) / min(values)) ** 0.05, 1.1)
+        return cls(min(values) / room, max(values) * room, start, end)
+
+    def __call__(self, value: float) -> float:
+        share = math.log(value / self.low) / math.log(self.high / self.low)
+        return self.start + share * (self.end - self.start)
+
+    def text(self, value: float) -> str:
+        return f"{value:g}" if 1e-3 <= value < 1e4 else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+
+    def ticks(self, about: int = 6) -> list[float]:
+        """Powers of ten, with 2 and 5 times them where there are few, thinned out where there are many."""
+        first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+        inside = lambda values: [v for v in values if self.low <= v <= self.high]  # noqa: E731
+        powers = inside([10.0**e for e in range(first, last + 1)])
+        fine = inside([float(f"{m}e{e}") for e in range(first, last + 1) for m in (1, 2, 5)])
+        return fine if len(fine) <= about + 2 else powers[:: math.ceil(len(powers) / about)]
+
+
 def axes(x: Scale, y: Scale, x_title: str, y_title: str) -> Html:
     """Grid lines, ticks and titles of a chart with its origin at (x.start, y.start)."""
     parts = []
     for value in x.ticks():
         at = f"{x(value):.1f}"
         parts.append(tag("line", x1=at, x2=at, y1=y.start, y2=y.end, class_="gridline"))
-        parts.append(tag("text", f"{value:g}", x=at, y=y.start + 18, text_anchor="middle"))
+        parts.append(tag("text", x.text(value), x=at, y=y.start + 18, text_anchor="middle"))
     for value in y.ticks():
         at = y(value)
         parts.append(tag("line", x1=x.start, x2=x.end, y1=f"{at:.1f}", y2=f"{at:.1f}", class_="gridline"))
-        parts.append(tag("text", f"{value:g}", x=x.start - 8, y=f"{at + 4:.1f}", text_anchor="end"))
+        parts.append(tag("text", y.text(value), x=x.start - 8, y=f"{at + 4:.1f}", text_anchor="end"))
     middle = (y.start + y.end) / 2
     turned = f"rotate(-90 16 {middle})"
     parts.append(tag("text", x_title, x=(x.start + x.end) / 2, y=y.start + 40, text_anchor="middle", class_="axis"))

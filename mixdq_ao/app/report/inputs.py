@@ -6,13 +6,24 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import MixDQError
 from ...plan import Plan
 from ...search.sensitivity import Sensitivity
+from ...temporal import plan as temporal_plan
+from ...temporal import results as schedule_results
+from ...temporal.plan import TemporalPlan
+from ...temporal.results import ScheduleResults
 from .grid import Grid, read_grid
 from .names import plan_order
+
+if TYPE_CHECKING:
+    from ...search.orthogonality import Orthogonality
+
+
+SHOWN = ("variants", "sensitivity", "plans", "points", "grid", "schedules", "schedule_results", "orthogonality")
+"""Inputs of which one at least must be there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +67,9 @@ class Inputs:
     plans: Mapping[str, Plan] = field(default_factory=dict)
     points: tuple[Point, ...] = ()
     grid: Grid | None = None
+    schedules: Mapping[str, TemporalPlan] = field(default_factory=dict)
+    schedule_results: tuple[ScheduleResults, ...] = ()
+    orthogonality: Orthogonality | None = None
 
 
 def read_inputs(directory: Path) -> Inputs:
@@ -64,6 +78,7 @@ def read_inputs(directory: Path) -> Inputs:
         raise MixDQError(f"{directory}: is no folder, expected one with results.json or other results")
     results = _optional(directory / "results.json", read_json, {})
     where = directory / "results.json"
+    schedules = [_schedule(path) for path in sorted(directory.glob("schedule*.json"))]
     inputs = Inputs(
         variants=_figures(where, results, "variants"),
         one_step=_figures(where, results, "variants_1_step"),
@@ -74,12 +89,30 @@ def read_inputs(directory: Path) -> Inputs:
         plans={path.stem: Plan.load(path) for path in sorted(directory.glob("plan_*.json"), key=plan_order)},
         points=_optional(directory / "pareto.json", _points, ()),
         grid=read_grid(directory / "grid.png", _optional(directory / "grid.json", read_json, None)),
+        schedules={name: found for name, found in schedules if isinstance(found, TemporalPlan)},
+        schedule_results=tuple(found for _, found in schedules if isinstance(found, ScheduleResults)),
+        orthogonality=_optional(directory / "orthogonality.json", _orthogonality, None),
     )
-    if not any((inputs.variants, inputs.sensitivity, inputs.plans, inputs.points, inputs.grid)):
+    if not any(getattr(inputs, name) for name in SHOWN):
         raise MixDQError(
-            f"{directory}: holds nothing to report, expected results.json, sensitivity.json or plan_*.json"
+            f"{directory}: holds nothing to report, expected results.json, sensitivity.json, plan_*.json, "
+            "schedule*.json or orthogonality.json"
         )
     return inputs
+
+
+def _schedule(path: Path) -> tuple[str, TemporalPlan | ScheduleResults]:
+    """A schedule, or what was measured of several, told from the file's header."""
+    kind, expected = read_json(path).get("format"), (temporal_plan.FORMAT, schedule_results.FORMAT)
+    if kind not in expected:
+        raise MixDQError(f"{path}: format is {kind!r:.60}, expected {' or '.join(expected)}")
+    return path.stem, (TemporalPlan if kind == temporal_plan.FORMAT else ScheduleResults).load(path)
+
+
+def _orthogonality(path: Path) -> Orthogonality:
+    from ...search.orthogonality import Orthogonality  # imports torch, which a page without it can do without
+
+    return Orthogonality.load(path)
 
 
 def _optional(path: Path, read: Callable[[Path], Any], default: Any) -> Any:

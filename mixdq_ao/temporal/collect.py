@@ -1,0 +1,37 @@
+"""All that searches measured of one model, for a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .forms import hand_names
+from .results import Additivity, ScheduleResults
+from .schedule import Schedule
+
+
+def results_of(
+    found: Sequence[Schedule],
+    levels: Mapping[str, float],
+    metric: str,
+    *,
+    also: Iterable[Schedule] = (),
+    added: Additivity | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> ScheduleResults:
+    """All that searches and a check of additivity measured, and ``also`` others; schedules as people set them carry
+    their names."""
+    measured = {s: e for schedule in found for s, e in schedule.history.items()}
+    measured |= {schedule.levels: schedule.error for schedule in also}
+    steps, precise = len(found[0].levels), next(iter(levels))
+    if added is not None:
+        measured |= zip(added.schedules, added.measured, strict=True)
+        for name, errors in added.singles.items():
+            measured |= {(precise,) * t + (name,) + (precise,) * (steps - t - 1): e for t, e in enumerate(errors)}
+    by_hand = hand_names(steps, list(levels))
+    named = {by_hand[schedule]: schedule for schedule in measured if schedule in by_hand}
+    named |= {f"found at {schedule.cost:.3g}": schedule.levels for schedule in found}
+    checks = {} if added is None else {metric: added}
+    return ScheduleResults(
+        levels=levels, metric=metric, measured=measured, named=named, additivity=checks, metadata=metadata or {}
+    )
