@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..errors import ScheduleError
 from ..models.pipelines import Sampling, check_prompts, denoiser, generate_all
 from ..search.metrics import ssim
 from .runtime import LevelRuntime
@@ -42,6 +43,8 @@ class GenerationError:
 
     Attributes:
         reference: pictures or latents in full precision, from ``draw_reference`` before the model was prepared.
+        metric: "ssim" (1 - SSIM of pictures), "mse" (of latents), or any function of pictures and reference, both
+            [B, 3, H, W] in [0, 1]: LPIPS, for example.
         computed, reused: denoising calls so far.
     """
 
@@ -53,13 +56,12 @@ class GenerationError:
         sampling: Sampling,
         reference: Tensor,
         *,
-        metric: MetricName = "ssim",
+        metric: MetricName | Metric = "ssim",
         budget: int = BUDGET,
     ) -> None:
         self.pipe, self.runtime, self.sampling = pipe, runtime, sampling
         self.prompts, self.reference = check_prompts(prompts), reference
-        self.metric: Metric = METRICS[metric][0]
-        self.output: Output = METRICS[metric][1]
+        self.metric, self.output = _measure(metric)
         self.budget = budget
         self.computed = self.reused = 0
         self._kept: dict[tuple[object, ...], Any] = {}
@@ -67,15 +69,18 @@ class GenerationError:
     def __call__(self, schedule: tuple[str, ...]) -> float:
         return self.metric(self.draw(schedule), self.reference)
 
-    def draw(self, schedule: tuple[str, ...]) -> Tensor:
-        """Pictures or latents with this schedule; the runtime follows the pipeline from then on."""
+    def draw(self, schedule: tuple[str, ...], output: Output | None = None) -> Tensor:
+        """Pictures or latents (by default what the metric compares) with this schedule; the runtime follows the
+        pipeline from then on."""
         self.runtime.plan = self.runtime.plan.with_steps(schedule)
         self.runtime.follow(self.pipe)
         drawn, size = [], self.sampling.batch_size
         for start in range(0, len(self.prompts), size):
             sampling = replace(self.sampling, seed=self.sampling.seed + start)
             with self._reusing(start):
-                drawn.append(generate_all(self.pipe, self.prompts[start : start + size], sampling, self.output))
+                drawn.append(
+                    generate_all(self.pipe, self.prompts[start : start + size], sampling, output or self.output)
+                )
         return torch.cat(drawn)
 
     @contextmanager
@@ -109,6 +114,17 @@ class GenerationError:
             self._kept[key] = output
 
 
-def draw_reference(pipe: Any, prompts: Sequence[str], sampling: Sampling, *, metric: MetricName = "ssim") -> Tensor:
+def draw_reference(
+    pipe: Any, prompts: Sequence[str], sampling: Sampling, *, metric: MetricName | Metric = "ssim"
+) -> Tensor:
     """What schedules are compared with: the same prompts and noise, before the model is prepared."""
-    return generate_all(pipe, check_prompts(prompts), sampling, METRICS[metric][1])
+    return generate_all(pipe, check_prompts(prompts), sampling, _measure(metric)[1])
+
+
+def _measure(metric: MetricName | Metric) -> tuple[Metric, Output]:
+    """The function, and what it compares. Raises ScheduleError where the name is not known."""
+    if callable(metric):
+        return metric, "pt"
+    if metric not in METRICS:
+        raise ScheduleError(f"metric is {metric!r}, expected {', '.join(METRICS)}, or a function of two pictures")
+    return METRICS[metric]

@@ -8,6 +8,7 @@ import pytest
 
 from mixdq_ao import LayerPlan, Plan, TemporalPlan
 from mixdq_ao.app import cli
+from mixdq_ao.temporal.results import ScheduleResults
 
 NATIVE = Plan({"conv_in": LayerPlan(weight_bits=8, act_bits=8, act_range=(-1.0, 1.0))})
 COSTS = {"16": 1.0, "W8A8": 0.5}
@@ -48,7 +49,7 @@ def test_export_alone_and_into_a_config(capsys, saved, tmp_path):
     assert config["quantization_config"]["runtime"]["diffusion_step_policy"] == {**policy, "scope": ["unet"]}
 
 
-def test_a_search_on_a_pipeline(capsys, tmp_path, shapes, _bundled):
+def test_a_search_on_a_pipeline_that_continues_and_reports(capsys, tmp_path, shapes, _bundled, monkeypatch):
     pipeline, prompts, plan = shapes.PIPELINE, tmp_path / "p.txt", tmp_path / "w8a8.json"
     prompts.write_text(_bundled.prompts[0])
     Plan.uniform(_bundled.pipe.unet, 8, 8).with_calibration(_bundled.calibration).save(plan)
@@ -62,11 +63,24 @@ def test_a_search_on_a_pipeline(capsys, tmp_path, shapes, _bundled):
     assert found.counts == {"16": 1, "W8A8": 1} and figures["evaluations"] <= figures["evaluation_limit"] == 8
     assert figures["error"] > 0 and found.costs == {"16": 1.0, "W8A8": 0.5}
 
+    def fail(self, schedule):
+        raise AssertionError(f"{schedule} is drawn again")
+
+    monkeypatch.setattr("mixdq_ao.temporal.measure.GenerationError.__call__", fail)
+    again = ("--max-cost", 0.8, "--results", tmp_path / "schedule_results.json", "--out", tmp_path / "t.json")
+    code, _, err = run(capsys, "schedule", "search", *arguments, *again)
+    assert code == 0, err
+    assert TemporalPlan.load(tmp_path / "t.json") == found
+    results = ScheduleResults.load(tmp_path / "schedule_results.json")
+    assert results.measured[found.steps] == figures["error"] and results.named["found at 0.75"] == found.steps
+    assert len(results.measured) == figures["evaluations"]
+
 
 def test_errors_are_one_line(capsys, saved, tmp_path):
     (tmp_path / "p.txt").write_text("a circle\n")
     (tmp_path / "bad.json").write_text("{}")
     search = ("schedule", "search", tmp_path, "--prompts", tmp_path / "p.txt")
+    two = ("--level", "a", "none", 2, "--level", "b", "none", 1)
     cases = [
         (("schedule", "show", tmp_path / "none.json"), "cannot be read"),
         (("schedule", "show", tmp_path / "bad.json"), "expected 'mixdq-temporal-plan'"),
@@ -75,7 +89,9 @@ def test_errors_are_one_line(capsys, saved, tmp_path):
         ((*search, "--level", "a", "none", "x", "--max-cost", "1"), "--level a: cost is 'x'"),
         ((*search, *("--level", "a", "none", "1") * 2, "--max-cost", "1"), "--level a is given twice"),
         ((*search, "--level", "a", "none", "1"), "one of the arguments --max-cost --max-error is required"),
-        ((*search, *("--level", "a", "none", 2), *("--level", "b", "none", 1), "--max-cost", "0.5"), "costs 1.0"),
+        ((*search, *two, "--max-cost", "0.5"), "costs 1.0"),
+        ((*search, *two, "--max-cost", "1", "--check", "2"), "schedules is 2, expected at least 3"),
+        ((*search, *two, "--max-cost", "1", "--check", "40", "--steps", "3"), "3 steps of 2 levels have fewer"),
     ]
     for arguments, words in cases:
         code, out, err = run(capsys, *arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mixdq_ao import Plan, Sampling, TemporalPlan, prepare
+from mixdq_ao import Plan, Sampling, ScheduleError, TemporalPlan, prepare
 from mixdq_ao.models.pipelines import generate_all
 from mixdq_ao.temporal.measure import GenerationError, draw_reference
 
@@ -40,3 +40,17 @@ def test_without_room_everything_is_computed(measured):
     measured.budget = 0
     first, second = measured(("W2A8",) * 3), measured(("W2A8",) * 3)
     assert first == second and measured.reused == 0
+
+
+def test_any_function_of_two_pictures_is_a_metric(bundled):
+    prompts, sampling = bundled.prompts[:1], Sampling(steps=1, batch_size=1)
+    worst = lambda images, reference: (images - reference).abs().amax().item()  # noqa: E731
+    reference = draw_reference(bundled.pipe, prompts, sampling, metric=worst)
+    plan = TemporalPlan({"16": None, "W4A16": Plan.uniform(bundled.pipe.unet, 4, 16)}, ("16",))
+    error = GenerationError(
+        bundled.pipe, prepare(bundled.pipe.unet, plan, keep_full=True), prompts, sampling, reference, metric=worst
+    )
+    assert reference.shape == (1, 3, 64, 64) and error(("16",)) == 0 < error(("W4A16",)) <= 1
+    assert error.draw(("W4A16",), "latent").shape[1] == 4 and error.computed == 2
+    with pytest.raises(ScheduleError, match="metric is 'fid', expected ssim, mse"):
+        draw_reference(bundled.pipe, prompts, sampling, metric="fid")  # type: ignore[arg-type]

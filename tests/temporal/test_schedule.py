@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +15,13 @@ import pytest
 from mixdq_ao import Schedule, ScheduleError, SensitivityError, search_schedule
 from mixdq_ao.temporal.baselines import exhaustive, greedy, hand_set
 from mixdq_ao.temporal.correlation import ErrorModel
-from mixdq_ao.temporal.forms import first_n, last_n, spread
+from mixdq_ao.temporal.forms import first_n, hand_names, last_n, spread
 from mixdq_ao.temporal.goal import Goal
 from mixdq_ao.temporal.schedule import evaluation_limit
 
 from .errors import COSTS, FAMILIES, singles
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def names(count: int) -> dict[str, float]:
@@ -114,6 +120,38 @@ def test_a_stopped_search_continues_and_finds_the_same(tmp_path):
         search_schedule(again, **{**settings, "subject": "another model"})
 
 
+KILLED = """
+import os, signal, sys
+import numpy as np
+from mixdq_ao import search_schedule
+from tests.temporal.test_schedule import Measure, names
+
+measure, count = Measure("correlated", 1, 6, 4), 0
+
+def error(schedule):
+    global count
+    count += 1
+    if count > 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return measure(schedule)
+
+search_schedule(error, steps=6, levels=names(4), max_cost=0.4, store=sys.argv[1], subject="m")
+"""
+
+
+def test_a_search_that_was_killed_continues(tmp_path):
+    """kill -9 in the middle of an evaluation, and a line that was only half written."""
+    settings = {"steps": 6, "levels": names(4), "max_cost": 0.4}
+    expected = search_schedule(Measure("correlated", 1, 6, 4), **settings)
+    died = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "s")], cwd=ROOT, capture_output=True)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    with open(tmp_path / "s", "ab") as file:
+        file.write(b'{"key": "torn')
+    last = Measure("correlated", 1, 6, 4)
+    assert search_schedule(last, **settings, store=tmp_path / "s", subject="m") == expected
+    assert len(last.calls) == expected.evaluations - 7
+
+
 @pytest.mark.parametrize(("value", "words"), [(math.nan, "is nan"), (math.inf, "is inf"), ("much", "is 'much'")])
 def test_an_error_that_is_no_number_names_the_schedule(tmp_path, value, words):
     def error(schedule):
@@ -169,6 +207,9 @@ def test_exhaustive_and_greedy_find_optima_of_additive_errors():
 def test_forms():
     assert first_n(5, 2, 0, 1) == (0, 0, 1, 1, 1) and last_n(5, 2, 0, 1) == (1, 1, 1, 0, 0)
     assert spread(8, 2, 0, 1) == (1, 1, 1, 0, 1, 1, 1, 0) and spread(5, 4, 0, 1).count(0) == 4
+    named = hand_names(4, ["a", "b", "c"])
+    assert named["b", "b", "b", "b"] == "uniform b" and named["a", "c", "c", "c"] == "first 1 a/c"
+    assert named["c", "b", "c", "b"] == "spread 2 b/c" and ("a", "b", "c", "c") not in named
 
 
 def test_the_error_model_recovers_correlations_and_prices_every_change():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import options
-from ..inputs import load_pipeline, load_plan, read_prompts
+from ..inputs import at_least, load_pipeline, load_plan, read_prompts
 from ..output import counted, mebibytes, show, show_json, show_table, wrote
 
 if TYPE_CHECKING:
@@ -18,6 +18,10 @@ EXAMPLE = (
     "mixdq schedule search examples/shapes/pipeline --prompts prompts.txt --calibration calibration.json --steps 8 "
     "--level 16 none 1 --level W8A8 plan_w8a8.json 0.5 --level W4A8 plan_w4a8.json 0.25 --max-cost 0.4"
 )
+
+
+SHOWN = ("metric", "error", "evaluations", "evaluation_limit", "r_squared", "measured_over_predicted")
+METRICS = {"ssim": "1 - SSIM of pictures", "mse": "mean squared error of latents"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +42,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     goal.add_argument("--max-cost", type=float, metavar="X", help="least error within this mean cost of a step")
     goal.add_argument("--max-error", type=float, metavar="X", help="least cost within this error")
     search.add_argument(
-        "--metric", choices=("ssim", "mse"), default="ssim", help="1 - SSIM of pictures (default), or MSE of latents"
+        "--metric", choices=tuple(METRICS), default="ssim", help="1 - SSIM of pictures (default), or MSE of latents"
     )
     search.add_argument(
         "--storage",
@@ -49,6 +53,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     search.add_argument("--keep-full", action="store_true", help="16 bit is the model's own weight, kept as well")
     search.add_argument(
         "--store", type=Path, metavar="FILE", help="every result is appended here; run again to continue"
+    )
+    search.add_argument(
+        "--check", type=at_least(0), default=0, metavar="N", help="also measure N random schedules: do errors add up?"
+    )
+    search.add_argument(
+        "--results", type=Path, metavar="FILE", help="also write all that was measured, as schedule_*.json for a report"
     )
     options.sampling(search, "8", 16)
     options.out(search, "schedule.json", "file to write")
@@ -69,14 +79,18 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _search(args: argparse.Namespace) -> None:
+    from ...temporal.additivity import check_additivity, check_count
     from ...temporal.schedule import check_goal
 
     levels, costs = _levels(args)
     prompts = read_prompts(args.prompts)
     check_goal(args.steps, costs, args.max_cost, args.max_error)
+    if args.check:
+        check_count(args.check, args.steps, len(costs))
     pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
     from ...models.pipelines import Sampling, denoiser
     from ...search.store import fingerprint
+    from ...temporal.collect import results_of
     from ...temporal.measure import GenerationError, draw_reference
     from ...temporal.plan import TemporalPlan
     from ...temporal.runtime import prepare
@@ -92,7 +106,9 @@ def _search(args: argparse.Namespace) -> None:
     runtime = prepare(denoiser(pipe), plan, storage=args.storage, keep_full=args.keep_full)
     error = GenerationError(pipe, runtime, prompts, sampling, reference, metric=args.metric)
     limits = {"max_cost": args.max_cost, "max_error": args.max_error}
-    found = search_schedule(error, steps=args.steps, levels=costs, store=args.store, subject=subject, **limits)
+    shared: dict[str, Any] = {"steps": args.steps, "levels": costs, "store": args.store, "subject": subject}
+    found = search_schedule(error, **shared, **limits)
+    added = check_additivity(error, **shared, schedules=args.check) if args.check else None
     figures = {
         "metric": args.metric,
         "error": found.error,
@@ -101,9 +117,15 @@ def _search(args: argparse.Namespace) -> None:
         "bytes": runtime.bytes(),
         "storage": args.storage,
     }
+    if added is not None:
+        figures |= {"r_squared": added.r_squared, "measured_over_predicted": added.ratio}
     result = TemporalPlan(levels, found.levels, costs, figures)
     result.save(args.out)
     wrote(args.out, f"levels of {counted(args.steps, 'step')}, {counted(found.evaluations, 'schedule')} measured")
+    if args.results is not None:
+        collected = results_of([found], costs, METRICS[args.metric], added=added, metadata=limits)
+        collected.save(args.results)
+        wrote(args.results, f"{counted(len(collected.measured), 'schedule')} for mixdq report")
     _print(result, args.json)
 
 
@@ -140,7 +162,7 @@ def _print(plan: TemporalPlan, as_json: bool) -> None:
         for name, steps in places.items()
     ]
     show_table("schedule", ("level", "cost", "steps", "which"), rows)
-    known = {"mean cost of a step": plan.cost, **{k: plan.metadata.get(k) for k in ("metric", "error", "evaluations")}}
+    known = {"mean cost of a step": plan.cost, **{k.replace("_", " "): plan.metadata.get(k) for k in SHOWN}}
     size = plan.metadata.get("bytes")
     rows = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in known.items() if v is not None}
     show("figures", rows | ({"layers hold": mebibytes(size)} if isinstance(size, int) else {}))

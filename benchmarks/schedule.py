@@ -1,0 +1,255 @@
+"""A precision per denoising step on the bundled pipeline, found and set by hand: python -m benchmarks.schedule
+
+Error is 1 - SSIM of whole generations against full precision, captions the pipeline never saw; cost is the weight bits
+a step reads, of 16. Levels: 16 bit (exact), uniform W8A8, and plans allocated for 4, 3 and 2.25 bits a weight.
+Whether errors add up, over 40 random schedules, by 1 - SSIM and by the squared error of latents; the found schedule
+beside uniform, first-n, last-n, spread and greedy ones at equal cost; the search beside exhaustive search.
+
+Every generation is appended to a store in --work. A run ends after --minutes (exit code 3) and the same command
+continues it; when all is measured it writes benchmarks/results/schedule_<steps>.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from examples.schedule import COSTS, Study
+from mixdq_ao import Schedule, TemporalPlan, prepare, search_schedule
+from mixdq_ao.app.environment import environment
+from mixdq_ao.app.measure import interleaved
+from mixdq_ao.app.quiet import silence_loading_bars
+from mixdq_ao.models.pipelines import generate_all
+from mixdq_ao.search.store import Store
+from mixdq_ao.temporal.additivity import check_additivity
+from mixdq_ao.temporal.baselines import exhaustive, greedy, hand_set
+from mixdq_ao.temporal.collect import results_of
+from mixdq_ao.temporal.layer import Storage
+from mixdq_ao.temporal.measure import METRICS, MetricName, draw_reference
+from mixdq_ao.temporal.results import Additivity
+from mixdq_ao.temporal.schedule import evaluation_limit
+
+RESULTS = Path(__file__).parent / "results"
+MAX_COSTS = (0.1875, 0.25, 0.4)
+WORDS: dict[MetricName, str] = {"ssim": "1 - SSIM of pictures", "mse": "mean squared error of latents"}
+ADDED = tuple(COSTS)[:4]
+"""Levels of the random schedules."""
+SMALL = {4: ("16", "W4A8", "W2A8"), 8: ("16", "W4A8")}
+"""{steps: levels} where every schedule is measured."""
+
+
+class Measured:
+    """Both metrics of each schedule, from a generation or from the store. Ends the program when its time is over."""
+
+    def __init__(self, study: Study, steps: int, storage: Storage, store: Store, deadline: float) -> None:
+        self.study, self.steps, self.storage, self.store, self.deadline = study, steps, storage, store, deadline
+        self._error: Any = None
+        self._latents: Any = None
+
+    def __call__(self, schedule: tuple[str, ...]) -> dict[str, float]:
+        key = json.dumps([self.steps, self.storage, *schedule])
+        if (stored := self.store.get(key)) is None:
+            if time.monotonic() > self.deadline:
+                print(f"{len(self.store.results)} generations are stored; the same command continues", flush=True)
+                sys.exit(3)
+            stored = self._measure(schedule)
+            self.store.put(key, stored)
+        return stored
+
+    def _measure(self, schedule: tuple[str, ...]) -> dict[str, float]:
+        if self._error is None:
+            study, sampling = self.study, self.study.sampling(self.steps)
+            self._latents = draw_reference(study.pipe, study.prompts, sampling, metric="mse")
+            self._error = study.prepared(self.steps, self.storage)
+        latents = self._error.draw(schedule, "latent")  # drawn again from the kept outputs of the denoiser
+        return {"ssim": self._error(schedule), "mse": METRICS["mse"][0](latents, self._latents)}
+
+    def by(self, metric: MetricName) -> Callable[[tuple[str, ...]], float]:
+        return lambda schedule: self(schedule)[metric]
+
+
+def levels(names: Iterable[str]) -> dict[str, float]:
+    return {name: COSTS[name] for name in names}
+
+
+def additivity(measured: Measured, steps: int, names: Iterable[str]) -> dict[MetricName, Additivity]:
+    return {m: check_additivity(measured.by(m), steps=steps, levels=levels(names)) for m in WORDS}
+
+
+def at_cost(measured: Measured, steps: int, cost: float, walk: bool) -> tuple[dict[str, Any], list[Schedule]]:
+    """The found schedule with its rivals at one cost, as a row of the table, and all of them."""
+    error, shared = measured.by("ssim"), {"steps": steps, "levels": COSTS, "max_cost": cost}
+    found = search_schedule(error, **shared)
+    rivals = hand_set(error, **shared)
+    row: dict[str, Any] = {
+        "max_cost": cost,
+        "found": _figures(found) | {"evaluations": found.evaluations, "limit": evaluation_limit(steps, len(COSTS))},
+    }
+    for form in ("uniform", "first", "last", "spread"):
+        own = {n: s for n, s in rivals.items() if n.startswith(form)}
+        if own:
+            name = min(own, key=lambda n: own[n].error)
+            row[form] = {"name": name, **_figures(own[name])}
+    if walk:
+        walked = greedy(error, **shared)
+        row["greedy"] = _figures(walked) | {"evaluations": walked.evaluations}
+    best = min(rivals.values(), key=lambda s: s.error)
+    row["found_over_best_by_hand"] = found.error / best.error
+    row["found_over_uniform"] = found.error / row["uniform"]["error"]
+    return row, [found, *rivals.values()]
+
+
+def _figures(schedule: Schedule) -> dict[str, Any]:
+    return {"error": schedule.error, "cost": schedule.cost, "levels": " ".join(schedule.levels)}
+
+
+def against_exhaustive(measured: Measured, steps: int, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    rows = []
+    for cost in (0.3, 0.4, 0.5, 0.7):
+        shared = {"steps": steps, "levels": levels(names), "max_cost": cost}
+        found = search_schedule(measured.by("ssim"), **shared)
+        best = exhaustive(measured.by("ssim"), **shared)
+        walked = greedy(measured.by("ssim"), **shared)
+        rows.append(
+            {
+                "steps": steps,
+                "levels": " ".join(names),
+                "max_cost": cost,
+                "found": found.error,
+                "optimum": best.error,
+                "optimum_over_found": best.error / found.error if found.error else 1.0,
+                "evaluations": found.evaluations,
+                "limit": evaluation_limit(steps, len(names)),
+                "exhaustive_evaluations": best.evaluations,
+                "greedy": walked.error,
+                "greedy_evaluations": walked.evaluations,
+            }
+        )
+    return rows
+
+
+def seconds(study: Study, steps: int, schedules: dict[str, tuple[str, ...]]) -> dict[str, float]:
+    """Median wall time of a generation, uncompiled, the original pipeline and schedules in turn."""
+    sampling, error = study.sampling(steps), study.prepared(steps, "own", keep_full=False)
+
+    def draw(schedule: tuple[str, ...]) -> Callable[[], object]:
+        def call() -> object:
+            error.runtime.plan = error.runtime.plan.with_steps(schedule)
+            error.runtime.follow(error.pipe)
+            return generate_all(error.pipe, study.prompts, sampling)
+
+        return call
+
+    calls = {n: draw(s) for n, s in schedules.items()}
+    calls["original"] = lambda: generate_all(study.pipe, study.prompts, sampling)
+    return {n: ms / 1e3 for n, ms in interleaved(calls, rounds=3, warmup=1).items()}
+
+
+def held(study: Study, steps: int) -> dict[str, int]:
+    """Bytes of the layers of a prepared UNet without full weights, and of the uniform 8-bit plan alone."""
+    plan = TemporalPlan(study.levels, ("16",) * steps, COSTS)
+    storages: tuple[Storage, ...] = ("own", "nested")
+    found = {s: prepare(copy.deepcopy(study.pipe.unet), plan, storage=s).bytes() for s in storages}
+    w8a8 = study.levels["W8A8"]
+    assert w8a8 is not None
+    return found | {"W8A8": w8a8.summary(study.pipe.unet).bytes}
+
+
+def measure(study: Study, options: argparse.Namespace, store: Store, deadline: float) -> None:
+    steps: int = options.steps
+    own, nested = (Measured(study, steps, s, store, deadline) for s in ("own", "nested"))
+    added = additivity(own, steps, ADDED)
+    for metric, found in added.items():
+        print(f"{metric}: R2 {found.r_squared:.3f}, measured / predicted {found.ratio:.2f}", flush=True)
+    rows, drawn = [], []
+    for cost in options.costs:
+        row, schedules = at_cost(own, steps, cost, options.greedy)
+        print(f"cost {cost:.4g}: {json.dumps(row)}", flush=True)
+        rows.append(row)
+        drawn.append(schedules)
+    shown = {n: (n,) * steps for n in list(COSTS)[1:]} | {f"found at {s[0].cost:.3g}": s[0].levels for s in drawn}
+    storage = {n: {"own": own(s)["ssim"], "nested": nested(s)["ssim"]} for n, s in shown.items()}
+    small = []
+    for count in options.exhaustive:
+        small += against_exhaustive(Measured(study, count, "own", store, deadline), count, SMALL[count])
+    timed = seconds(study, steps, shown) if options.seconds else {}
+    summary = lambda a: {m: {"r_squared": v.r_squared, "measured_over_predicted": v.ratio} for m, v in a.items()}  # noqa: E731
+    metadata = {
+        "command": " ".join(["python -m benchmarks.schedule", *sys.argv[1:]]),
+        "steps": steps,
+        "prompts": options.prompts,
+        "additivity": {" ".join(ADDED): summary(added)},
+        "at_cost": rows,
+        "exhaustive": small,
+        "storage": storage,
+        "bytes": held(study, steps),
+        "seconds_uncompiled": timed,
+        "generations": len(store.results),
+        "environment": environment(),
+    }
+    found, others = [s[0] for s in drawn], [s for group in drawn for s in group[1:]]
+    results = results_of(found, COSTS, WORDS["ssim"], also=others, added=added["ssim"], metadata=metadata)
+    results = replace(results, additivity={WORDS[m]: a for m, a in added.items()})
+    results.save(RESULTS / f"schedule_{steps}.json")
+    (RESULTS / f"schedule_{steps}.md").write_text(tables(metadata))
+
+
+def tables(metadata: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [f"`{metadata['command']}`, {metadata['environment']['processor']}, one thread.", ""]
+    lines += ["| levels | metric | R² of logs | measured / predicted |", "|---|---|---|---|"]
+    for names, metrics in metadata["additivity"].items():
+        for metric, v in metrics.items():
+            lines.append(f"| {names} | {WORDS[metric]} | {v['r_squared']:.3f} | {v['measured_over_predicted']:.2f} |")
+    forms = ("uniform", "first", "last", "spread", "greedy")
+    lines += ["", f"| cost at most | found | evaluations | {' | '.join(forms)} | found / best by hand | levels found |"]
+    lines.append("|---" * (len(forms) + 5) + "|")
+    for row in metadata["at_cost"]:
+        found = row["found"]
+        cells = [f"{row[f]['error']:.2e}" if f in row else "" for f in forms]
+        lines.append(
+            f"| {row['max_cost']:.4g} | {found['error']:.2e} | {found['evaluations']} of {found['limit']} | "
+            f"{' | '.join(cells)} | {row['found_over_best_by_hand']:.2f} | {found['levels']} |"
+        )
+    if metadata["exhaustive"]:
+        lines += ["", "| steps, levels | cost at most | found | optimum | optimum / found | evaluations | greedy |"]
+        lines.append("|---" * 7 + "|")
+        for row in metadata["exhaustive"]:
+            lines.append(
+                f"| {row['steps']}, {row['levels']} | {row['max_cost']} | {row['found']:.2e} | {row['optimum']:.2e} | "
+                f"{row['optimum_over_found']:.3f} | {row['evaluations']} of {row['exhaustive_evaluations']} | "
+                f"{row['greedy']:.2e} ({row['greedy_evaluations']}) |"
+            )
+    lines += ["", "| schedule | codes of their own | nested in 8 bits |", "|---|---|---|"]
+    lines += [f"| {n} | {v['own']:.2e} | {v['nested']:.2e} |" for n, v in metadata["storage"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--costs", type=float, nargs="+", default=MAX_COSTS)
+    parser.add_argument("--greedy", action="store_true", help="beside it, which takes hundreds of schedules")
+    parser.add_argument("--exhaustive", type=int, nargs="*", default=[], choices=SMALL, help="steps: 4, 8")
+    parser.add_argument("--seconds", action="store_true", help="also time generations, uncompiled")
+    parser.add_argument("--minutes", type=float, default=7.0)
+    parser.add_argument("--work", type=Path, default=Path("out/bench_schedule"))
+    args = parser.parse_args()
+    deadline = time.monotonic() + 60 * args.minutes
+    silence_loading_bars()
+    args.work.mkdir(parents=True, exist_ok=True)
+    study = Study(args.work, args.prompts)
+    with Store(args.work / f"store_{args.steps}.jsonl", study.key) as store:
+        measure(study, args, store, deadline)
+
+
+if __name__ == "__main__":
+    main()
