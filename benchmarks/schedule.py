@@ -182,7 +182,7 @@ def measure(study: Study, options: argparse.Namespace, store: Store, deadline: f
     timed = seconds(study, steps, shown) if options.seconds else {}
     summary = lambda a: {m: {"r_squared": v.r_squared, "measured_over_predicted": v.ratio} for m, v in a.items()}  # noqa: E731
     metadata = {
-        "command": " ".join(["python -m benchmarks.schedule", *sys.argv[1:]]),
+        "command": command(options),
         "steps": steps,
         "prompts": options.prompts,
         "additivity": {" ".join(ADDED): summary(added)},
@@ -199,6 +199,15 @@ def measure(study: Study, options: argparse.Namespace, store: Store, deadline: f
     results = replace(results, additivity={WORDS[m]: a for m, a in added.items()})
     results.save(RESULTS / f"schedule_{steps}.json")
     (RESULTS / f"schedule_{steps}.md").write_text(tables(metadata))
+
+
+def command(options: argparse.Namespace) -> str:
+    """What measures the same again."""
+    words = ["python -m benchmarks.schedule --steps", options.steps, "--prompts", options.prompts]
+    words += ["--costs", *(f"{cost:g}" for cost in options.costs)]
+    words += ["--exhaustive", *options.exhaustive] if options.exhaustive else []
+    words += [f"--{name}" for name in ("greedy", "seconds") if getattr(options, name)]
+    return " ".join(map(str, words))
 
 
 def tables(metadata: dict[str, Any]) -> str:

@@ -25,6 +25,8 @@ from .goal import OUTSIDE, Goal
 from .intervals import Bisection
 from .plan import check_costs
 
+CLOSE = 1.5
+"""A schedule set by hand is measured before the search ends where its predicted error is within this factor."""
 NEAR = 64
 """Neighbours of the best schedules looked at for the next measurement."""
 
@@ -143,14 +145,26 @@ def _expected(goal: Goal, shares: np.ndarray, base: float) -> float:
 
 
 def _polish(evaluate: Evaluations, goal: Goal, bisection: Bisection, patience: int) -> None:
-    """Measures what should be best, learns from it, until ``patience`` measurements in a row brought nothing."""
+    """Measures what should be best, learns from it, until ``patience`` measurements in a row brought nothing and no
+    schedule set by hand is better."""
     model = ErrorModel(bisection.shares(), bisection.base)
     for choice, error in evaluate.measured.items():
         model.learn(choice, error)
-    additive, fruitless = goal.additive(model.shares, model.base), 0
+    additive = goal.additive(model.shares, model.base)
     known = [c for c in (additive, *at_cost(goal, bisection.steps).values()) if c is not None]
+    while True:
+        _descend(evaluate, goal, model, known, patience)
+        best = _best(evaluate, goal)
+        for choice in _rivals(evaluate, goal, model, known):
+            model.learn(choice, evaluate(choice))
+        if _best(evaluate, goal) == best:
+            return
+
+
+def _descend(evaluate: Evaluations, goal: Goal, model: ErrorModel, known: list[Choice], patience: int) -> None:
+    fruitless = 0
     while fruitless < patience:
-        best = min(evaluate.measured, key=lambda c: _key(goal, evaluate, c))
+        best = _best(evaluate, goal)
         model.fit(evaluate.measured[best])
         tops = {goal.improve(model, c) for c in (best, *known[:1])}
         near = {n for c in (best, *tops) for n in goal.ranked(model, c, NEAR)}
@@ -163,6 +177,17 @@ def _polish(evaluate: Evaluations, goal: Goal, bisection: Bisection, patience: i
         fruitless = 0 if _key(goal, evaluate, chosen) < before * (1 - 1e-3) else fruitless + 1
 
 
+def _rivals(evaluate: Evaluations, goal: Goal, model: ErrorModel, known: list[Choice]) -> list[Choice]:
+    """What a person might set and nobody measured, where the model does not rule it out; likely ones first."""
+    most = CLOSE * _key(goal, evaluate, _best(evaluate, goal))
+    predicted = {c: _predicted(goal, model, c) for c in set(known) - set(evaluate.measured)}
+    return sorted((c for c, key in predicted.items() if key <= most), key=lambda c: (predicted[c], c))
+
+
+def _best(evaluate: Evaluations, goal: Goal) -> Choice:
+    return min(evaluate.measured, key=lambda c: _key(goal, evaluate, c))
+
+
 def _key(goal: Goal, evaluate: Evaluations, choice: Choice) -> float:
     return float(goal.key(evaluate.measured[choice], goal.cost(choice)))
 
@@ -173,6 +198,6 @@ def _predicted(goal: Goal, model: ErrorModel, choice: Choice) -> float:
 
 def best_schedule(evaluate: Evaluations, goal: Goal) -> Schedule:
     """The best of what was measured."""
-    choice = min(evaluate.measured, key=lambda c: _key(goal, evaluate, c))
+    choice = _best(evaluate, goal)
     history = {evaluate.schedule(c): e for c, e in evaluate.measured.items()}
     return Schedule(evaluate.schedule(choice), evaluate.measured[choice], goal.cost(choice), len(evaluate), history)

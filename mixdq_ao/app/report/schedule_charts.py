@@ -10,7 +10,7 @@ from .steps import level_class
 
 WIDTH, HEIGHT = 760, 360
 SQUARE = 400
-KINDS = {"uniform": (1, "s1"), "first": (3, "s2"), "last": (2, "s3"), "spread": (1, "l5"), "found": (0, "s0")}
+KINDS = {"uniform": (1, "s1"), "first": (3, "l4"), "last": (2, "s3"), "spread": (1, "s2"), "found": (0, "s0")}
 """{first word of a name: (marker, colour)}, the last one on top."""
 
 
