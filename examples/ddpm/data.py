@@ -1,0 +1,30 @@
+"""Pictures of the shapes example, closer and smaller: one shape of any kind and colour, 16x16 pixels, any ground."""
+
+import random
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from examples.shapes import data
+from examples.shapes.data import COLOURS, GROUNDS, SHAPES, Shape, Spec
+
+PIXELS = data.PIXELS // 4
+BORDER = data.PIXELS // 4  # of the large picture, cut off on each side
+JITTER = 1.0  # pixels of the large picture
+
+
+def draw_spec(rng: random.Random) -> Spec:
+    """What a random picture shows."""
+    return Spec(rng.choice(list(GROUNDS)), (Shape(rng.choice(SHAPES), rng.choice(list(COLOURS)), "large", "centre"),))
+
+
+def pictures(n: int, rng: random.Random) -> Tensor:
+    """Random pictures, float [n, 3, 16, 16] in [0, 1]: the middle of 64x64 ones, halved."""
+    large = torch.stack([data.picture(draw_spec(rng), rng, jitter=JITTER) for _ in range(n)])
+    return F.avg_pool2d(large[:, :, BORDER:-BORDER, BORDER:-BORDER], 2)
+
+
+def framed(images: Tensor) -> Tensor:
+    """[B, 3, 16, 16] to what the shapes example's scorer reads, [B, 3, 64, 64]: doubled, and the ground continued."""
+    return F.pad(F.interpolate(images, scale_factor=2, mode="bilinear"), [BORDER] * 4, mode="replicate")

@@ -1,0 +1,167 @@
+"""The unconditional DDPM: its data, its training's promises, what the shipped weights can do, and plans on it."""
+
+import copy
+import random
+from typing import Any, cast
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, UNet2DModel
+from torch import nn
+
+from examples.ddpm.data import PIXELS, draw_spec, framed, pictures
+from examples.ddpm.models import make_scheduler, make_unet
+from examples.ddpm.subject import PIPELINE, draw, features, load_pipeline, load_scorer, well_formed
+from examples.ddpm.train import save, train_unet, velocity_error
+from examples.shapes.labels import labels
+from examples.shapes.training import Recipe, generators
+from mixdq_ao import Plan, TemporalPlan, calibrate, mixdq_config, prepare, quantize_
+from mixdq_ao.layers import find_layers, split_points
+from mixdq_ao.quantize.tensor import is_quantized
+from mixdq_ao.search.metrics import frechet_distance, psnr
+
+shipped = pytest.mark.skipif(not (PIPELINE / "model_index.json").exists(), reason="no trained weights here")
+pytestmark = pytest.mark.xdist_group("ddpm")
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load_pipeline()
+
+
+@pytest.fixture(scope="module")
+def reference(pipe):
+    return draw(pipe, range(32), steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def calibration(pipe):
+    return calibrate(pipe.unet, run=lambda: draw(pipe, range(100, 116), steps=STEPS))
+
+
+def quantized(pipe, plan):
+    clone = copy.deepcopy(pipe)
+    quantize_(clone.unet, mixdq_config(plan))
+    return clone
+
+
+def test_pictures_are_seeded_half_as_large_and_read_right_by_the_scorer():
+    images = pictures(64, random.Random(3))
+    assert images.shape == (64, 3, PIXELS, PIXELS) and 0 <= images.min() and images.max() <= 1
+    torch.testing.assert_close(images, pictures(64, random.Random(3)), rtol=0, atol=0)
+    rng = random.Random(3)
+    specs = [_spec_and_skip(rng) for _ in range(64)]
+    scorer = load_scorer()
+    assert scorer.agreement(framed(images), specs).all >= 0.98
+    assert well_formed(scorer, images) >= 0.95
+    assert well_formed(scorer, torch.rand_like(images)) <= 0.05
+    assert labels(specs)["shape"].shape == (64, 5)
+
+
+def _spec_and_skip(rng):
+    spec = draw_spec(rng)
+    for _ in range(2):
+        rng.random()  # the jitter that drawing takes
+    return spec
+
+
+def test_the_unet_has_attention_and_concatenated_shortcuts():
+    unet = make_unet()
+    assert len(find_layers(unet)) == 77
+    assert sum(name.endswith("to_q") for name in find_layers(unet)) == 7
+    splits = split_points(unet)
+    assert len(splits) == 6
+    for name, channels in splits.items():
+        assert 0 < channels < cast(Any, unet.get_submodule(name)).in_channels
+
+
+def test_velocity_error_of_an_exact_prediction_is_nothing():
+    """A network that answers with the true velocity has no error: noising, velocity and range fit together."""
+    scheduler = make_scheduler()
+    images = pictures(4, random.Random(0))
+    noise = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    grains = torch.randn(images.shape, generator=(again := noise()))
+    t = torch.randint(1000, (4,), generator=again)
+    alpha = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    truth = alpha.sqrt() * grains - (1 - alpha).sqrt() * (images * 2 - 1)
+    answer = type("Answer", (), {"sample": truth})
+
+    def oracle(x, steps):
+        torch.testing.assert_close(x, alpha.sqrt() * (images * 2 - 1) + (1 - alpha).sqrt() * grains)
+        assert torch.equal(steps, t)
+        return answer
+
+    assert velocity_error(cast(Any, oracle), scheduler, images, noise()) < 1e-12
+
+
+def test_killed_training_continues_to_the_same_weights(tmp_path):
+    recipe = Recipe(steps=2, batch=2, lr=1e-3, average=0.9, seed=9, warmup=2, save_every=1)
+
+    def killed(step, steps, text):
+        raise KeyboardInterrupt
+
+    straight, _ = train_unet(tmp_path / "straight.pt", lambda *a: None, recipe)
+    with pytest.raises(KeyboardInterrupt):
+        train_unet(tmp_path / "killed.pt", killed, recipe)
+    continued, _ = train_unet(tmp_path / "killed.pt", lambda *a: None, recipe)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(continued.state_dict()[name], value), name
+    save(continued, tmp_path / "pipeline")
+    loaded = DDPMPipeline.from_pretrained(tmp_path / "pipeline")
+    assert isinstance(loaded.unet, UNet2DModel) and loaded.unet.dtype == torch.float32
+    assert str(tmp_path) not in (tmp_path / "pipeline" / "unet" / "config.json").read_text()
+    assert generators(recipe, 0)[0].random() != generators(recipe, 1)[0].random()
+
+
+@shipped
+def test_weights_are_small_and_nothing_is_pickled():
+    files = [f for f in PIPELINE.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files if f.suffix == ".safetensors") <= 3 * 2**20
+    assert not [f for f in files if f.suffix not in (".safetensors", ".json")]
+
+
+@shipped
+def test_most_pictures_show_one_shape_and_are_near_drawn_ones(reference):
+    scorer, real = load_scorer(), pictures(256, random.Random(1))
+    assert well_formed(scorer, reference) >= 0.5
+    near = frechet_distance(features(scorer, reference), features(scorer, real))
+    far = frechet_distance(features(scorer, torch.rand_like(reference)), features(scorer, real))
+    assert near < far / 4
+
+
+@shipped
+def test_a_picture_depends_on_its_seed_alone(pipe, reference):
+    again = draw(pipe, [5, 2], steps=STEPS, batch=1)
+    torch.testing.assert_close(again, reference[[5, 2]], rtol=0, atol=1e-3)
+    assert (reference[5] - reference[2]).abs().max() > 0.1
+
+
+@shipped
+def test_plans_quantize_an_unconditional_unet(pipe, reference, calibration):
+    """No text and no BOS: 8 bits hardly change a picture, 4-bit weights more, a shortcut's halves have own ranges."""
+    assert calibration.bos_embedding is None
+    plan = Plan.uniform(pipe.unet, 8, 8).with_calibration(calibration)
+    assert sum(layer.split is not None for layer in plan.layers.values()) == 6
+    assert not any(layer.bos for layer in plan.layers.values())
+    eight, four = quantized(pipe, plan), quantized(pipe, Plan.uniform(pipe.unet, 4, 8).with_calibration(calibration))
+    assert all(is_quantized(m.weight) for m in eight.unet.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+    quality = [psnr(draw(p, range(32), steps=STEPS), reference).mean().item() for p in (eight, four)]
+    assert quality[0] > 25 and quality[0] > quality[1] + 3
+
+
+@shipped
+def test_levels_follow_a_pipeline_without_prompts(pipe, reference, calibration):
+    clone = copy.deepcopy(pipe)
+    levels = {"16": None, "W4A8": Plan.uniform(pipe.unet, 4, 8).with_calibration(calibration)}
+    plan = TemporalPlan(levels, ("W4A8",) * (STEPS // 2) + ("16",) * (STEPS - STEPS // 2))
+    runtime = prepare(clone.unet, plan, storage="own", keep_full=True)
+    runtime.follow(clone)
+    mixed = draw(clone, range(32), steps=STEPS)
+    runtime.plan = plan.with_steps(("16",) * STEPS)
+    torch.testing.assert_close(draw(clone, range(32), steps=STEPS), reference, rtol=0, atol=1e-3)
+    uniform = quantized(pipe, levels["W4A8"])
+    runtime.plan = plan.with_steps(("W4A8",) * STEPS)
+    alike = psnr(draw(clone, range(32), steps=STEPS), draw(uniform, range(32), steps=STEPS)).mean().item()
+    assert alike > 40  # the same codes in another storage
+    assert psnr(mixed, reference).mean() > psnr(draw(uniform, range(32), steps=STEPS), reference).mean()
