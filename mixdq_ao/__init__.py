@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .temporal.schedule import Schedule, search_schedule
     from .temporal.step_allocation import allocate_steps
     from .training.optim import MemoryEfficientAdamW, MemoryEfficientSGD
+    from .training.recover import Recovery, recover
 
 _HOME = {
     "AllocationError": "errors",
@@ -92,6 +93,8 @@ _HOME = {
     "allocate_steps": "temporal.step_allocation",
     "MemoryEfficientAdamW": "training.optim",
     "MemoryEfficientSGD": "training.optim",
+    "Recovery": "training.recover",
+    "recover": "training.recover",
 }
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "allocate": "allocate",
     "quantize": "quantize",
     "generate": "generate",
+    "recover": "recover",
     "schedule": "schedule",
     "import": "import_",
     "report": "report",

@@ -1,0 +1,138 @@
+"""Uniform plans of the bundled pipeline by rounding alone and trained back: python -m benchmarks.recover --bits 2
+
+Agreement with the caption, PSNR and SSIM against full-precision pictures of the same noise, at 1 and 4 steps, for 256
+captions that neither the pipeline nor the recovery saw. Activations 8 bit, BOS apart. The run is kept under --work and
+goes on there when it was stopped; options of ``recover`` are given as name=value. Writes
+benchmarks/results/recover_<name>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import resource
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixdq_ao import Plan, Sampling, calibrate, mixdq_config, quantize_, recover, save_quantized
+from mixdq_ao.app.environment import environment
+from mixdq_ao.app.measure import Exam, held_bytes
+from mixdq_ao.app.quiet import silence_loading_bars
+from mixdq_ao.app.subject import bundled
+from mixdq_ao.jsonfile import write_document
+from mixdq_ao.search.moments import input_moments
+from mixdq_ao.search.roundings import rounded_as
+
+RESULTS = Path(__file__).parent / "results"
+TEST = 256
+
+
+class Subject:
+    """The bundled pipeline, its examiners, and pictures of full precision."""
+
+    def __init__(self, learned: int, test: int = TEST) -> None:
+        shapes = bundled()
+        silence_loading_bars()
+        self.pipe = shapes.load_pipeline()
+        self.full = copy.deepcopy(self.pipe.unet)
+        self.learned = [p.text for p in shapes.prompts(learned, seed=909)]
+        self.held_out = [p.text for p in shapes.prompts(24, seed=31, held_out=True)]
+        self.calibrating = [p.text for p in shapes.prompts(32, seed=55)]
+        self.calibration = calibrate(self.pipe, self.calibrating, steps=(1, 4))
+        chosen, scorer = shapes.prompts(test, seed=2024, held_out=True), shapes.load_scorer()
+        texts, specs = [p.text for p in chosen], [p.spec for p in chosen]
+        self.exams = {
+            steps: Exam(texts, specs, scorer, Sampling(steps=steps, seed=10_000, batch_size=64)) for steps in (1, 4)
+        }
+        self.reference: dict[int, torch.Tensor] = {}
+
+    def grade(self, title: str, unet: nn.Module) -> dict[str, dict[str, float | None]]:
+        """Of pictures that a UNet draws; the first one is full precision, which the others are compared with."""
+        pipe, figures = copy.copy(self.pipe), {}
+        object.__setattr__(pipe, "unet", unet)
+        for steps, exam in self.exams.items():
+            images = exam.draw(pipe, f"{title}, {steps} steps")
+            grades = exam.grade(images, self.reference.setdefault(steps, images))
+            figures[str(steps)] = grades
+            picture = "" if grades["psnr"] is None else f" {grades['psnr']:.2f} dB SSIM {grades['ssim']:.4f}"
+            print(f"{title}, {steps} steps: {grades['agreement']:.1%}{picture}", flush=True)
+        return figures
+
+    def plan(self, bits: int, rounding: str) -> Plan:
+        plan = Plan.uniform(self.pipe.unet, bits, 8)
+        layers = {n: rounded_as(layer, rounding) for n, layer in plan.layers.items()}
+        return plan.with_layers(layers).with_calibration(self.calibration)
+
+    def moments(self, plan: Plan) -> Any:
+        if not any(layer.needs_moment for layer in plan.layers.values()):
+            return None
+        return input_moments(self.pipe, self.calibrating, calibration=self.calibration, steps=(1, 4))
+
+    def rounded(self, plan: Plan, moments: Any) -> nn.Module:
+        unet = copy.deepcopy(self.full)
+        quantize_(unet, mixdq_config(plan, moments=moments))
+        return unet
+
+
+def given(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--bits", type=int, choices=(2, 4, 8), default=2)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--start", default="mse nearest", help="range and rounding of the plan trained from")
+    parser.add_argument("--prompts", type=int, default=768)
+    parser.add_argument("--work", type=Path, default=Path("out/recover_benchmark"))
+    parser.add_argument("--name", help="of the result; default: w<bits>a8")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("options", nargs="*", type=given, metavar="name=value", help="options of recover")
+    args = parser.parse_args()
+    name = args.name or f"w{args.bits}a8"
+    subject = Subject(args.prompts)
+    plain, plan = subject.plan(args.bits, "minmax nearest"), subject.plan(args.bits, args.start)
+    moments = subject.moments(plan)
+    show = lambda m: print({k: round(v, 6) for k, v in m.items()}, flush=True)  # noqa: E731
+    found = recover(
+        subject.pipe,
+        plan,
+        subject.learned,
+        steps=args.steps,
+        held_out=subject.held_out,
+        moments=moments,
+        checkpoint=args.work / name,
+        on_evaluation=show,
+        **dict(args.options),
+    )
+    save_quantized(subject.pipe.unet, args.work / f"unet-{name}", plan=found.plan)
+    unets = {"full": subject.full, "recovered": subject.pipe.unet, "rounded": subject.rounded(plain, None)}
+    unets["start"] = subject.rounded(plan, moments)
+    figures = {title: subject.grade(title, unet) for title, unet in unets.items()}
+    write_document(
+        args.out / f"recover_{name}.json",
+        {
+            "command": shlex.join(["python", "-m", "benchmarks.recover", *sys.argv[1:]]),
+            "pictures": figures,
+            "training": found.to_json() | {"recipe": found.plan.metadata["recovered"]["recipe"]},
+            "bytes": held_bytes(subject.pipe.unet),
+            "peak_resident_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "threads": torch.get_num_threads(),
+            "prompts": {"learned": args.prompts, "held_out": len(subject.held_out), "test": TEST, "start": args.start},
+            "environment": environment(),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""mixdq recover: a plan in, a quantized denoiser out that loads again; errors in one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mixdq_ao import Plan, load_quantized
+from mixdq_ao.app import cli
+from mixdq_ao.quantize.tensor import is_quantized
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    try:
+        code = cli.main([str(a) for a in arguments])
+    except SystemExit as e:
+        code = int(e.code or 0)
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture
+def files(tmp_path, _bundled):
+    (tmp_path / "prompts.txt").write_text("\n".join(_bundled.prompts))
+    _bundled.calibration.save(tmp_path / "calibration.json")
+    plan = Plan.uniform(_bundled.pipe.unet, 2, 8)
+    plan.save(tmp_path / "bare.json")
+    plan.with_calibration(_bundled.calibration).save(tmp_path / "plan.json")
+    return tmp_path
+
+
+def test_recover_and_load(capsys, files, shapes):
+    size = ("--steps", 3, "--batch-size", 4, "--trajectory", 1, "--checkpoint", files / "run")
+    inputs = (shapes.PIPELINE, "--plan", files / "plan.json", "--prompts", files / "prompts.txt")
+    code, out, err = run(capsys, "recover", *inputs, *size, "--out", files / "unet", "--json")
+    assert code == 0, err
+    figures = json.loads(out)
+    assert figures["status"] == "finished" and figures["after"] <= figures["before"]
+    assert figures["real"] == pytest.approx(figures["after"], rel=0.02)
+    unet = load_quantized(files / "unet")
+    assert is_quantized(unet.get_submodule("conv_in").weight)
+    assert (files / "run" / "run.json").exists()
+
+
+def test_errors_are_one_line(capsys, files, shapes):
+    inputs = (shapes.PIPELINE, "--prompts", files / "prompts.txt", "--out", files / "unet")
+    cases = [
+        (("--plan", files / "none.json"), "cannot be read"),
+        (("--plan", files / "bare.json"), "no act_range"),
+        (("--plan", files / "plan.json", "--steps", 0), "not a whole number of at least 1"),
+        (("--plan", files / "plan.json", "--lr", -1), "lr is -1.0"),
+        (("--plan", files / "plan.json", "--block-steps", 9, "--steps", 3), "block_steps is 9"),
+    ]
+    for arguments, words in cases:
+        code, out, err = run(capsys, "recover", *inputs, *arguments)
+        assert code == 2 and out == "" and words in err and len(err.splitlines()) == 1, (arguments, err)
+    assert not (files / "unet").exists()
