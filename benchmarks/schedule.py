@@ -49,7 +49,8 @@ class Measured:
     """Both metrics of each schedule, from a generation or from the store. Ends the program when its time is over."""
 
     def __init__(self, study: Study, steps: int, storage: Storage, store: Store, deadline: float) -> None:
-        self.study, self.steps, self.storage, self.store, self.deadline = study, steps, storage, store, deadline
+        self.study, self.steps, self.store, self.deadline = study, steps, store, deadline
+        self.storage: Storage = storage
         self._error: Any = None
         self._latents: Any = None
 

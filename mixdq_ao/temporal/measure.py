@@ -61,7 +61,9 @@ class GenerationError:
     ) -> None:
         self.pipe, self.runtime, self.sampling = pipe, runtime, sampling
         self.prompts, self.reference = check_prompts(prompts), reference
-        self.metric, self.output = _measure(metric)
+        found = _measure(metric)
+        self.metric: Metric = found[0]
+        self.output: Output = found[1]
         self.budget = budget
         self.computed = self.reused = 0
         self._kept: dict[tuple[object, ...], Any] = {}
