@@ -43,7 +43,7 @@ class Study:
 
     def __init__(self, folder: Path, prompts: int) -> None:
         self.pipe, texts = subject.load_pipeline(), [p.text for p in subject.prompts(16, seed=55)]
-        calibration_file, sensitivity_file = folder / "calibration.json", folder / "sensitivity_probe.json"
+        calibration_file, sensitivity_file = folder / "calibration.json", folder / "sensitivity.json"
         if not sensitivity_file.exists():
             calibration = calibrate(self.pipe, texts, steps=(1, 8))
             calibration.save(calibration_file)
