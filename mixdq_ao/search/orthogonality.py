@@ -1,7 +1,8 @@
 """Importance of layers from how little they correlate with others: MPQ-Diff (arXiv 2412.00144), step by step.
 
-Written from the papers' formulas (the metric is OMPQ's, arXiv 2109.07865). It measures no error and knows no bit
-width: one run of the model in full precision tells the importance of every layer at every sampled step.
+Written from the papers' formulas (the metric is OMPQ's, arXiv 2109.07865). It measures no error and knows no bit width:
+one run of the model in full precision tells the importance of every layer at every sampled step. The paper weighs the
+steps exponentially; the rule for that (``step_weights``) and the default of beta are ours.
 """
 
 from __future__ import annotations
@@ -236,7 +237,7 @@ def orthogonality(
     Args:
         pipe: a diffusers pipeline (its unet or transformer is looked at); or any nn.Module, with ``run``.
         prompts: texts to draw, drawn in batches of equal size (to one) of at most ``batch_size``. Samples are
-            correlated within a batch, so larger batches tell more than more of them; 32 to 64 prompts are enough.
+            correlated within a batch, so larger batches tell more than more of them.
         steps: denoising steps of the run (default 1). With ``run``, how many different timesteps it shows the model in
             every repetition (default: as many as come).
         timesteps: how many steps of the run to sample, uniformly, or which; default all. Cost and file grow with it.

@@ -1,0 +1,303 @@
+"""What network orthogonality (MPQ-Diff) is worth at equal bytes: python -m benchmarks.orthogonality
+
+On the bundled pipeline, at 1, 4 and 8 denoising steps: pictures of captions it never saw against the full-precision
+pictures of the same noise (PSNR, Frechet distance in the scorer's features, agreement with the captions). Average
+weight bits 4 and 3, activations 8 bits, plain rounding. Plans:
+
+- uniform: one width for all (none has 3 bits);
+- linear, integer, error: theta by the published linear program, over whole bits, and shaped like an error;
+- ones: the error form with 1 in place of every theta, which leaves only the sizes of layers;
+- decoupled, additive: MixDQ's programs (2, 4 and 8 bits for all layers; the published 4 and 8 for quality layers do not
+  reach 3 bits on average), and the least sum of error powers; figures from random probes;
+- steps: bits per layer *and* step of 8, whose mean over the run is the budget, theta sampled at 4 of them. Such a model
+  holds every width that a layer has at some step, so it takes more bytes than the others.
+
+Also: how theta relates to the measured error, how it depends on the number of sampled steps, and what sampling costs.
+Writes benchmarks/results/orthogonality.json and orthogonality.md. Every figure is kept in a store (--store) as soon as
+it is measured; a stopped run continues from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixdq_ao import (
+    Calibration,
+    Orthogonality,
+    Plan,
+    Sampling,
+    Sensitivity,
+    TemporalPlan,
+    allocate,
+    allocate_orthogonal,
+    allocate_steps,
+    analyze,
+    calibrate,
+    mixdq_config,
+    orthogonality,
+    prepare,
+    quantize_,
+)
+from mixdq_ao.app.environment import environment
+from mixdq_ao.app.measure import Exam, held_bytes
+from mixdq_ao.app.quiet import silence_loading_bars
+from mixdq_ao.app.subject import bundled
+from mixdq_ao.jsonfile import write_document
+from mixdq_ao.models.pipelines import generate_all
+from mixdq_ao.search.orthogonality import sampled_steps
+from mixdq_ao.search.orthogonality_allocate import Form
+from mixdq_ao.search.store import Store, fingerprint
+
+RESULTS = Path(__file__).parent / "results"
+STEPS, BITS = (1, 4, 8), (4.0, 3.0)
+PROFILED, ANALYZED, MEASURED, TEST = 32, 8, 4, 64
+LONGEST = max(STEPS)
+SAMPLED = (1, 2, 4, LONGEST)
+Plans = dict[str, Plan | TemporalPlan]
+STRONG = 1.0
+"""OMPQ's own default of beta; ours is 1 / (layers - 1)."""
+
+
+class Subject:
+    """The bundled pipeline, what plans are made from, and the exam they sit."""
+
+    def __init__(self, store: Path) -> None:
+        self.store, shapes = store, bundled()
+        silence_loading_bars()
+        self.pipe = shapes.load_pipeline()
+        self.texts = [p.text for p in shapes.prompts(PROFILED, seed=55)]
+        self.test = shapes.prompts(TEST, seed=2026, held_out=True)
+        self.scorer = shapes.load_scorer()
+        self.calibration: Calibration = calibrate(self.pipe, self.texts, steps=STEPS)
+        self.exams = {steps: self._exam(steps) for steps in STEPS}
+        self.references = {steps: exam.draw(self.pipe, f"{steps} steps") for steps, exam in self.exams.items()}
+
+    def _exam(self, steps: int) -> Exam:
+        sampling = Sampling(steps=steps, seed=10_000, batch_size=TEST)
+        return Exam([p.text for p in self.test], [p.spec for p in self.test], self.scorer, sampling)
+
+    def orthogonality(self, steps: int, timesteps: int | None = None, **options: Any) -> Orthogonality:
+        return orthogonality(
+            self.pipe, self.texts, steps=steps, timesteps=timesteps, calibration=self.calibration, **options
+        )
+
+    def probed(self) -> Sensitivity:
+        """Estimates of every layer's error and score at one denoising step, weights at 2, 4 and 8 bits."""
+        options: dict[str, Any] = {"calibration": self.calibration, "batch_size": ANALYZED, "act_bits": (8,)}
+        return analyze(self.pipe, self.texts[:ANALYZED], method="probe", **options)
+
+    def measured(self) -> Sensitivity:
+        """Every layer alone at 4 bits; a stopped analysis continues from its own store."""
+        options: dict[str, Any] = {"calibration": self.calibration, "weight_bits": (4,), "act_bits": ()}
+        return analyze(self.pipe, self.texts[:MEASURED], store=self.store.with_suffix(".errors.jsonl"), **options)
+
+    def clone(self) -> Any:
+        pipe = copy.copy(self.pipe)
+        object.__setattr__(pipe, "unet", copy.deepcopy(self.pipe.unet))
+        return pipe
+
+    def judge(self, plan: Plan | TemporalPlan) -> dict[str, float]:
+        """Quantizes a copy in real mode and grades its pictures, at every number of steps or at the plan's."""
+        pipe = self.clone()
+        if isinstance(plan, TemporalPlan):
+            return self._judge_steps(pipe, plan)
+        quantize_(pipe.unet, mixdq_config(plan.with_calibration(self.calibration)))
+        grades = [self._grade(pipe, steps) for steps in STEPS]
+        return {"bytes": held_bytes(pipe.unet)} | {k: v for grade in grades for k, v in grade.items()}
+
+    def _judge_steps(self, pipe: Any, plan: TemporalPlan) -> dict[str, float]:
+        """A level per step, each width's codes its own."""
+        steps = len(plan.steps)
+        runtime = prepare(pipe.unet, plan.with_calibration(self.calibration), storage="own")
+        runtime.follow(pipe)
+        return {"bytes": runtime.bytes()} | self._grade(pipe, steps)
+
+    def _grade(self, pipe: Any, steps: int) -> dict[str, float]:
+        exam = self.exams[steps]
+        grades = exam.grade(exam.draw(pipe, f"{steps} steps"), self.references[steps])
+        return {f"{name} at {steps}": float(value) for name, value in grades.items() if value is not None}
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's: Pearson's correlation of ranks, equal values sharing the mean of theirs."""
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    _, inverse, counts = np.unique(np.array(values), return_inverse=True, return_counts=True)
+    last = counts.cumsum()
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def cpu_seconds(call: Callable[[], object]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def profiling(subject: Subject, found: Mapping[str, Orthogonality], store: Store) -> dict[str, Any]:
+    """How theta of few sampled steps of the longest run agrees with that of all, and what sampling them takes."""
+    figures: dict[str, Any] = {"cpu_seconds": {"0": kept(store, "profiling|0", lambda: _run_alone(subject))["seconds"]}}
+    for count in SAMPLED:
+        look = lambda c=count: {"seconds": cpu_seconds(lambda: subject.orthogonality(LONGEST, c))}  # noqa: E731
+        figures["cpu_seconds"][str(count)] = kept(store, f"profiling|{count}", look)["seconds"]
+    for estimator, full in found.items():
+        every = list(full.importance().values())
+        few = {c: full.subset(sampled_steps(LONGEST, c)).importance().values() for c in SAMPLED}
+        upper = full.matrices[(slice(None), *np.triu_indices(len(full.layers), 1))]
+        figures[estimator] = {
+            "rank_correlation_with_all": {str(c): rank_correlation(list(v), every) for c, v in few.items()},
+            "correlation_quartiles": np.percentile(upper, (25, 50, 75)).tolist(),
+        }
+    return figures
+
+
+def _run_alone(subject: Subject) -> dict[str, float]:
+    sampling = Sampling(steps=LONGEST, batch_size=PROFILED)
+    return {"seconds": cpu_seconds(lambda: generate_all(subject.pipe, subject.texts, sampling, "latent"))}
+
+
+def kept(store: Store, key: str, call: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What the store has, else what ``call`` gives, stored."""
+    if store.get(key) is None:
+        store.put(key, call())
+        print(key, store.results[key], flush=True)
+    return store.results[key]
+
+
+def against_errors(found: Mapping[str, Orthogonality], sensitivity: Sensitivity) -> dict[str, float]:
+    """Rank correlation over layers of the measured 4-bit error with theta, and with the size of layers."""
+    names = list(sensitivity.layers)
+    errors = [sensitivity.layers[n].weight_errors[4] for n in names]
+    figures = {}
+    for estimator, measured in found.items():
+        theta = measured.importance()
+        figures[f"theta, {estimator}"] = rank_correlation([theta[n] for n in names], errors)
+    figures["number of weights"] = rank_correlation([sensitivity.layers[n].weight_size for n in names], errors)
+    return figures
+
+
+def published(subject: Subject, found: Mapping[str, Orthogonality], probed: Sensitivity, bits: float) -> Plans:
+    """What the goals are about."""
+    budget: dict[str, Any] = {"weight_bits": bits, "act_bits": 8}
+    result: Plans = {"uniform": Plan.uniform(subject.pipe.unet, int(bits), 8)} if bits in (2.0, 4.0, 8.0) else {}
+    for form in ("error", "linear"):
+        result[f"{form}, biased"] = allocate_orthogonal(found["biased"], form=form, **budget).plan
+    ones = dict.fromkeys(found["biased"].layers, 1.0)
+    result["ones"] = allocate_orthogonal(found["biased"], importance=ones, **budget).plan
+    for objective in ("additive", "decoupled"):
+        options: dict[str, Any] = {"objective": objective, "weight_choices": (2, 4, 8), **budget}
+        result[objective] = allocate(probed, **options).plan
+    return result
+
+
+def variants(subject: Subject, found: Mapping[str, Orthogonality], probed: Sensitivity, bits: float) -> Plans:
+    """The unbiased estimate, another beta, whole bits; and bits per layer and step, 4 steps sampled of 8."""
+    budget: dict[str, Any] = {"weight_bits": bits, "act_bits": 8}
+    result: Plans = {}
+    for form in ("error", "linear"):
+        result[f"{form}, unbiased"] = allocate_orthogonal(found["unbiased"], form=form, **budget).plan
+        strong = allocate_orthogonal(found["biased"], form=form, beta=STRONG, **budget)
+        result[f"{form}, biased, beta {STRONG:g}"] = strong.plan
+    result["integer, biased"] = allocate_orthogonal(found["biased"], form="integer", **budget).plan
+    sampled = found["biased"].subset(sampled_steps(LONGEST, 4))
+    tried: tuple[tuple[Form, float], ...] = (("error", 0.0), ("error", 2.0), ("linear", 0.0))
+    for form, decay in tried:
+        plan = allocate_steps(sampled, weight_bits=bits, form=form, decay=decay, storage="own")
+        result[f"steps, {form}, decay {decay:g}"] = plan
+    return result
+
+
+def measure(subject: Subject, store: Store) -> Iterator[dict[str, Any]]:
+    """The results so far, after each plan."""
+    found = {e: subject.orthogonality(LONGEST, estimator=e) for e in ("biased", "unbiased")}
+    probed = subject.probed()
+    result: dict[str, Any] = {"rows": []}
+    result["rank_correlation_with_4_bit_error, probed"] = against_errors(found, probed)
+    for make in (published, variants):
+        for bits in BITS:
+            for name, plan in make(subject, found, probed, bits).items():
+                content = hashlib.blake2b(json.dumps(plan.to_json()).encode(), digest_size=6).hexdigest()
+                grades = kept(store, f"row|{bits:g}|{name}|{content}", lambda p=plan: subject.judge(p))
+                result["rows"].append({"plan": name, "weight_bits": bits, **grades})
+                yield result
+        if make is published:
+            result["profiling"] = profiling(subject, found, store)
+            result["rank_correlation_with_4_bit_error"] = against_errors(found, subject.measured())
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    known = [s for s in STEPS if f"ssim at {s}" in row]
+    words = {
+        s: f"{row[f'psnr at {s}']:.1f} dB, {row[f'frechet at {s}']:.3g}, {row[f'agreement at {s}']:.2f}" for s in known
+    }
+    return [words.get(s, "") for s in STEPS]
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Markdown: a table of plans for each number of bits, then what profiling tells and costs."""
+    lines = []
+    for bits in BITS:
+        lines += [f"Average weight bits {bits:g}: PSNR, Frechet distance, agreement with the caption", ""]
+        lines.append("| plan | bytes | " + " | ".join(f"{s} step{'s' * (s > 1)}" for s in STEPS) + " |")
+        lines.append("|---" * (len(STEPS) + 2) + "|")
+        chosen = [r for r in result["rows"] if r["weight_bits"] == bits]
+        lines += [f"| {r['plan']} | {r['bytes']:.0f} | " + " | ".join(_cells(r)) + " |" for r in chosen] + [""]
+    return "\n".join(lines + _profile(result)) + "\n"
+
+
+def _profile(result: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if "profiling" in result:
+        figures = result["profiling"]
+        lines += [_row(["", *(f"{c} of {LONGEST} steps sampled" for c in figures["cpu_seconds"])])]
+        lines += ["|---" * (len(figures["cpu_seconds"]) + 1) + "|"]
+        lines += [_row(["seconds of one core", *(f"{v:.1f}" for v in figures["cpu_seconds"].values())])]
+        for estimator in ("biased", "unbiased"):
+            ranks = figures[estimator]["rank_correlation_with_all"]
+            lines += [_row([f"rank correlation with all, {estimator}", "", *(f"{v:.3f}" for v in ranks.values())])]
+    for key in ("rank_correlation_with_4_bit_error", "rank_correlation_with_4_bit_error, probed"):
+        words = ", ".join(f"{n} {v:.2f}" for n, v in result.get(key, {}).items())
+        lines += ["", f"{key.replace('_', ' ')}: {words or 'not measured yet'}"]
+    return lines
+
+
+def _row(cells: Sequence[str] | Mapping[str, Any]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="directory for orthogonality.json and orthogonality.md"
+    )
+    parser.add_argument("--store", type=Path, default=Path("out/orthogonality.jsonl"), help="measurements so far")
+    args = parser.parse_args()
+    settings = {
+        "profiled": PROFILED,
+        "analyzed": ANALYZED,
+        "measured": MEASURED,
+        "test": TEST,
+        "steps": list(STEPS),
+        "act_bits": 8,
+    }
+    header = {"command": "python -m benchmarks.orthogonality", "prompts": settings, "environment": environment()}
+    subject = Subject(args.store)
+    with Store(args.store, fingerprint(subject.pipe.unet, {"prompts": settings})) as store:
+        for result in measure(subject, store):
+            write_document(args.out / "orthogonality.json", {**header, **result})
+            text = f"`{header['command']}`: {TEST} captions, activations 8 bits.\n\n{table(result)}"
+            (args.out / "orthogonality.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
