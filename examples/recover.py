@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split(":")[0])
     parser.add_argument("--out", type=Path, default=Path("out/recover"))
     parser.add_argument("--bits", type=int, default=2, choices=(2, 4))
-    parser.add_argument("--steps", type=int, default=300, help="15 minutes on two cores; more is better")
+    parser.add_argument("--steps", type=int, default=300, help="about a second each on one slow core")
     parser.add_argument("--prompts", type=int, default=512)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import MixDQError, PlanError
+from ..errors import MixDQError, OptimizerError, PlanError
 from ..models.pipelines import check_prompts, denoiser
 from ..plan import Plan
 from ..quantize.config import mixdq_config, quantize_
@@ -117,8 +117,12 @@ def recover(
     directory = None if checkpoint is None else Path(checkpoint)
     run = Run(pipe, student, learned, exam, recipe, directory=directory, fingerprint=key, make_optimizer=make_optimizer)
     run.train(on_evaluation, save_every)
-    run.keep_best()
     p = run.progress
+    if not p.history:
+        raise OptimizerError(
+            f"nothing to start from: {p.stopped}; check the plan's ranges, or use a wider type than float16"
+        )
+    run.keep_best()
     if p.stopped is not None:
         warnings.warn(f"recover stopped at {p.stopped}; kept the state of step {p.best_step}", RuntimeWarning, 2)
     before, after = p.history[0]["error"], p.best

@@ -166,7 +166,8 @@ class Run:
         o.zero_grad()
         if getattr(o, "skipped", 0) > skipped:
             self._stop("a gradient has NaN or infinite values")
-        self.average.update(self._exact(), self.progress.step + 1)
+        if self.average.values:
+            self.average.update(self._exact(), self.progress.step + 1)
 
     def _exact(self) -> dict[str, Tensor]:
         if isinstance(self.optimizer, MemoryEfficientOptimizer):

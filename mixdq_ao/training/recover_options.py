@@ -10,7 +10,7 @@ from ..errors import OptimizerError
 from .moments import KINDS
 
 Train = Literal["weights", "low_rank"]
-RATE_OF_BITS = {2: 1.0, 4: 0.5, 8: 0.1, 16: 0.1}
+RATE_OF_BITS = {2: 1.0, 4: 0.25, 8: 0.05, 16: 0.05}
 """Learning rates of weights by their bits, as parts of ``lr``: coarse codes must move by whole steps, fine ones not."""
 
 

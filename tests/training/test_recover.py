@@ -216,18 +216,18 @@ def test_calls_that_differ_in_kind_are_refused(pipe):
 @pytest.mark.parametrize(
     "options, gain",
     [
-        ({}, 2.5),
-        ({"block_steps": 20, "block_weight": 0.5, "learn_ranges": True}, 2.0),
-        ({"train": "low_rank", "rank": 3}, 1.3),
-        ({"learn_scales": False, "make_optimizer": torch.optim.AdamW}, 1.5),
+        ({}, 2.0),
+        ({"block_steps": 10, "block_weight": 0.5, "learn_ranges": True}, 1.7),
+        ({"train": "low_rank", "rank": 3}, 1.2),
+        ({"learn_scales": False, "make_optimizer": torch.optim.AdamW}, 1.3),
     ],
     ids=["end to end", "blocks", "low rank", "fixed scales, own optimizer"],
 )
 def test_the_error_falls_and_integers_hold_it(pipe, plan, options, gain):
-    """``gain``: factor of the error power on held-out prompts after 40 steps."""
-    found = recover(pipe, plan, PROMPTS, steps=40, **FAST, **options)
+    """``gain``: factor of the error power on held-out prompts after 25 steps."""
+    found = recover(pipe, plan, PROMPTS, steps=25, **FAST, **options)
     assert found.status == "finished" and found.after <= found.before / gain, (found.before, found.after)
-    assert found.after == min(h["error"] for h in found.history) and len(found.history) == 9
+    assert found.after == min(h["error"] for h in found.history) and len(found.history) == 6
     weights = {n: is_quantized(m.weight) for n, m in pipe.unet.named_modules() if n in plan.layers}
     assert weights == {n: v.quantized for n, v in plan.layers.items()}
     # integer products and float sums round apart, and some codes of later layers with them
@@ -284,8 +284,8 @@ def test_half_precision_parameters(subject):
     """bfloat16 steps by its remainders: learning rates whose steps bfloat16 would round away still train."""
     pipe = again(subject[0])
     pipe.unet.to(torch.bfloat16)
-    found = recover(pipe, toy_plan(pipe, toy_calibration(pipe)), PROMPTS, steps=40, **{**FAST, "lr": 5e-3})
-    assert found.after < found.before / 1.3 and abs(found.real - found.after) <= 0.1 * found.after
+    found = recover(pipe, toy_plan(pipe, toy_calibration(pipe)), PROMPTS, steps=20, **{**FAST, "lr": 5e-3})
+    assert found.after < found.before / 1.15 and abs(found.real - found.after) <= 0.1 * found.after
 
 
 def test_new_noise_when_asked(pipe, plan):
@@ -305,7 +305,7 @@ def test_a_killed_run_goes_on_to_the_bit(subject, plan, tmp_path):
         if found["step"] == 10:
             raise Killed
 
-    options = {**FAST, "steps": 20, "block_steps": 8, "refresh": 15, "learn_ranges": True}
+    options = {**FAST, "steps": 16, "block_steps": 6, "refresh": 12, "learn_ranges": True}
     whole, parts, untouched = (again(subject[0]) for _ in range(3))
     a = recover(whole, plan, PROMPTS, **options)
     place = tmp_path / "run"
