@@ -34,7 +34,7 @@ from diffusers import DDIMPipeline
 
 from examples.ddpm.data import pictures
 from examples.ddpm.step_errors import Trajectory, output_errors, over_the_run, record, step_sensitivities
-from examples.ddpm.subject import Prompted, draw, features, load_pipeline, load_scorer, well_formed
+from examples.ddpm.subject import Prompted, draw, features, likeness, load_pipeline, load_scorer
 from mixdq_ao import (
     Orthogonality,
     Plan,
@@ -145,7 +145,7 @@ class Subject:
             "ssim": ssim(images, self.reference).mean().item(),
             "frechet": frechet_distance(mine, theirs),
             "frechet_drawn": frechet_distance(mine, self.real),
-            "well_formed": well_formed(self.scorer, images),
+            "likeness": likeness(images).mean().item(),
             "weight_bits_read": float(np.mean([s.average_weight_bits for s in read])),
             "act_bits": float(np.mean([s.average_act_bits for s in read])),
             "bytes_held": runtime.bytes(),
@@ -288,7 +288,7 @@ def main() -> None:
         rows = {n: subject.stored(n, partial(subject.judge, make, own_ranges=OWN in n)) for n, make in made.items()}
         full = features(subject.scorer, subject.reference)
         reference = {
-            "well_formed": well_formed(subject.scorer, subject.reference),
+            "likeness": likeness(subject.reference).mean().item(),
             "frechet_drawn": frechet_distance(full, subject.real),
         }
     figures = {"rows": rows, "full_precision": reference, "stability": stability(theta, errors)}

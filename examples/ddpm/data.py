@@ -1,5 +1,7 @@
 """Pictures of the shapes example, closer and smaller: one shape of any kind and colour, 16x16 pixels, any ground."""
 
+import functools
+import itertools
 import random
 
 import torch
@@ -20,9 +22,22 @@ def draw_spec(rng: random.Random) -> Spec:
 
 
 def pictures(n: int, rng: random.Random) -> Tensor:
-    """Random pictures, float [n, 3, 16, 16] in [0, 1]: the middle of 64x64 ones, halved."""
-    large = torch.stack([data.picture(draw_spec(rng), rng, jitter=JITTER) for _ in range(n)])
-    return F.avg_pool2d(large[:, :, BORDER:-BORDER, BORDER:-BORDER], 2)
+    """Random pictures, float [n, 3, 16, 16] in [0, 1]."""
+    return _small([data.picture(draw_spec(rng), rng, jitter=JITTER) for _ in range(n)])
+
+
+@functools.cache
+def catalogue() -> Tensor:
+    """Every picture there is, each with its shape in six places, [1728, 3, 16, 16]."""
+    rng = random.Random(0)
+    kinds = itertools.product(GROUNDS, SHAPES, COLOURS)
+    specs = [Spec(ground, (Shape(shape, colour, "large", "centre"),)) for ground, shape, colour in kinds]
+    return _small([data.picture(spec, rng, jitter=JITTER) for spec in specs for _ in range(6)])
+
+
+def _small(large: list[Tensor]) -> Tensor:
+    """The middle of 64x64 pictures, halved."""
+    return F.avg_pool2d(torch.stack(large)[:, :, BORDER:-BORDER, BORDER:-BORDER], 2)
 
 
 def framed(images: Tensor) -> Tensor:

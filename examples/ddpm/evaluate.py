@@ -7,13 +7,13 @@ from pathlib import Path
 from torch import Tensor
 
 from examples.ddpm.data import pictures
-from examples.ddpm.subject import PIPELINE, draw, features, load_pipeline, load_scorer, well_formed
+from examples.ddpm.subject import PIPELINE, draw, features, likeness, load_pipeline, load_scorer
 from examples.shapes.pictures import save_grid
 from mixdq_ao.search.metrics import frechet_distance
 
 
 def main() -> None:
-    """Prints the fraction of well-formed pictures and the Fréchet distance to drawn ones; can also write a picture."""
+    """Prints the likeness and the Fréchet distance to drawn pictures; can also write a picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pipeline", type=Path, default=PIPELINE)
     parser.add_argument("--pictures", type=int, default=512)
@@ -22,11 +22,11 @@ def main() -> None:
     options = parser.parse_args()
     pipe, scorer, rng = load_pipeline(path=options.pipeline), load_scorer(), random.Random(0)
     real, other = (pictures(options.pictures, rng) for _ in range(2))
-    print("| pictures | well formed | Fréchet distance to drawn ones |\n|---|---|---|")
+    print("| pictures | likeness, dB | Fréchet distance to drawn ones |\n|---|---|---|")
 
     def show(name: str, images: Tensor) -> None:
         distance = frechet_distance(features(scorer, images), features(scorer, real))
-        print(f"| {name} | {well_formed(scorer, images):.3f} | {distance:.2f} |", flush=True)
+        print(f"| {name} | {likeness(images).mean():.2f} | {distance:.2f} |", flush=True)
 
     show("other drawn ones", other)
     for steps in options.steps:

@@ -5,7 +5,7 @@ model's output at that step. What a step's error does to the final picture is me
 rounded at that step alone; the product of both is what the error programs add up.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -72,10 +72,14 @@ def _rounded(name: str, module: nn.Linear | nn.Conv2d, layer: LayerPlan) -> Iter
 
 
 def output_errors(
-    unet: nn.Module, calls: Trajectory, calibration: Calibration
+    unet: nn.Module, calls: Trajectory, calibration: Calibration, names: Iterable[str] | None = None
 ) -> dict[str, dict[str, dict[int, Tensor]]]:
-    """{layer: {"weight" or "act": {bits: float64 [S], relative error power of the output with it alone rounded}}}."""
-    layers, found = find_layers(unet), {}
+    """{layer: {"weight" or "act": {bits: float64 [S], relative error power of the output with it alone rounded}}}.
+
+    ``names``: of the layers that are looked at; default all.
+    """
+    every, found = find_layers(unet), {}
+    layers = every if names is None else {name: every[name] for name in names}
     with progress("rounding one layer at a time", len(layers)) as bar:
         for name, module in layers.items():
             plans = {("weight", b): LayerPlan(weight_bits=b) for b in WEIGHT_BITS}

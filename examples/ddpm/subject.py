@@ -2,18 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import DDIMPipeline
 from torch import Tensor
 
-from examples.ddpm.data import framed
-from examples.shapes.labels import NOTHING
+from examples.ddpm.data import catalogue, framed
 from examples.shapes.scorer import Scorer
 from examples.shapes.subject import load_scorer
 
-__all__ = ["PIPELINE", "Prompted", "draw", "features", "load_pipeline", "load_scorer", "well_formed"]
+__all__ = ["PIPELINE", "Prompted", "draw", "features", "likeness", "load_pipeline", "load_scorer"]
 PIPELINE = Path(__file__).parent / "pipeline"
 
 
@@ -57,9 +56,7 @@ def features(scorer: Scorer, images: Tensor) -> Tensor:
     return scorer.features(framed(images))
 
 
-@torch.no_grad()
-def well_formed(scorer: Scorer, images: Tensor, *, certainty: float = 0.9) -> float:
-    """The fraction of images [B, 3, 16, 16] in which the scorer finds exactly one shape and is sure of its kind."""
-    chances = cast(Tensor, scorer(framed(images))["shape"]).softmax(-1)
-    chance, kind = chances.max(-1)
-    return ((kind != NOTHING).sum(1).eq(1) & (chance >= certainty).all(1)).float().mean().item()
+def likeness(images: Tensor) -> Tensor:
+    """How near each of images [B, 3, 16, 16] is to one that can be drawn: its best PSNR in `catalogue`, dB [B]."""
+    distance = torch.cdist(images.flatten(1), catalogue().flatten(1)).amin(1)
+    return -20 * (distance / images[0].numel() ** 0.5).log10()

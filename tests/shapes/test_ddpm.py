@@ -11,12 +11,25 @@ from torch import nn
 
 from examples.ddpm.data import PIXELS, draw_spec, framed, pictures
 from examples.ddpm.models import make_scheduler, make_unet
-from examples.ddpm.subject import PIPELINE, draw, features, load_pipeline, load_scorer, well_formed
+from examples.ddpm.step_errors import output_errors, over_the_run, record, step_sensitivities
+from examples.ddpm.subject import PIPELINE, Prompted, draw, features, likeness, load_pipeline, load_scorer
 from examples.ddpm.train import save, train_unet, velocity_error
 from examples.shapes.labels import labels
 from examples.shapes.training import Recipe, generators
-from mixdq_ao import Plan, TemporalPlan, calibrate, mixdq_config, prepare, quantize_
+from mixdq_ao import (
+    LayerSensitivity,
+    Plan,
+    Sampling,
+    TemporalPlan,
+    calibrate,
+    mixdq_config,
+    orthogonality,
+    prepare,
+    quantize_,
+)
 from mixdq_ao.layers import find_layers, split_points
+from mixdq_ao.models.pipelines import generate_all
+from mixdq_ao.quantize.quantizer import quantize_weight
 from mixdq_ao.quantize.tensor import is_quantized
 from mixdq_ao.search.metrics import frechet_distance, psnr
 
@@ -32,7 +45,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def reference(pipe):
-    return draw(pipe, range(32), steps=STEPS)
+    return draw(pipe, range(16), steps=STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +59,7 @@ def quantized(pipe, plan):
     return clone
 
 
-def test_pictures_are_seeded_half_as_large_and_read_right_by_the_scorer():
+def test_pictures_are_seeded_small_and_read_right_by_the_scorer():
     images = pictures(64, random.Random(3))
     assert images.shape == (64, 3, PIXELS, PIXELS) and 0 <= images.min() and images.max() <= 1
     torch.testing.assert_close(images, pictures(64, random.Random(3)), rtol=0, atol=0)
@@ -54,8 +67,9 @@ def test_pictures_are_seeded_half_as_large_and_read_right_by_the_scorer():
     specs = [_spec_and_skip(rng) for _ in range(64)]
     scorer = load_scorer()
     assert scorer.agreement(framed(images), specs).all >= 0.98
-    assert well_formed(scorer, images) >= 0.95
-    assert well_formed(scorer, torch.rand_like(images)) <= 0.05
+    assert likeness(images).mean() > 27 and likeness(images).min() > 20
+    assert likeness(images.roll(4, 3)).mean() < 16  # the right colours in the wrong place
+    assert likeness(images.mean((2, 3), keepdim=True).expand_as(images)).mean() < 18  # no shape
     assert labels(specs)["shape"].shape == (64, 5)
 
 
@@ -122,9 +136,9 @@ def test_weights_are_small_and_nothing_is_pickled():
 
 
 @shipped
-def test_most_pictures_show_one_shape_and_are_near_drawn_ones(reference):
+def test_pictures_are_near_drawn_ones(reference):
     scorer, real = load_scorer(), pictures(256, random.Random(1))
-    assert well_formed(scorer, reference) >= 0.5
+    assert likeness(reference).mean() > 18.5
     near = frechet_distance(features(scorer, reference), features(scorer, real))
     far = frechet_distance(features(scorer, torch.rand_like(reference)), features(scorer, real))
     assert near < far / 4
@@ -146,7 +160,7 @@ def test_plans_quantize_an_unconditional_unet(pipe, reference, calibration):
     assert not any(layer.bos for layer in plan.layers.values())
     eight, four = quantized(pipe, plan), quantized(pipe, Plan.uniform(pipe.unet, 4, 8).with_calibration(calibration))
     assert all(is_quantized(m.weight) for m in eight.unet.modules() if isinstance(m, nn.Linear | nn.Conv2d))
-    quality = [psnr(draw(p, range(32), steps=STEPS), reference).mean().item() for p in (eight, four)]
+    quality = [psnr(draw(p, range(16), steps=STEPS), reference).mean().item() for p in (eight, four)]
     assert quality[0] > 25 and quality[0] > quality[1] + 3
 
 
@@ -157,11 +171,48 @@ def test_levels_follow_a_pipeline_without_prompts(pipe, reference, calibration):
     plan = TemporalPlan(levels, ("W4A8",) * (STEPS // 2) + ("16",) * (STEPS - STEPS // 2))
     runtime = prepare(clone.unet, plan, storage="own", keep_full=True)
     runtime.follow(clone)
-    mixed = draw(clone, range(32), steps=STEPS)
+    few = range(8)
+    mixed = draw(clone, few, steps=STEPS)
     runtime.plan = plan.with_steps(("16",) * STEPS)
-    torch.testing.assert_close(draw(clone, range(32), steps=STEPS), reference, rtol=0, atol=1e-3)
-    uniform = quantized(pipe, levels["W4A8"])
+    torch.testing.assert_close(draw(clone, few, steps=STEPS), reference[:8], rtol=0, atol=1e-3)
+    coarse = draw(quantized(pipe, levels["W4A8"]), few, steps=STEPS)
     runtime.plan = plan.with_steps(("W4A8",) * STEPS)
-    alike = psnr(draw(clone, range(32), steps=STEPS), draw(uniform, range(32), steps=STEPS)).mean().item()
-    assert alike > 40  # the same codes in another storage
-    assert psnr(mixed, reference).mean() > psnr(draw(uniform, range(32), steps=STEPS), reference).mean()
+    assert psnr(draw(clone, few, steps=STEPS), coarse).mean() > 40  # the same codes in another storage
+    assert psnr(mixed, reference[:8]).mean() > psnr(coarse, reference[:8]).mean()
+
+
+@shipped
+def test_step_errors_are_those_of_one_rounded_layer_and_leave_the_model_as_it_was(pipe, calibration):
+    calls = record(pipe.unet, lambda: draw(pipe, range(4), steps=3))
+    assert calls.timesteps.tolist() == [999, 666, 332] and calls.inputs.shape == (3, 4, 3, PIXELS, PIXELS)
+    assert calls.again(pipe.unet).max() < 1e-10
+    names = ["mid_block.resnets.0.conv1", "mid_block.attentions.0.to_q"]
+    found = output_errors(pipe.unet, calls, calibration, names)
+    assert calls.again(pipe.unet).max() < 1e-10
+    for name in names:
+        assert list(found[name]["weight"]) == [2, 4, 8] and list(found[name]["act"]) == [4, 8]
+        for table in found[name].values():
+            falling = torch.stack(list(table.values()))
+            assert (falling[1:] < falling[:-1]).all()
+        rounded = copy.deepcopy(pipe.unet)
+        layer = rounded.get_submodule(name)
+        layer.weight.data = quantize_weight(layer.weight.data, 4, symmetric=False).dequantize()
+        torch.testing.assert_close(found[name]["weight"][4], calls.again(rounded), rtol=1e-3, atol=1e-12)
+
+
+def test_errors_of_the_run_are_the_sum_over_steps():
+    layer = LayerSensitivity(group="quality", weight_size=8, act_size=4)
+    errors = {"a": {"weight": {4: torch.tensor([1.0, 3.0])}, "act": {8: torch.tensor([0.5, 0.25])}}}
+    steps = step_sensitivities({"a": layer}, errors, {1: 2.0, 7: 10.0})
+    assert steps[1].layers["a"].weight_errors == {4: 2.0} and steps[7].layers["a"].weight_errors == {4: 30.0}
+    run = over_the_run(steps).layers["a"]
+    assert run.weight_errors == {4: 32.0} and run.act_errors == {8: 3.5} and run.weight_size == 8
+
+
+@shipped
+def test_what_asks_for_prompts_draws_the_unconditional_pipeline(pipe, reference):
+    prompts = [str(i) for i in range(16)]
+    images = generate_all(Prompted(pipe), prompts, Sampling(steps=STEPS, batch_size=16))
+    torch.testing.assert_close(images, reference, rtol=0, atol=1e-3)
+    found = orthogonality(Prompted(pipe), prompts[:8], steps=3)
+    assert len(found.layers) == 77 and len(set(found.importance().values())) > 20
