@@ -176,11 +176,13 @@ def measure(study: Study, options: argparse.Namespace, store: Store, deadline: f
         rows.append(row)
         drawn.append(schedules)
     shown = {n: (n,) * steps for n in list(COSTS)[1:]} | {f"found at {s[0].cost:.3g}": s[0].levels for s in drawn}
+    shown = shown if drawn else {}
     storage = {n: {"own": own(s)["ssim"], "nested": nested(s)["ssim"]} for n, s in shown.items()}
     small = []
     for count in options.exhaustive:
         small += against_exhaustive(Measured(study, count, "own", store, deadline), count, SMALL[count])
-    timed = seconds(study, steps, shown) if options.seconds else {}
+    timed = {n: s for n, s in shown.items() if not n.startswith(("W3", "W2"))}
+    timed = seconds(study, steps, timed) if options.seconds else {}
     summary = lambda a: {m: {"r_squared": v.r_squared, "measured_over_predicted": v.ratio} for m, v in a.items()}  # noqa: E731
     metadata = {
         "command": command(options),
@@ -219,6 +221,8 @@ def tables(metadata: dict[str, Any]) -> str:
         for metric, v in metrics.items():
             lines.append(f"| {names} | {WORDS[metric]} | {v['r_squared']:.3f} | {v['measured_over_predicted']:.2f} |")
     forms = ("uniform", "first", "last", "spread", "greedy")
+    if not metadata["at_cost"]:
+        return "\n".join(lines) + "\n"
     lines += ["", f"| cost at most | found | evaluations | {' | '.join(forms)} | found / best by hand | levels found |"]
     lines.append("|---" * (len(forms) + 5) + "|")
     for row in metadata["at_cost"]:
@@ -246,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--costs", type=float, nargs="+", default=MAX_COSTS)
+    parser.add_argument("--costs", type=float, nargs="*", default=MAX_COSTS, help="none: additivity alone")
     parser.add_argument("--greedy", action="store_true", help="beside it, which takes hundreds of schedules")
     parser.add_argument("--exhaustive", type=int, nargs="*", default=[], choices=SMALL, help="steps: 4, 8")
     parser.add_argument("--seconds", action="store_true", help="also time generations, uncompiled")

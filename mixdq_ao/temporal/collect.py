@@ -23,12 +23,13 @@ def results_of(
     their names."""
     measured = {s: e for schedule in found for s, e in schedule.history.items()}
     measured |= {schedule.levels: schedule.error for schedule in also}
-    steps, precise = len(found[0].levels), next(iter(levels))
+    precise = next(iter(levels))
     if added is not None:
         measured |= zip(added.schedules, added.measured, strict=True)
+        steps = len(added.schedules[0])
         for name, errors in added.singles.items():
             measured |= {(precise,) * t + (name,) + (precise,) * (steps - t - 1): e for t, e in enumerate(errors)}
-    by_hand = hand_names(steps, list(levels))
+    by_hand = hand_names(len(next(iter(measured))), list(levels)) if measured else {}
     named = {by_hand[schedule]: schedule for schedule in measured if schedule in by_hand}
     named |= {f"found at {schedule.cost:.3g}": schedule.levels for schedule in found}
     checks = {} if added is None else {metric: added}
