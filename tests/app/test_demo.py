@@ -51,7 +51,7 @@ def test_results(out):
         assert variants["mixdq_w8a8"]["psnr"] > 45
         assert variants["mixdq_w4a8"]["psnr"] > variants["bos_w4a8"]["psnr"] + 5
         assert variants["mixdq_w4a8"]["weight_bytes"] <= variants["bos_w4a8"]["weight_bytes"]
-    assert results["environment"]["packages"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(results["environment"]["packages"]["torch"])
 
 
 def test_files(out):
