@@ -18,7 +18,7 @@ PIPELINE = Path(__file__).parent / "pipeline"
 
 def load_pipeline(dtype: torch.dtype = torch.float32, *, path: Path = PIPELINE) -> DDIMPipeline:
     """The trained pipeline with DDIM's deterministic steps (saved as a `DDPMPipeline`), without a bar per call."""
-    pipe = DDIMPipeline.from_pretrained(path, torch_dtype=dtype)
+    pipe = DDIMPipeline.from_pretrained(path, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -57,6 +57,6 @@ def features(scorer: Scorer, images: Tensor) -> Tensor:
 
 
 def likeness(images: Tensor) -> Tensor:
-    """How near each of images [B, 3, 16, 16] is to one that can be drawn: its best PSNR in `catalogue`, dB [B]."""
+    """How near images [B, 3, 16, 16] are to ones that can be drawn: best PSNR in `catalogue`, dB [B] up to 100."""
     distance = torch.cdist(images.flatten(1), catalogue().flatten(1)).amin(1)
-    return -20 * (distance / images[0].numel() ** 0.5).log10()
+    return -20 * (distance / images[0].numel() ** 0.5).clamp(min=1e-5).log10()
