@@ -17,6 +17,7 @@ from inductor_kernels import reference
 from ..errors import QuantizationError
 from ..plan import Rounding, WeightRange
 from .compensate import Compensation, best_compensated
+from .eager import is_eager
 from .grid import SMALLEST_SCALE, Grid, best_grid, minmax_grid, shrunk_grids, squared_error
 
 STEPS = {"nearest": 32, "compensated": 8}
@@ -172,7 +173,7 @@ def quantize_act(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int) 
     inv_scale: float32 []; zero_point: int32 []. A graph being traced gets plain operators, which Inductor fuses into
     whatever produced ``x``; eager mode on a CPU one pass over the memory.
     """
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if is_eager(x):
         return torch.ops.inductor_kernels.quantize(x, inv_scale, zero_point, levels)
     return reference.quantize(x, inv_scale, zero_point, levels)
 

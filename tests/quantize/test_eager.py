@@ -7,6 +7,7 @@ import torch
 
 from mixdq_ao.quantize import eager
 from mixdq_ao.quantize.eager import is_eager, reused
+from mixdq_ao.quantize.quantizer import quantize_act
 
 
 class Counted:
@@ -76,6 +77,17 @@ def test_a_traced_graph_holds_the_operators(parameter):
     traced = torch.jit.trace(f, x)
     assert torch.equal(traced(x + 1), (x + 1) * 2)
     assert torch.equal(torch.compile(f, backend="eager", fullgraph=True)(x + 1), (x + 1) * 2)
+
+
+def test_a_traced_graph_quantizes_with_plain_operators():
+    """Only those fuse. torch 2.11 traces a weight's products without saying that it compiles."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x = torch.randn(4, 8)
+    act = torch.tensor(20.0), torch.tensor(100, dtype=torch.int32), 255
+    graph = make_fx(lambda x: quantize_act(x, *act))(x)
+    assert not any("inductor_kernels" in str(node.target) for node in graph.graph.nodes)
+    assert torch.equal(graph(x), quantize_act(x, *act))
 
 
 def test_only_plain_tensors_on_a_cpu():
