@@ -1,9 +1,10 @@
-"""Uniform plans of the bundled pipeline by rounding alone and trained back: python -m benchmarks.recover --bits 2
+"""Plans of the bundled pipeline by rounding alone and trained back: python -m benchmarks.recover --bits 2
 
-Agreement with the caption, PSNR and SSIM against full-precision pictures of the same noise, at 1 and 4 steps, for 256
-captions that neither the pipeline nor the recovery saw. Activations 8 bit, BOS apart. The run is kept under --work and
-goes on there when it was stopped; options of ``recover`` are given as name=value. Writes
-benchmarks/results/recover_<name>.json.
+2, 4 or 8 bits: a uniform plan. Any other average: allocated, for the least sum of error powers (sensitivities of plain
+rounding from random probes). Activations 8 bit, BOS apart. Agreement with the caption, PSNR and SSIM against
+full-precision pictures of the same noise, at 1 and 4 steps, for 256 captions that neither the pipeline nor the recovery
+saw. The run is kept under --work and goes on there when it was stopped; options of ``recover`` are given as name=value.
+Writes benchmarks/results/recover_<name>.json, and recover.md with a row of every such file there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import json
 import resource
 import shlex
 import sys
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixdq_ao import Plan, Sampling, calibrate, mixdq_config, quantize_, recover, save_quantized
+from mixdq_ao import Plan, Sampling, allocate, analyze, calibrate, mixdq_config, quantize_, recover, save_quantized
 from mixdq_ao.app.environment import environment
 from mixdq_ao.app.measure import Exam, held_bytes
 from mixdq_ao.app.quiet import silence_loading_bars
@@ -30,7 +32,8 @@ from mixdq_ao.search.moments import input_moments
 from mixdq_ao.search.roundings import rounded_as
 
 RESULTS = Path(__file__).parent / "results"
-TEST = 256
+TEST, ANALYSIS = 256, 8
+PLAIN = "minmax nearest"
 
 
 class Subject:
@@ -64,8 +67,16 @@ class Subject:
             print(f"{title}, {steps} steps: {grades['agreement']:.1%}{picture}", flush=True)
         return figures
 
-    def plan(self, bits: int, rounding: str) -> Plan:
-        plan = Plan.uniform(self.pipe.unet, bits, 8)
+    def bits(self, average: float, store: Path) -> Plan:
+        """Bits of every layer: the same, or allocated from sensitivities that are kept in ``store``."""
+        if average in (2, 4, 8):
+            return Plan.uniform(self.pipe.unet, int(average), 8)
+        store.parent.mkdir(parents=True, exist_ok=True)
+        options: dict[str, Any] = {"calibration": self.calibration, "batch_size": ANALYSIS, "store": store}
+        found = analyze(self.pipe, self.calibrating[:ANALYSIS], method="probe", **options)
+        return allocate(found, weight_bits=average, act_bits=8, objective="additive").plan
+
+    def plan(self, plan: Plan, rounding: str) -> Plan:
         layers = {n: rounded_as(layer, rounding) for n, layer in plan.layers.items()}
         return plan.with_layers(layers).with_calibration(self.calibration)
 
@@ -90,18 +101,19 @@ def given(text: str) -> tuple[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--bits", type=int, choices=(2, 4, 8), default=2)
+    parser.add_argument("--bits", type=float, default=2, help="average of the weights' bits (default 2)")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--start", default="mse nearest", help="range and rounding of the plan trained from")
     parser.add_argument("--prompts", type=int, default=768)
     parser.add_argument("--work", type=Path, default=Path("out/recover_benchmark"))
-    parser.add_argument("--name", help="of the result; default: w<bits>a8")
+    parser.add_argument("--name", help="of the result (default w<bits>a8)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("options", nargs="*", type=given, metavar="name=value", help="options of recover")
     args = parser.parse_args()
-    name = args.name or f"w{args.bits}a8"
+    name = args.name or f"w{args.bits:g}a8"
     subject = Subject(args.prompts)
-    plain, plan = subject.plan(args.bits, "minmax nearest"), subject.plan(args.bits, args.start)
+    bits = subject.bits(args.bits, args.work / "sensitivity.jsonl")
+    plain, plan = subject.plan(bits, PLAIN), subject.plan(bits, args.start)
     moments = subject.moments(plan)
     show = lambda m: print({k: round(v, 6) for k, v in m.items()}, flush=True)  # noqa: E731
     found = recover(
@@ -123,6 +135,7 @@ def main() -> None:
         args.out / f"recover_{name}.json",
         {
             "command": shlex.join(["python", "-m", "benchmarks.recover", *sys.argv[1:]]),
+            "average_weight_bits": plan.summary(subject.full).average_weight_bits,
             "pictures": figures,
             "training": found.to_json() | {"recipe": found.plan.metadata["recovered"]["recipe"]},
             "bytes": held_bytes(subject.pipe.unet),
@@ -132,6 +145,33 @@ def main() -> None:
             "environment": environment(),
         },
     )
+    (args.out / "recover.md").write_text(table([json.loads(p.read_text()) for p in args.out.glob("recover_*.json")]))
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: what each result was made with, and a row of it."""
+    results = sorted(results, key=lambda r: r["average_weight_bits"])
+    title = (__doc__ or "").split("\n\n")[1].replace("\n", " ").split(" The run is")[0]
+    lines = [
+        f"{title} Pairs are at 1 and 4 steps; by rounding alone: each channel's minimum and maximum, to nearest.",
+        "",
+        "| weight bits | bytes | agreement, % | rounding alone | trained back | PSNR, dB, rounding alone | trained back "
+        "| steps, core minutes |",
+        "|---" * 8 + "|",
+        *map(_row, results),
+        "",
+        *(f"- {r['average_weight_bits']:g} bits: `{r['command']}`" for r in results),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(result: dict[str, Any]) -> str:
+    pictures, training = result["pictures"], result["training"]
+    pair = lambda title, key, form, scale=1: " / ".join(form % (scale * pictures[title][s][key]) for s in ("1", "4"))  # noqa: E731
+    cells = [f"{result['average_weight_bits']:g}", f"{result['bytes']:,}"]
+    cells += [pair(title, "agreement", "%.1f", 100) for title in ("full", "rounded", "recovered")]
+    cells += [pair(title, "psnr", "%.1f") for title in ("rounded", "recovered")]
+    return f"| {' | '.join(cells)} | {training['recipe']['steps']}, {training['core_seconds'] / 60:.0f} |"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from ..models.pipelines import check_prompts, denoiser
 from ..plan import Plan
 from ..quantize.config import mixdq_config, quantize_
 from ..quantize.fake import without_fake_quantizer
-from ..search.store import fingerprint
 from .recover_layers import make_student, students
 from .recover_loop import MakeOptimizer, Run, error_on, record_for
 from .recover_options import Recipe, recipe_of
@@ -93,7 +92,8 @@ def recover(
         held_out: prompts to measure on; default: the last eighth of ``prompts``, which then are not learned from.
         moments: from ``input_moments``, where the plan's rounding needs them.
         checkpoint: a directory. A killed run that is started again goes on from there, bit for bit; a finished one
-            gives its result at once. Trajectories are recorded again then, from the same noise.
+            gives its result at once, and cannot be lengthened: the learning rate falls over all ``steps``.
+            Trajectories are recorded again then, from the same noise.
         save_every: steps between checkpoints.
         make_optimizer: called with parameter groups ("params" and "share", the learning rate for an ``lr`` of 1; "lr"
             is set before every step); default: MemoryEfficientAdamW, stepping inside backward.
@@ -110,12 +110,13 @@ def recover(
     learned, measured = _divided(check_prompts(prompts), held_out)
     teacher = denoiser(pipe)
     student = _student(teacher, plan, moments, recipe)
-    settings = {"plan": plan.to_json(), "prompts": learned, "held_out": measured, "recipe": recipe.to_json()}
-    settings |= {"moments": getattr(moments, "fingerprint", None), "optimizer": getattr(make_optimizer, "__name__", "")}
-    key = "" if checkpoint is None else fingerprint(teacher, settings)
+    settings = {"plan": plan.to_json(), "prompts": learned, "held_out": measured}
+    settings |= {"moments": getattr(moments, "fingerprint", None)}
     exam = record_for(recipe, pipe, measured, recipe.seed, "recording held-out prompts")
     directory = None if checkpoint is None else Path(checkpoint)
-    run = Run(pipe, student, learned, exam, recipe, directory=directory, fingerprint=key, make_optimizer=make_optimizer)
+    run = Run(
+        pipe, student, learned, exam, recipe, directory=directory, settings=settings, make_optimizer=make_optimizer
+    )
     run.train(on_evaluation, save_every)
     p = run.progress
     if not p.history:

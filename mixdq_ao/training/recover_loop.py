@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 
 from ..models.pipelines import denoiser
 from ..progress import progress
+from ..search.store import fingerprint
 from .averaging import Average
 from .base import MemoryEfficientOptimizer
 from .optim import MemoryEfficientAdamW
 from .recover_blocks import alone, find_blocks, together, watched
-from .recover_layers import Student, students
+from .recover_layers import NEAR, Student, students
 from .recover_options import RATE_OF_BITS, Recipe
 from .recover_state import Progress, load_optimizer, load_run, optimizer_tensors, save_run
 from .recover_targets import Targets, first_output, record
@@ -27,6 +28,8 @@ from .recover_targets import Targets, first_output, record
 SMALLEST_SIZE = 1e-2
 """A parameter tensor's root mean square counts as at least this, so that biases of zero can move."""
 GROWTH = ".growth.logarithms"
+CONSTANTS = {"rate_of_bits": list(RATE_OF_BITS.items()), "smallest_size": SMALLEST_SIZE, "near": NEAR}
+"""What a run depends on and no option says: another release may have other values, whose checkpoints are refused."""
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
 
 
@@ -68,7 +71,7 @@ class Run:
         student: a copy of the denoiser with a student's layers.
         measure: recorded calls of held-out prompts.
         directory: of the checkpoint, or None.
-        fingerprint: of everything the run depends on.
+        settings: what the run depends on besides, as JSON; with model, recipe and optimizer they tell checkpoints apart.
     """
 
     def __init__(
@@ -80,17 +83,19 @@ class Run:
         recipe: Recipe,
         *,
         directory: Path | None,
-        fingerprint: str,
+        settings: Mapping[str, Any],
         make_optimizer: MakeOptimizer | None,
     ) -> None:
         self.pipe, self.teacher, self.student = pipe, denoiser(pipe), student
         self.prompts, self.measure, self.recipe = prompts, measure, recipe
-        self.directory, self.fingerprint = directory, fingerprint
+        self.directory = directory
         self.parameters = trained_parameters(student, recipe)
         groups = parameter_groups(student, self.parameters, recipe)
         self.names = list(self.parameters)
         self.optimizer = adamw(groups, recipe) if make_optimizer is None else make_optimizer(groups)
         self.efficient = isinstance(self.optimizer, MemoryEfficientOptimizer)
+        depends = {**settings, "recipe": recipe.to_json(), "optimizer": _described(self.optimizer), **CONSTANTS}
+        self.fingerprint = "" if directory is None else fingerprint(self.teacher, depends)
         self.average = Average(self.parameters, recipe.average)
         self.best = self.average.now()
         self.progress = Progress()
@@ -218,14 +223,19 @@ class Run:
         tensors |= {f"average/{n}": v for n, v in self.average.values.items()}
         tensors |= {f"best/{n}": v for n, v in self.best.items()}
         save_run(
-            self.directory, self.progress, tensors | optimizer_tensors(self.optimizer, self.names), self.fingerprint
+            self.directory,
+            self.progress,
+            tensors | optimizer_tensors(self.optimizer, self.names),
+            self.fingerprint,
+            self.recipe.to_json(),
         )
 
     @torch.no_grad()
     def _resume(self) -> None:
         kinds = ["parameters", "best", *(["average"] if self.average.values else [])]
         shapes = {f"{kind}/{n}": p.shape for kind in kinds for n, p in self.parameters.items()}
-        found = None if self.directory is None else load_run(self.directory, self.fingerprint, shapes)
+        recipe = self.recipe.to_json()
+        found = None if self.directory is None else load_run(self.directory, self.fingerprint, recipe, shapes)
         if found is None:
             return
         self.progress, tensors = found
@@ -239,6 +249,12 @@ class Run:
         for kind, values in (("average", self.average.values), ("best", self.best)):
             for name, value in values.items():
                 value.copy_(tensors[f"{kind}/{name}"])
+
+
+def _described(optimizer: Optimizer) -> str:
+    """An optimizer's class and options."""
+    kind = type(optimizer)
+    return f"{kind.__module__}.{kind.__qualname__} {sorted((k, repr(v)) for k, v in optimizer.defaults.items())}"
 
 
 def adamw(groups: list[dict[str, Any]], recipe: Recipe) -> MemoryEfficientAdamW:

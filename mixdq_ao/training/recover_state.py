@@ -79,8 +79,16 @@ def _expect(condition: bool, name: str, value: object) -> None:
         raise ValueError(f"{name} is {value!r}")
 
 
-def save_run(directory: Path, progress: Progress, tensors: Mapping[str, Tensor], fingerprint: str) -> None:
-    """Raises CheckpointError where it cannot be written; what was there before is still whole then."""
+def save_run(
+    directory: Path,
+    progress: Progress,
+    tensors: Mapping[str, Tensor],
+    fingerprint: str,
+    recipe: Mapping[str, Any],
+) -> None:
+    """``recipe`` is kept to say what differs, should another run find the directory.
+
+    Raises CheckpointError where it cannot be written; what was there before is still whole then."""
     name = f"state-{progress.step}.safetensors"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -88,6 +96,7 @@ def save_run(directory: Path, progress: Progress, tensors: Mapping[str, Tensor],
         write_safetensors(part, tensors, {"fingerprint": fingerprint, "step": str(progress.step)})
         part.replace(directory / name)
         document = {"format": FORMAT, "version": VERSION, "fingerprint": fingerprint, "tensors": name}
+        document["recipe"] = dict(recipe)
         write_document(directory / FILE, {**document, "progress": progress.to_json()})
         for old in directory.glob("state-*.safetensors*"):
             if old.name != name:
@@ -97,7 +106,7 @@ def save_run(directory: Path, progress: Progress, tensors: Mapping[str, Tensor],
 
 
 def load_run(
-    directory: Path, fingerprint: str, shapes: Mapping[str, torch.Size]
+    directory: Path, fingerprint: str, recipe: Mapping[str, Any], shapes: Mapping[str, torch.Size]
 ) -> tuple[Progress, dict[str, Tensor]] | None:
     """What ``save_run`` wrote, or None where nothing was written yet.
 
@@ -113,7 +122,8 @@ def load_run(
     document = read_document(path, FORMAT, VERSION, CheckpointError)
     if document.get("fingerprint") != fingerprint:
         raise CheckpointError(
-            f"{path}: is of another model, plan, prompts or options; give another directory, or delete this one"
+            f"{path}: is of another {_difference(document.get('recipe'), recipe)}; "
+            "give another directory, or delete this one"
         )
     try:
         progress = Progress.from_json(document.get("progress", {}))
@@ -123,6 +133,17 @@ def load_run(
     if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
         raise CheckpointError(f"{path}: tensors is {name!r}, expected a safetensors file beside it")
     return progress, _tensors(directory / name, fingerprint, progress.step, shapes)
+
+
+def _difference(stored: Any, recipe: Mapping[str, Any]) -> str:
+    """What tells a stored run from the one that is asked for."""
+    if not isinstance(stored, dict):
+        return "release of mixdq_ao, model, plan, prompts or options"
+    names = sorted(n for n in {*stored, *recipe} if stored.get(n) != recipe.get(n))
+    if not names:
+        return "model, plan, prompts, moments, optimizer or release of mixdq_ao"
+    changed = "run: " + ", ".join(f"{n} was {stored.get(n)!r} there and is {recipe.get(n)!r} now" for n in names)
+    return changed + (" (a run cannot be lengthened, its learning rate falls over all steps)" * ("steps" in names))
 
 
 def _tensors(path: Path, fingerprint: str, step: int, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:

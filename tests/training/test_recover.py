@@ -30,6 +30,7 @@ from mixdq_ao.models.flatten import flatten
 from mixdq_ao.quantize.config import MixDQLayerConfig, quantized_weight
 from mixdq_ao.quantize.quantizer import act_params, fake_quantize_act
 from mixdq_ao.quantize.tensor import MixDQTensor, is_quantized
+from mixdq_ao.training import recover_loop
 from mixdq_ao.training.averaging import Average
 from mixdq_ao.training.recover_blocks import find_blocks
 from mixdq_ao.training.recover_grid import rounded_input, rounded_weight
@@ -488,3 +489,26 @@ def test_checkpoints_that_do_not_fit(subject, plan, tmp_path):
     fails("best_step")
     (place / "run.json").write_text("{")
     fails("not valid JSON")
+
+
+def test_what_differs_from_a_stored_run_is_named(subject, plan, tmp_path, monkeypatch):
+    """A finished run is not lengthened: its learning rate has fallen to the end already."""
+    place, options = tmp_path / "run", {**FAST, "steps": 4, "checkpoint": tmp_path / "run"}
+    recover(again(subject[0]), plan, PROMPTS, **options)
+
+    def fails(words: str, chosen: Plan = plan, **changed) -> None:
+        pipe, before = again(subject[0]), (place / "run.json").read_bytes()
+        with pytest.raises(CheckpointError) as raised:
+            recover(pipe, chosen, PROMPTS, **{**options, **changed})
+        assert words in str(raised.value) and len(str(raised.value).splitlines()) == 1, (words, raised.value)
+        assert same(state_of(pipe.unet), state_of(subject[0].unet)) and (place / "run.json").read_bytes() == before
+
+    fails("run: steps was 4 there and is 8 now (a run cannot be lengthened", steps=8)
+    fails(
+        "run: rank was 16 there and is 2 now, train was 'weights' there and is 'low_rank' now", train="low_rank", rank=2
+    )
+    fails("model, plan, prompts, moments, optimizer", toy_plan(*subject, weight_range="mse"))
+    fails("optimizer", make_optimizer=torch.optim.AdamW)
+    other = {**recover_loop.CONSTANTS, "rate_of_bits": [[2, 0.5]]}
+    monkeypatch.setattr(recover_loop, "CONSTANTS", other)
+    fails("or release of mixdq_ao")
