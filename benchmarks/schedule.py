@@ -1,12 +1,13 @@
 """A precision per denoising step on the bundled pipeline, found and set by hand: python -m benchmarks.schedule
 
 Error is 1 - SSIM of whole generations against full precision, captions the pipeline never saw; cost is the weight bits
-a step reads, of 16. Levels: 16 bit (exact), uniform W8A8, and plans allocated for 4, 3 and 2.25 bits a weight.
-Whether errors add up, over 40 random schedules, by 1 - SSIM and by the squared error of latents; the found schedule
-beside uniform, first-n, last-n, spread and greedy ones at equal cost; the search beside exhaustive search.
+a step reads, of 16. Levels: 16 bit (exact), uniform W8A8, and plans allocated for 4, 3 and 2.25 bits a weight; with
+--acts 16 the same without quantized activations. Whether errors add up, over 40 random schedules, by 1 - SSIM and by
+the squared error of latents; the found schedule beside uniform, first-n, last-n, spread and greedy ones at equal or
+less cost; the search beside exhaustive search; found schedules under samplers that they were not searched with.
 
 Every generation is appended to a store in --work. A run ends after --minutes (exit code 3) and the same command
-continues it; when all is measured it writes benchmarks/results/schedule_<steps>.json and .md.
+continues it; when all is measured it writes benchmarks/results/schedule_<steps>.json and .md (_a16 with --acts 16).
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from examples.schedule import COSTS, Study
+from diffusers.schedulers import DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, LCMScheduler
+
+from benchmarks.schedule_tables import tables
+from examples.schedule import Study
 from mixdq_ao import Schedule, TemporalPlan, prepare, search_schedule
 from mixdq_ao.app.environment import environment
 from mixdq_ao.app.measure import interleaved
@@ -39,8 +43,14 @@ from mixdq_ao.temporal.schedule import evaluation_limit
 RESULTS = Path(__file__).parent / "results"
 MAX_COSTS = (0.1875, 0.25, 0.4)
 WORDS: dict[MetricName, str] = {"ssim": "1 - SSIM of pictures", "mse": "mean squared error of latents"}
-ADDED = tuple(COSTS)[:4]
-"""Levels of the random schedules."""
+ADDED = 4
+"""So many levels, from the most precise, in the random schedules."""
+SAMPLERS = {
+    "DDIM": DDIMScheduler,
+    "Euler": EulerDiscreteScheduler,
+    "Euler ancestral": EulerAncestralDiscreteScheduler,
+    "LCM": LCMScheduler,
+}
 SMALL = {4: ("16", "W4A8", "W2A8"), 8: ("16", "W4A8")}
 """{steps: levels} where every schedule is measured."""
 
@@ -48,14 +58,18 @@ SMALL = {4: ("16", "W4A8", "W2A8"), 8: ("16", "W4A8")}
 class Measured:
     """Both metrics of each schedule, from a generation or from the store. Ends the program when its time is over."""
 
-    def __init__(self, study: Study, steps: int, storage: Storage, store: Store, deadline: float) -> None:
+    def __init__(
+        self, study: Study, steps: int, storage: Storage, store: Store, deadline: float, sampler: str = ""
+    ) -> None:
+        """``sampler``: other than the pipeline's own."""
         self.study, self.steps, self.store, self.deadline = study, steps, store, deadline
         self.storage: Storage = storage
+        self.sampler = sampler
         self._error: Any = None
         self._latents: Any = None
 
     def __call__(self, schedule: tuple[str, ...]) -> dict[str, float]:
-        key = json.dumps([self.steps, self.storage, *schedule])
+        key = json.dumps([*filter(None, [self.sampler]), self.steps, self.storage, *schedule])
         if (stored := self.store.get(key)) is None:
             if time.monotonic() > self.deadline:
                 print(f"{len(self.store.results)} generations are stored; the same command continues", flush=True)
@@ -67,6 +81,8 @@ class Measured:
     def _measure(self, schedule: tuple[str, ...]) -> dict[str, float]:
         if self._error is None:
             study, sampling = self.study, self.study.sampling(self.steps)
+            if self.sampler:
+                study.pipe.scheduler = SAMPLERS[self.sampler].from_config(study.pipe.scheduler.config)
             self._latents = draw_reference(study.pipe, study.prompts, sampling, metric="mse")
             self._error = study.prepared(self.steps, self.storage)
         latents = self._error.draw(schedule, "latent")  # drawn again from the kept outputs of the denoiser
@@ -75,23 +91,28 @@ class Measured:
     def by(self, metric: MetricName) -> Callable[[tuple[str, ...]], float]:
         return lambda schedule: self(schedule)[metric]
 
+    @property
+    def costs(self) -> dict[str, float]:
+        return self.study.costs
 
-def levels(names: Iterable[str]) -> dict[str, float]:
-    return {name: COSTS[name] for name in names}
+    def levels(self, names: Iterable[str]) -> dict[str, float]:
+        return {name: self.costs[name] for name in names}
 
 
-def additivity(measured: Measured, steps: int, names: Iterable[str]) -> dict[MetricName, Additivity]:
-    return {m: check_additivity(measured.by(m), steps=steps, levels=levels(names)) for m in WORDS}
+def additivity(measured: Measured, steps: int) -> dict[MetricName, Additivity]:
+    levels = measured.levels(list(measured.costs)[:ADDED])
+    return {m: check_additivity(measured.by(m), steps=steps, levels=levels) for m in WORDS}
 
 
 def at_cost(measured: Measured, steps: int, cost: float, walk: bool) -> tuple[dict[str, Any], list[Schedule]]:
     """The found schedule with its rivals at one cost, as a row of the table, and all of them."""
-    error, shared = measured.by("ssim"), {"steps": steps, "levels": COSTS, "max_cost": cost}
+    error, shared = measured.by("ssim"), {"steps": steps, "levels": measured.costs, "max_cost": cost}
     found = search_schedule(error, **shared)
     rivals = hand_set(error, **shared)
     row: dict[str, Any] = {
         "max_cost": cost,
-        "found": _figures(found) | {"evaluations": found.evaluations, "limit": evaluation_limit(steps, len(COSTS))},
+        "found": _figures(found)
+        | {"evaluations": found.evaluations, "limit": evaluation_limit(steps, len(measured.costs))},
     }
     for form in ("uniform", "first", "last", "spread"):
         own = {n: s for n, s in rivals.items() if n.startswith(form)}
@@ -114,7 +135,7 @@ def _figures(schedule: Schedule) -> dict[str, Any]:
 def against_exhaustive(measured: Measured, steps: int, names: tuple[str, ...]) -> list[dict[str, Any]]:
     rows = []
     for cost in (0.3, 0.4, 0.5, 0.7):
-        shared = {"steps": steps, "levels": levels(names), "max_cost": cost}
+        shared = {"steps": steps, "levels": measured.levels(names), "max_cost": cost}
         found = search_schedule(measured.by("ssim"), **shared)
         best = exhaustive(measured.by("ssim"), **shared)
         walked = greedy(measured.by("ssim"), **shared)
@@ -155,18 +176,42 @@ def seconds(study: Study, steps: int, schedules: dict[str, tuple[str, ...]]) -> 
 
 def held(study: Study, steps: int) -> dict[str, int]:
     """Bytes of the layers of a prepared UNet without full weights, and of the uniform 8-bit plan alone."""
-    plan = TemporalPlan(study.levels, ("16",) * steps, COSTS)
+    plan = TemporalPlan(study.levels, ("16",) * steps, study.costs)
     storages: tuple[Storage, ...] = ("own", "nested")
     found = {s: prepare(copy.deepcopy(study.pipe.unet), plan, storage=s).bytes() for s in storages}
-    w8a8 = study.levels["W8A8"]
-    assert w8a8 is not None
-    return found | {"W8A8": w8a8.summary(study.pipe.unet).bytes}
+    name = list(study.levels)[1]
+    eight = study.levels[name]
+    assert eight is not None
+    return found | {name: eight.summary(study.pipe.unet).bytes}
+
+
+def across_samplers(options: argparse.Namespace, found: Iterable[Schedule], deadline: float) -> list[dict[str, Any]]:
+    """Schedules found with the pipeline's own sampler under others, beside uniform and the best set by hand there."""
+    study, rows = Study(options.work, options.samplers, options.acts), []
+    with Store(options.work / f"store_{options.steps}_samplers{suffix(options)}.jsonl", study.key) as store:
+        for sampler in SAMPLERS:
+            measured = Measured(study, options.steps, "own", store, deadline, sampler)
+            for schedule in found:
+                error, cost = measured.by("ssim"), schedule.cost
+                rivals = hand_set(error, steps=options.steps, levels=study.costs, max_cost=cost)
+                best = min(rivals, key=lambda n: rivals[n].error)
+                uniform = min((n for n in rivals if n.startswith("uniform")), key=lambda n: rivals[n].error)
+                row: dict[str, Any] = {"sampler": sampler, "cost": cost, "found": error(schedule.levels)}
+                row |= {
+                    k: {"name": n, **_figures(rivals[n])} for k, n in (("uniform", uniform), ("best by hand", best))
+                }
+                rows.append(row)
+    return rows
+
+
+def suffix(options: argparse.Namespace) -> str:
+    return "" if options.acts == 8 else f"_a{options.acts}"
 
 
 def measure(study: Study, options: argparse.Namespace, store: Store, deadline: float) -> None:
     steps: int = options.steps
     own, nested = (Measured(study, steps, s, store, deadline) for s in ("own", "nested"))
-    added = additivity(own, steps, ADDED)
+    added = additivity(own, steps)
     for metric, found in added.items():
         print(f"{metric}: R2 {found.r_squared:.3f}, measured / predicted {found.ratio:.2f}", flush=True)
     rows, drawn = [], []
@@ -175,12 +220,13 @@ def measure(study: Study, options: argparse.Namespace, store: Store, deadline: f
         print(f"cost {cost:.4g}: {json.dumps(row)}", flush=True)
         rows.append(row)
         drawn.append(schedules)
-    shown = {n: (n,) * steps for n in list(COSTS)[1:]} | {f"found at {s[0].cost:.3g}": s[0].levels for s in drawn}
-    shown = shown if drawn else {}
+    shown = {n: (n,) * steps for n in list(study.costs)[1:]}
+    shown = shown | {f"found at {s[0].cost:.3g}": s[0].levels for s in drawn} if drawn else {}
     storage = {n: {"own": own(s)["ssim"], "nested": nested(s)["ssim"]} for n, s in shown.items()}
     small = []
     for count in options.exhaustive:
         small += against_exhaustive(Measured(study, count, "own", store, deadline), count, SMALL[count])
+    others = across_samplers(options, [s[0] for s in drawn], deadline) if options.samplers else []
     timed = {n: s for n, s in shown.items() if not n.startswith(("W3", "W2"))}
     timed = seconds(study, steps, timed) if options.seconds else {}
     summary = lambda a: {m: {"r_squared": v.r_squared, "measured_over_predicted": v.ratio} for m, v in a.items()}  # noqa: E731
@@ -188,62 +234,35 @@ def measure(study: Study, options: argparse.Namespace, store: Store, deadline: f
         "command": command(options),
         "steps": steps,
         "prompts": options.prompts,
-        "additivity": {" ".join(ADDED): summary(added)},
+        "additivity": {" ".join(list(study.costs)[:ADDED]): summary(added)},
+        "single_step_errors": {n: list(e) for n, e in added["ssim"].singles.items()},
+        "levels": study.costs,
         "at_cost": rows,
         "exhaustive": small,
+        "samplers": others,
+        "samplers_prompts": options.samplers,
         "storage": storage,
         "bytes": held(study, steps),
         "seconds_uncompiled": timed,
         "generations": len(store.results),
         "environment": environment(),
     }
-    found, others = [s[0] for s in drawn], [s for group in drawn for s in group[1:]]
-    results = results_of(found, COSTS, WORDS["ssim"], also=others, added=added["ssim"], metadata=metadata)
+    searched, by_hand = [s[0] for s in drawn], [s for group in drawn for s in group[1:]]
+    results = results_of(searched, study.costs, WORDS["ssim"], also=by_hand, added=added["ssim"], metadata=metadata)
     results = replace(results, additivity={WORDS[m]: a for m, a in added.items()})
-    results.save(RESULTS / f"schedule_{steps}.json")
-    (RESULTS / f"schedule_{steps}.md").write_text(tables(metadata))
+    results.save(RESULTS / f"schedule_{steps}{suffix(options)}.json")
+    (RESULTS / f"schedule_{steps}{suffix(options)}.md").write_text(tables(metadata, WORDS))
 
 
 def command(options: argparse.Namespace) -> str:
     """What measures the same again."""
     words = ["python -m benchmarks.schedule --steps", options.steps, "--prompts", options.prompts]
     words += ["--costs", *(f"{cost:g}" for cost in options.costs)]
+    words += ["--acts", options.acts] if options.acts != 8 else []
+    words += ["--samplers", options.samplers] if options.samplers else []
     words += ["--exhaustive", *options.exhaustive] if options.exhaustive else []
     words += [f"--{name}" for name in ("greedy", "seconds") if getattr(options, name)]
     return " ".join(map(str, words))
-
-
-def tables(metadata: dict[str, Any]) -> str:
-    """Markdown."""
-    lines = [f"`{metadata['command']}`, {metadata['environment']['processor']}, one thread.", ""]
-    lines += ["| levels | metric | R² of logs | measured / predicted |", "|---|---|---|---|"]
-    for names, metrics in metadata["additivity"].items():
-        for metric, v in metrics.items():
-            lines.append(f"| {names} | {WORDS[metric]} | {v['r_squared']:.3f} | {v['measured_over_predicted']:.2f} |")
-    forms = ("uniform", "first", "last", "spread", "greedy")
-    if not metadata["at_cost"]:
-        return "\n".join(lines) + "\n"
-    lines += ["", f"| cost at most | found | evaluations | {' | '.join(forms)} | found / best by hand | levels found |"]
-    lines.append("|---" * (len(forms) + 5) + "|")
-    for row in metadata["at_cost"]:
-        found = row["found"]
-        cells = [f"{row[f]['error']:.2e}" if f in row else "" for f in forms]
-        lines.append(
-            f"| {row['max_cost']:.4g} | {found['error']:.2e} | {found['evaluations']} of {found['limit']} | "
-            f"{' | '.join(cells)} | {row['found_over_best_by_hand']:.2f} | {found['levels']} |"
-        )
-    if metadata["exhaustive"]:
-        lines += ["", "| steps, levels | cost at most | found | optimum | optimum / found | evaluations | greedy |"]
-        lines.append("|---" * 7 + "|")
-        for row in metadata["exhaustive"]:
-            lines.append(
-                f"| {row['steps']}, {row['levels']} | {row['max_cost']} | {row['found']:.2e} | {row['optimum']:.2e} | "
-                f"{row['optimum_over_found']:.3f} | {row['evaluations']} of {row['exhaustive_evaluations']} | "
-                f"{row['greedy']:.2e} ({row['greedy_evaluations']}) |"
-            )
-    lines += ["", "| schedule | codes of their own | nested in 8 bits |", "|---|---|---|"]
-    lines += [f"| {n} | {v['own']:.2e} | {v['nested']:.2e} |" for n, v in metadata["storage"].items()]
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -251,6 +270,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--costs", type=float, nargs="*", default=MAX_COSTS, help="none: additivity alone")
+    parser.add_argument("--acts", type=int, default=8, choices=(8, 16), help="bits of all levels' activations")
+    parser.add_argument("--samplers", type=int, default=0, metavar="N", help="also other samplers, on N prompts")
     parser.add_argument("--greedy", action="store_true", help="beside it, which takes hundreds of schedules")
     parser.add_argument("--exhaustive", type=int, nargs="*", default=[], choices=SMALL, help="steps: 4, 8")
     parser.add_argument("--seconds", action="store_true", help="also time generations, uncompiled")
@@ -260,8 +281,10 @@ def main() -> None:
     deadline = time.monotonic() + 60 * args.minutes
     silence_loading_bars()
     args.work.mkdir(parents=True, exist_ok=True)
-    study = Study(args.work, args.prompts)
-    with Store(args.work / f"store_{args.steps}.jsonl", study.key) as store:
+    if args.exhaustive and args.acts != 8:
+        parser.error("--exhaustive is of levels with 8-bit activations")
+    study = Study(args.work, args.prompts, args.acts)
+    with Store(args.work / f"store_{args.steps}{suffix(args)}.jsonl", study.key) as store:
         measure(study, args, store, deadline)
 
 

@@ -28,20 +28,28 @@ from mixdq_ao.temporal.measure import GenerationError, draw_reference
 from mixdq_ao.temporal.runtime import prepare
 from mixdq_ao.temporal.schedule import Schedule, evaluation_limit
 
-COSTS = {"16": 1.0, "W8A8": 8 / 16, "W4A8": 4 / 16, "W3A8": 3 / 16, "W2A8": 2.25 / 16}
-"""Relative cost of a step: weight bits that it reads, on average, of 16."""
-BITS = {"W4A8": 4.0, "W3A8": 3.0, "W2A8": 2.25}
+WEIGHT_BITS = {"W8": 8.0, "W4": 4.0, "W3": 3.0, "W2": 2.25}
+"""Average weight bits of the levels below 16 bit."""
+
+
+def level_costs(act_bits: int = 8) -> dict[str, float]:
+    """Relative cost of a step at each level: weight bits that it reads, on average, of 16."""
+    return {"16": 1.0} | {f"{name}A{act_bits}": bits / 16 for name, bits in WEIGHT_BITS.items()}
+
+
+COSTS = level_costs()
 
 
 class Study:
     """Levels of the bundled UNet, and error functions of their schedules. A folder keeps what levels are made from.
 
     Attributes:
-        levels: 16 bit, uniform 8 bit, and plans allocated for 4, 3 and 2.25 bits a weight on average.
-        key: fingerprint of model, levels and prompts.
+        levels: 16 bit, uniform 8 bit, and plans allocated for 4, 3 and 2.25 bits a weight on average; all but the
+            first with ``act_bits`` (8, or 16: weights only).
+        costs: of the levels. key: fingerprint of model, levels and prompts.
     """
 
-    def __init__(self, folder: Path, prompts: int) -> None:
+    def __init__(self, folder: Path, prompts: int, act_bits: int = 8) -> None:
         self.pipe, texts = subject.load_pipeline(), [p.text for p in subject.prompts(16, seed=55)]
         calibration_file, sensitivity_file = folder / "calibration.json", folder / "sensitivity.json"
         if not sensitivity_file.exists():
@@ -49,10 +57,12 @@ class Study:
             calibration.save(calibration_file)
             analyze(self.pipe, texts[:8], calibration=calibration, method="probe").save(sensitivity_file)
         calibration, sensitivity = Calibration.load(calibration_file), Sensitivity.load(sensitivity_file)
+        self.costs = level_costs(act_bits)
+        _, eight, *others = self.costs
         self.levels: dict[str, Plan | None] = {"16": None}
-        self.levels["W8A8"] = Plan.uniform(self.pipe.unet, 8, 8).with_calibration(calibration)
-        for name, bits in BITS.items():
-            found = allocate(sensitivity, weight_bits=bits, act_bits=8, objective="additive")
+        self.levels[eight] = Plan.uniform(self.pipe.unet, 8, act_bits).with_calibration(calibration)
+        for name in others:
+            found = allocate(sensitivity, weight_bits=16 * self.costs[name], act_bits=act_bits, objective="additive")
             self.levels[name] = found.plan.with_calibration(calibration)
         self.prompts = [p.text for p in subject.prompts(prompts, seed=2024, held_out=True)]
         plans = {n: p and p.to_json() for n, p in self.levels.items()}
@@ -66,7 +76,7 @@ class Study:
         reference = draw_reference(self.pipe, self.prompts, self.sampling(steps))
         pipe = copy.copy(self.pipe)
         object.__setattr__(pipe, "unet", copy.deepcopy(self.pipe.unet))
-        plan = TemporalPlan(self.levels, ("16",) * steps, COSTS)
+        plan = TemporalPlan(self.levels, ("16",) * steps, self.costs)
         runtime = prepare(pipe.unet, plan, storage=storage, keep_full=keep_full)
         return GenerationError(pipe, runtime, self.prompts, self.sampling(steps), reference)
 
