@@ -71,7 +71,8 @@ class Run:
         student: a copy of the denoiser with a student's layers.
         measure: recorded calls of held-out prompts.
         directory: of the checkpoint, or None.
-        settings: what the run depends on besides, as JSON; with model, recipe and optimizer they tell checkpoints apart.
+        settings: what the run depends on besides, as JSON; checkpoints are told apart by them, the model, the recipe
+            and the optimizer.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """A recovery of the toy pipeline for the test that kills it: directory, threads, and how it ends.
 
-"at 3": the process kills itself (SIGKILL) in its third save, when the tensors are there and ``run.json`` still names the
-old ones. "never": it runs on until somebody else kills it, slowly enough to be met in the middle.
+"at 3": the process kills itself (SIGKILL) in its third save, when the tensors are there and ``run.json`` still names
+the old ones. "never": it runs on until somebody else kills it, slowly enough to be met in the middle.
 """
 
 from __future__ import annotations

@@ -470,7 +470,7 @@ def test_checkpoints_that_do_not_fit(subject, plan, tmp_path):
         tensors.write_bytes(whole)
         (place / "run.json").write_text(document)
 
-    fails("is of another model, plan, prompts or options", lr=2e-3)
+    fails("is of another run: lr was 0.02 there and is 0.002 now", lr=2e-3)
     name = next(n for n in contents if n.startswith("parameters/") and contents[n].dim() == 2)
     st.save_file({**contents, name: contents[name].T.contiguous()[:-1].contiguous()}, tensors, metadata)
     fails(f"{name!r} is torch.float32 of shape")
