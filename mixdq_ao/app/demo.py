@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,20 +41,31 @@ class Size:
     judged: int = 16
     test: int = 256
     latency_batch: int = 32
-    timed: tuple[str, ...] = ("mixdq_w8a8", "mixdq_w4a8")
+    timed: tuple[str, ...] = (
+        "mixdq_w8a8",
+        "mixdq_w4a8",
+        "mixdq_w3a8",
+        "bos_w8a8",
+        "bos_w4a8",
+        "naive_w8a8",
+        "naive_w4a8",
+    )
+    always_timed: int = 2
+    minutes: float = 11.5
 
 
 QUICK = Size(calibration=8, analysis=4, judged=8, test=16, timed=())
-ALL = ("naive_w8a8", "bos_w8a8", "mixdq_w8a8", "naive_w4a8", "bos_w4a8", "mixdq_w4a8", "mixdq_w3a8")
 
 
 def run_demo(out: Path, quick: bool = False, full: bool = False) -> Path:
     """Writes plans, sensitivities, pictures, results.json and report.html to ``out``; returns the report's path.
 
     A run that was interrupted continues its sensitivity analysis where it was. ``quick``: few prompts, no
-    compilation. ``full``: compiles and times every variant (two minutes each on two cores), not only two of them.
+    compilation. ``full``: compiles and times every variant, however long that takes (a minute or two each on two
+    cores); otherwise mixdq_w8a8, mixdq_w4a8 and as many others as fit the time.
     """
-    size, out = (QUICK if quick else Size(timed=ALL) if full else Size()), Path(out)
+    size, out = (QUICK if quick else Size(minutes=math.inf) if full else Size()), Path(out)
+    deadline = time.monotonic() + 60 * size.minutes
     out.mkdir(parents=True, exist_ok=True)
     subject = bundled()
     silence_loading_bars()
@@ -72,7 +85,7 @@ def run_demo(out: Path, quick: bool = False, full: bool = False) -> Path:
     ablation = {f"{c.objective}_w4a8": variants.plan(c) for c in choices[4.0]}
     test = subject.prompts(size.test, seed=2026, held_out=True)
     exam = Exam([p.text for p in test], [p.spec for p in test], scorer, Sampling(seed=10_000, batch_size=64))
-    results = compare(pipe, plans, ablation, exam, size, out)
+    results = compare(pipe, plans, ablation, exam, size, out, deadline)
     write_document(out / "results.json", results)
 
     from .report import build
@@ -125,9 +138,9 @@ def _points(choices: dict[float, list[Choice]]) -> list[dict[str, Any]]:
 
 
 def compare(
-    pipe: Any, plans: dict[str, Plan], ablation: dict[str, Plan], exam: Exam, size: Size, out: Path
+    pipe: Any, plans: dict[str, Plan], ablation: dict[str, Plan], exam: Exam, size: Size, out: Path, deadline: float
 ) -> dict[str, Any]:
-    """The tables of results.json, and grid.png."""
+    """The tables of results.json, and grid.png; no compilation that would end after ``deadline``, but a few."""
     tables: dict[int, dict[str, Any]] = {steps: {} for steps in STEPS}
     references = {
         steps: replace(exam, sampling=replace(exam.sampling, steps=steps)).draw(pipe, f"fp32, {steps} steps")
@@ -157,7 +170,8 @@ def compare(
     shown = ["fp32", *plans]
     save_grid(out, {n: pictures[n] for n in shown}, list(exam.prompts[:SHOWN]))
     if size.timed:
-        timing = latencies(pipe, {n: plans[n] for n in size.timed}, list(exam.prompts[: size.latency_batch]))
+        batch, timed = list(exam.prompts[: size.latency_batch]), {n: plans[n] for n in size.timed}
+        timing = latencies(pipe, timed, batch, least=size.always_timed, deadline=deadline)
         for table in tables.values():
             for name, figures in timing.items():
                 table[name].update(figures)

@@ -15,7 +15,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="fewer prompts and variants: minutes less, figures rougher"
     )
-    parser.add_argument("--full", action="store_true", help="time every variant compiled: a minute or more for each")
+    parser.add_argument(
+        "--full", action="store_true", help="time every variant compiled, a minute or two each, not as many as fit"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
