@@ -1,0 +1,192 @@
+"""What rounding each layer at each denoising step costs the final pictures, from a few random probes.
+
+For bits per layer *and* step: ``allocate_steps`` takes what ``probe_steps`` gives. The estimate is that of
+``search.probe_batch``, signs over the pictures pulled back through the decoder, the scheduler and all later steps, but
+each step's answers are squared by themselves instead of being added up first.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import SensitivityError
+from ..layers import LayerShape, group_of, stored_bytes
+from ..models.pipelines import Sampling, check_prompts, denoiser
+from ..plan import LayerPlan
+from ..progress import progress
+from ..search.analyze import calibration_key
+from ..search.calibrate import calibrate
+from ..search.calibration import Calibration
+from ..search.probe_batch import BatchProbe, batches, signs
+from ..search.probe_delta import LayerDeltas, deltas_of
+from ..search.probe_trace import frozen_pipeline
+from ..search.sensitivity import Kind, LayerSensitivity, Sensitivity
+from ..search.store import Store, fingerprint
+
+AT_ONCE = 4
+"""Probes of a batch between two writes to the store; they share the graphs of all steps."""
+OVERFLOW = 1e6
+"""Relative error power given to a choice whose estimate is not finite."""
+Record = dict[str, float]
+
+
+def probe_steps(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    calibration: Calibration | None = None,
+    weight_bits: Sequence[int] = (2, 4, 8),
+    act_bits: Sequence[int] = (4, 8),
+    probes: int = 8,
+    guidance_scale: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    store: str | os.PathLike[str] | None = None,
+    budget: int = 4 << 30,
+) -> dict[int, Sensitivity]:
+    """{step: Sensitivity} whose errors are relative error powers of the final *pictures* with one layer, at that step
+    alone, rounded; to first order, as estimated by ``probes`` backward passes. Scores are empty.
+
+    Errors of single layers and steps nearly add up; ``over_the_run`` adds those of all steps for bits per layer.
+
+    Args:
+        pipe, prompts, calibration, weight_bits, act_bits, guidance_scale, seed, batch_size: as for ``analyze``.
+        steps: of the run, each of which has to call the denoiser once.
+        probes: more make the estimates more certain: their relative standard error is about sqrt(2 / (probes x
+            prompts)).
+        store: a file that every probe is appended to; the same call continues from it.
+        budget: bytes of layers' output changes kept between probes.
+
+    Raises:
+        SensitivityError: an argument is wrong, a step calls the denoiser more than once, gradients do not pass, or the
+            store cannot be used. MixDQError: prompts are empty.
+    """
+    if type(probes) is not int or probes < 1:
+        raise SensitivityError(f"probes is {probes!r}, expected a whole number of at least 1")
+    texts = check_prompts(prompts)
+    sampling = Sampling(steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size)
+    if calibration is None:
+        options: dict[str, Any] = {"guidance_scale": guidance_scale, "seed": seed, "batch_size": batch_size}
+        calibration = calibrate(pipe, texts, steps=steps, **options)
+    model = denoiser(pipe)
+    deltas = deltas_of(model, calibration, weight_bits, act_bits)
+    settings = {
+        "method": "probe each step",
+        "prompts": texts,
+        "sampling": asdict(sampling),
+        "calibration": calibration_key(calibration),
+        "bits": [list(weight_bits), list(act_bits)],
+    }
+    with Store(store, fingerprint(model, settings)) as results:
+        for index, part in enumerate(batches(texts, sampling)):
+            todo = [k for k in range(probes) if results.get(_key(k, index)) is None]
+            if todo:
+                batch = BatchProbe(pipe, *part, index, deltas, set(deltas), budget)
+                for k, record in _records(batch, todo, steps):
+                    results.put(_key(k, index), record)
+        counts = range(math.ceil(len(texts) / batch_size))
+        records = [results.results[_key(k, index)] for k in range(probes) for index in counts]
+    metadata = {"prompts": len(texts), "sampling": asdict(sampling), "method": "probe each step", "probes": probes}
+    return {s: _sensitivity(s, records, deltas, calibration, metadata) for s in range(steps)}
+
+
+def over_the_run(steps: Mapping[int, Sensitivity]) -> Sensitivity:
+    """The errors of all steps added up: what bits per layer, the same at all steps, are chosen by."""
+    parts = list(steps.values())
+    layers = {}
+    for name, layer in parts[0].layers.items():
+        weight, act = ([s.layers[name].errors(kind) for s in parts] for kind in ("weight", "act"))
+        layers[name] = replace(layer, weight_errors=_added(weight), act_errors=_added(act))
+    return Sensitivity(layers, parts[0].metadata)
+
+
+def _added(tables: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    return {bits: sum(table[bits] for table in tables) for bits in tables[0]}
+
+
+def _key(probe: int, batch: int) -> str:
+    return f"probe {probe}|batch {batch}"
+
+
+def _records(batch: BatchProbe, probes: Sequence[int], steps: int) -> Iterator[tuple[int, Record]]:
+    """(probe, {"step|layer|kind|bits": sum of p^2 over samples, "power": of the pictures}), a few at once."""
+    calls, images = batch.trace.steps, batch.trace.images
+    if len(calls) != steps:
+        raise SensitivityError(
+            f"a run of {steps} steps calls the denoiser {len(calls)} times, expected once a step; use a scheduler of "
+            "first order, or analyze(method='probe') for all steps together"
+        )
+    assert images is not None  # asked for: every layer is judged by them
+    power = float(images.detach().double().square().sum())
+    with progress("probing each step", len(probes) * steps) as bar:
+        for start in range(0, len(probes), AT_ONCE):
+            part = probes[start : start + AT_ONCE]
+            cotangents = {k: batch.trace.picture_gradients(signs(images, *batch.key, k, "picture")) for k in part}
+            records: dict[int, Record] = {k: {"power": power} for k in part}
+            for step in reversed(range(steps)):
+                for k in part:
+                    records[k] |= _pulled(batch, step, cotangents[k], power)
+                    bar.advance(note=f"step {step}")
+            yield from records.items()
+
+
+def _pulled(batch: BatchProbe, step: int, cotangents: list[Tensor], power: float) -> Record:
+    """One probe at one step; ``cotangents`` of earlier steps get what passes through it."""
+    with frozen_pipeline(batch.pipe):
+        answers, at_links = batch.tape(step).pull(cotangents[step], set(batch.deltas))
+    for earlier, g in enumerate(batch.trace.earlier_gradients(step, at_links)):
+        cotangents[earlier] = cotangents[earlier] + g
+    record: Record = {}
+    for name, p in answers.items():
+        values = _by_sample(p, batch.trace.count).double().square().sum(0).tolist()
+        for choice, value in zip(batch.deltas[name].choices, values, strict=True):
+            record[f"{step}|{choice.key}"] = value if math.isfinite(value) else OVERFLOW * power
+    return record
+
+
+def _by_sample(answers: Tensor, count: int) -> Tensor:
+    """Answers [rows, choices] with the rows of one sample (guidance has two) added: [count, choices]; all rows where
+    they cannot be told apart."""
+    if answers.shape[0] % count:
+        return answers.sum(0, keepdim=True)
+    return answers.reshape(-1, count, answers.shape[1]).sum(0)
+
+
+def _sensitivity(
+    step: int,
+    records: Sequence[Record],
+    deltas: Mapping[str, LayerDeltas],
+    calibration: Calibration,
+    metadata: Mapping[str, Any],
+) -> Sensitivity:
+    power = sum(r["power"] for r in records)  # every batch as often as it was probed, like the sums
+    called, layers = {key.split("|")[1] for r in records for key in r if "|" in key}, {}
+    for name, delta in deltas.items():
+        errors: dict[Kind, dict[int, float]] = {"weight": {}, "act": {}}
+        for choice in delta.choices:
+            errors[choice.kind][choice.bits] = sum(r.get(f"{step}|{choice.key}", 0.0) for r in records) / power
+        if name in called:
+            layers[name] = _layer(name, delta, calibration, errors)
+    return Sensitivity(layers, {**metadata, "step": step})
+
+
+def _layer(
+    name: str, delta: LayerDeltas, calibration: Calibration, errors: Mapping[Kind, Mapping[int, float]]
+) -> LayerSensitivity:
+    shape, own = LayerShape.of(delta.module), calibration.layers[name]
+    plan = lambda bits: own.plan(LayerPlan(weight_bits=bits, act_bits=8), bos=True, split=True)  # noqa: E731
+    return LayerSensitivity(
+        group=group_of(name),
+        weight_size=shape.weights,
+        act_size=own.act_size,
+        weight_errors=errors["weight"],
+        act_errors=errors["act"],
+        weight_bytes={bits: stored_bytes(shape, plan(bits)) for bits in sorted(errors["weight"])},
+    )
