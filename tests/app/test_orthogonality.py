@@ -1,12 +1,17 @@
-"""mixdq analyze --metric orthogonality: a file the library reads, sampled steps, errors in one line."""
+"""mixdq analyze --metric orthogonality: a file the library reads, sampled steps, errors in one line; bits from it."""
 
 from __future__ import annotations
+
+import json
 
 import numpy as np
 import pytest
 
-from mixdq_ao import Orthogonality, orthogonality
+from mixdq_ao import Orthogonality, Plan, allocate_orthogonal, orthogonality
 from mixdq_ao.app import cli
+
+from ..search.test_orthogonality_allocate import measured
+from .synthetic import sensitivity
 
 
 def run(capsys, *arguments: object) -> tuple[int, str, str]:
@@ -48,3 +53,37 @@ def test_errors_are_one_line(capsys, analyze, tmp_path):
         code, out, err = run(capsys, *analyze, *arguments)
         assert code == 2 and out == "" and words in err and err.count("\n") == 1, (arguments, err)
     assert not (tmp_path / "orthogonality.json").exists()
+
+
+@pytest.mark.parametrize("form", [None, "linear", "error"])
+def test_allocate_takes_the_file(capsys, tmp_path, form):
+    path, out = tmp_path / "orthogonality.json", tmp_path / "plan.json"
+    given = measured(layers=5)
+    given.save(path)
+    options = () if form is None else ("--objective", form)
+    code, text, err = run(
+        capsys, "allocate", path, "--weight-bits", 4, *options, "--protect", "l1", "--json", "--out", out
+    )
+    assert code == 0, err
+    expected = allocate_orthogonal(given, weight_bits=4, form=form or "error", protect=["l1"])
+    assert Plan.load(out).layers == expected.plan.layers
+    found = json.loads(text)
+    assert found["status"] == expected.status and found["objective"] == expected.objective
+
+
+def test_an_objective_of_the_other_file_is_one_line(capsys, tmp_path):
+    path, scores, out = (tmp_path / n for n in ("orthogonality.json", "sensitivity.json", "plan.json"))
+    measured().save(path)
+    sensitivity(["conv_in", "conv_out"]).save(scores)
+    cases = [
+        (
+            (path, "--objective", "additive"),
+            "holds correlations between layers; expected one of error, linear, integer",
+        ),
+        ((scores, "--objective", "linear"), "holds errors of layers; expected one of additive, decoupled, sqnr"),
+        ((path, "--weight-choices", "3"), "weight_choices"),
+    ]
+    for arguments, words in cases:
+        code, text, err = run(capsys, "allocate", *arguments, "--weight-bits", 4, "--out", out)
+        assert code == 2 and text == "" and words in err and err.count("\n") == 1, (arguments, err)
+    assert not out.exists()

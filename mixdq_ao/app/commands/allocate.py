@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .. import options
 from ..inputs import budget, integers
 from ..output import mebibytes, show, show_json, wrote
+
+if TYPE_CHECKING:
+    from ...search.allocation import Allocation
 
 HELP = "choose bits for every layer within a size budget, by integer programming"
 EXAMPLE = (
@@ -15,19 +19,23 @@ EXAMPLE = (
     "--calibration calibration.json --out plan.json"
 )
 OBJECTIVES = ("additive", "decoupled", "sqnr")
+FORMS = ("error", "linear", "integer")
+"""Objectives of network orthogonality."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     bits = "average bits: a number, or content=BITS,quality=BITS"
-    parser.add_argument("sensitivity", type=Path, metavar="SENSITIVITY", help="from mixdq analyze or mixdq import")
+    parser.add_argument(
+        "sensitivity", type=Path, metavar="SENSITIVITY", help="from mixdq analyze (either metric) or mixdq import"
+    )
     parser.add_argument("--weight-bits", type=budget, required=True, metavar="BITS", help=f"of the weights, {bits}")
     parser.add_argument("--act-bits", type=budget, metavar="BITS", help="of the activations, likewise (default: all 8)")
     parser.add_argument(
         "--objective",
-        choices=OBJECTIVES,
-        default="decoupled",
-        help="additive: least summed error; decoupled: SSIM for content and SQNR for quality layers, as published "
-        "(default); sqnr: SQNR for all",
+        choices=OBJECTIVES + FORMS,
+        help="of errors: additive: least summed error; decoupled: SSIM for content and SQNR for quality layers, as "
+        "published (default); sqnr: SQNR for all. Of orthogonality: error: least sum of theta / 4^bits (default); "
+        "linear: most theta x bits, as published; integer: the same over whole bits",
     )
     parser.add_argument("--weight-choices", type=integers, metavar="LIST", help="weight bits offered, such as 2,4,8")
     parser.add_argument("--act-choices", type=integers, metavar="LIST", help="activation bits offered, such as 4,8")
@@ -39,20 +47,64 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from mixdq_ao import allocate
-    from mixdq_ao.search.calibration import Calibration
-    from mixdq_ao.search.sensitivity import Sensitivity
+    from ...search.calibration import Calibration
 
-    sensitivity = Sensitivity.load(args.sensitivity)
+    find = _by_orthogonality if _format(args.sensitivity) == "mixdq-orthogonality" else _by_errors
     calibration = Calibration.load(args.calibration) if args.calibration else None
-    names = ("weight_bits", "act_bits", "objective", "weight_choices", "act_choices", "protect", "time_limit")
-    result = allocate(sensitivity, **{name: getattr(args, name) for name in names})
+    result = find(args)
     plan = result.plan if calibration is None else result.plan.with_calibration(calibration)
     plan.save(args.out)
     wrote(args.out, f"bits of {len(plan.layers)} layers" + ("" if calibration else ", without ranges yet"))
     fields = ("status", "objective", "average_bits", "predicted_error", "weight_bytes", "k", "seconds")
     figures = {name: _plain(getattr(result, name)) for name in fields}
     show_json({"plan": str(args.out), **figures}) if args.json else show("allocation", _rows(figures))
+
+
+def _format(path: Path) -> object:
+    """What a file says it is; None where it says nothing, and reading it will say why."""
+    from ...jsonfile import parse
+
+    try:
+        document = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return document.get("format") if isinstance(document, dict) else None
+
+
+def _by_errors(args: argparse.Namespace) -> Allocation:
+    from ... import allocate
+    from ...search.sensitivity import Sensitivity
+
+    sensitivity = Sensitivity.load(args.sensitivity)
+    return allocate(sensitivity, objective=_objective(args, OBJECTIVES, "decoupled"), **_shared(args))
+
+
+def _by_orthogonality(args: argparse.Namespace) -> Allocation:
+    """The same request of ``allocate_orthogonal``, whose default choices are the same for all layers."""
+    from ... import allocate_orthogonal
+    from ...search.orthogonality import Orthogonality
+
+    shared = {name: value for name, value in _shared(args).items() if value is not None}
+    measured = Orthogonality.load(args.sensitivity)
+    return allocate_orthogonal(measured, form=_objective(args, FORMS, "error"), **shared)
+
+
+def _shared(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("weight_bits", "act_bits", "weight_choices", "act_choices", "protect", "time_limit")
+    return {name: getattr(args, name) for name in names}
+
+
+def _objective(args: argparse.Namespace, offered: tuple[str, ...], default: str) -> Any:
+    """Raises AllocationError where the objective is one of the other kind of file."""
+    from ...errors import AllocationError
+
+    if args.objective not in (None, *offered):
+        kind = "errors of layers" if offered == OBJECTIVES else "correlations between layers"
+        raise AllocationError(
+            f"objective is {args.objective!r}, but {args.sensitivity} holds {kind}; expected one of "
+            f"{', '.join(offered)}"
+        )
+    return args.objective or default
 
 
 def _plain(value: object) -> object:

@@ -156,9 +156,11 @@ def _print(plan: TemporalPlan, as_json: bool) -> None:
     if as_json:
         show_json(figures)
         return
+    from ...temporal.step_levels import spans
+
     places = {name: [i for i, level in enumerate(plan.steps) if level == name] for name in plan.levels}
     rows = [
-        (name, "-" if plan.costs is None else f"{plan.costs[name]:g}", str(len(steps)), _spans(steps))
+        (name, "-" if plan.costs is None else f"{plan.costs[name]:g}", str(len(steps)), spans(steps) or "-")
         for name, steps in places.items()
     ]
     show_table("schedule", ("level", "cost", "steps", "which"), rows)
@@ -166,17 +168,6 @@ def _print(plan: TemporalPlan, as_json: bool) -> None:
     size = plan.metadata.get("bytes")
     rows = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in known.items() if v is not None}
     show("figures", rows | ({"layers hold": mebibytes(size)} if isinstance(size, int) else {}))
-
-
-def _spans(steps: list[int]) -> str:
-    """[0, 1, 2, 5] as "0-2, 5"."""
-    spans: list[list[int]] = []
-    for step in steps:
-        if spans and step == spans[-1][1] + 1:
-            spans[-1][1] = step
-        else:
-            spans.append([step, step])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans) or "-"
 
 
 def _export(args: argparse.Namespace) -> None:
