@@ -5,6 +5,7 @@ import logging
 import torch
 import torch.utils._triton
 from torch._inductor import config, ir
+from torch._inductor.choices import InductorChoices
 from torch._inductor.kernel.mm_common import mm_grid
 from torch._inductor.lowering import fallback_handler, register_lowering
 from torch._inductor.lowering import view as _view
@@ -46,6 +47,23 @@ log = logging.getLogger("inductor_kernels")
 if TorchVersion(torch.__version__) < "2.13":
     # Pointwise work on [B, T, N] joins a product of [B T, N] only if its loops are merged before kernels are fused.
     config.loop_ordering_after_fusion = False
+
+
+_can_fuse_horizontal = InductorChoices.can_fuse_horizontal
+
+
+def _apart(scheduler, node1, node2, shared_data_score) -> bool:
+    """A template takes in what it reads and what reads it, nothing else.
+
+    Torch asks only whether both run over as many elements, and takes those of a fused prologue for the template's
+    own: pointwise work that reads what the prologue reads then ends up as an epilogue it cannot be (CantSplit).
+    """
+    if node1.is_template() or node2.is_template():
+        return False
+    return _can_fuse_horizontal(scheduler, node1, node2, shared_data_score)
+
+
+InductorChoices.can_fuse_horizontal = staticmethod(_apart)
 
 
 def triton_device(device: torch.device) -> int | None:

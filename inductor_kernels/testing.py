@@ -106,7 +106,7 @@ def cuda_code(fn: Callable, *inputs, arch: str = "sm_90") -> str:
     with one choice per operator.
     """
     from . import lowering, pretend
-    from .indexing import Indexing
+    from .methods import Methods
 
     assert lowering
     fn, state = _with_state(fn)
@@ -115,7 +115,7 @@ def cuda_code(fn: Callable, *inputs, arch: str = "sm_90") -> str:
     rebuild = {i: _unwrap(v, plain) for i, v in enumerate(values) if isinstance(v, Tensor)}
 
     def on_plain(*tensors):
-        with Indexing():
+        with Methods():
             return call(tensors)
 
     def call(tensors):

@@ -80,6 +80,18 @@ def test_query_key_and_value_share_one_quantize():
     assert found.count("poi") == 1 and len(found) <= 4
 
 
+def test_what_reads_the_same_input_stays_out_of_a_product_with_its_quantize():
+    """Torch takes it for an epilogue, because it has as many elements as the quantize in front."""
+
+    def f(x, *p):
+        h = conv2d(F.silu(F.group_norm(x, 8)), p[:7])
+        return h, conv2d(x, p[7:], padding=0)
+
+    three, one = parameters(64, 128, 8, (3, 3)), parameters(64, 128, 8, (1, 1))
+    found = kinds(f, tokens(1, 128, 8, 8), *three, *one)
+    assert found.count("tem") == 2 and "call" not in found
+
+
 def test_geglu_takes_the_next_quantize():
     """ff.net.0 -> value * gelu(gate) -> quantize -> ff.net.2: the middle is one pointwise kernel writing codes."""
 

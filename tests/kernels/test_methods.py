@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from inductor_kernels.indexing import Indexing
+from inductor_kernels.methods import Methods
 
 ROWS = torch.tensor([2, 0])
 
@@ -28,9 +28,21 @@ ROWS = torch.tensor([2, 0])
     ],
     ids=str,
 )
-def test_same_as_torch(index):
+def test_indexing_as_torch_does(index):
     x = torch.randn(3, 4, 5)
     expected = x[index]
-    with Indexing():
+    with Methods():
         y = x[index]
     assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_contiguous_as_torch_makes_it(memory_format, permuted):
+    x = torch.randn(2, 3, 4, 5)
+    x = x.permute(0, 2, 3, 1) if permuted else x
+    expected = x.contiguous(memory_format=memory_format)
+    with Methods():
+        y = x.contiguous(memory_format=memory_format)
+    assert torch.equal(y, expected) and y.stride() == expected.stride()
+    assert (y is x) == (expected is x)
