@@ -10,7 +10,12 @@ weight bits 4 and 3, activations 8 bits, plain rounding. Plans:
 - decoupled, additive: MixDQ's programs (2, 4 and 8 bits for all layers; the published 4 and 8 for quality layers do not
   reach 3 bits on average), and the least sum of error powers; figures from random probes;
 - steps: bits per layer *and* step of 8, whose mean over the run is the budget, theta sampled at 4 of them. Such a model
-  holds every width that a layer has at some step, so it takes more bytes than the others.
+  holds every width that a layer has at some step, so it takes more bytes than the others;
+- probed at each step: errors of the pictures from random probes of every layer at every step (``probe_steps``), their
+  sum for bits per layer, or themselves for bits per layer and step;
+- + TMPDiff: whole plans of 8, 6, 4, 3 and 2.25 bits, of MixDQ's program or the additive one, in the order that
+  ``search_schedule`` finds for this mean;
+- 8 bits: as a model that holds several widths could have it for about its bytes.
 
 Also: how theta relates to the measured error, how it depends on the number of sampled steps, and what sampling costs.
 Writes benchmarks/results/orthogonality.json and orthogonality.md. Every figure is kept in a store (--store) as soon as
@@ -46,6 +51,7 @@ from mixdq_ao import (
     orthogonality,
     prepare,
     quantize_,
+    search_schedule,
 )
 from mixdq_ao.app.environment import environment
 from mixdq_ao.app.measure import Exam, held_bytes
@@ -55,13 +61,18 @@ from mixdq_ao.jsonfile import write_document
 from mixdq_ao.models.pipelines import generate_all
 from mixdq_ao.search.orthogonality import sampled_steps
 from mixdq_ao.search.orthogonality_allocate import Form
+from mixdq_ao.search.request import Objective
 from mixdq_ao.search.store import Store, fingerprint
+from mixdq_ao.temporal.measure import GenerationError, draw_reference
+from mixdq_ao.temporal.step_probe import over_the_run, probe_steps
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, BITS = (1, 4, 8), (4.0, 3.0)
 PROFILED, ANALYZED, MEASURED, TEST = 32, 8, 4, 64
 LONGEST = max(STEPS)
 SAMPLED = (1, 2, 4, LONGEST)
+LEVEL_BITS = (8.0, 6.0, 4.0, 3.0, 2.25)
+"""Of the plans that TMPDiff's search puts in order."""
 Plans = dict[str, Plan | TemporalPlan]
 STRONG = 1.0
 """OMPQ's own default of beta; ours is 1 / (layers - 1)."""
@@ -100,6 +111,28 @@ class Subject:
         options: dict[str, Any] = {"calibration": self.calibration, "weight_bits": (4,), "act_bits": ()}
         return analyze(self.pipe, self.texts[:MEASURED], store=self.store.with_suffix(".errors.jsonl"), **options)
 
+    def probed_steps(self) -> dict[int, Sensitivity]:
+        """Errors of the pictures, of every layer at every step of the longest run; probes are kept in a store."""
+        options: dict[str, Any] = {"calibration": self.calibration, "batch_size": ANALYZED, "act_bits": (8,)}
+        store = self.store.with_suffix(".steps.jsonl")
+        return probe_steps(self.pipe, self.texts[:ANALYZED], steps=LONGEST, store=store, **options)
+
+    def searched(self, sensitivity: Sensitivity, objective: Objective, bits: float) -> TemporalPlan:
+        """Plans per layer in the order TMPDiff finds for a mean of ``bits``, on captions that plans are made from."""
+        options: dict[str, Any] = {"objective": objective, "weight_choices": (2, 4, 8), "act_bits": 8}
+        plans = {f"W{b:g}": allocate(sensitivity, weight_bits=b, **options).plan for b in LEVEL_BITS}
+        costs = {f"W{b:g}": b / 16 for b in LEVEL_BITS}
+        plan = TemporalPlan(plans, ("W8",) * LONGEST, costs).with_calibration(self.calibration)
+        texts, sampling = self.texts[:ANALYZED], Sampling(steps=LONGEST, seed=77, batch_size=ANALYZED)
+        reference, pipe = draw_reference(self.pipe, texts, sampling), self.clone()
+        error = GenerationError(pipe, prepare(pipe.unet, plan, storage="own"), texts, sampling, reference)
+        shared: dict[str, Any] = {"steps": LONGEST, "levels": costs, "max_cost": bits / 16}
+        store = self.store.with_suffix(f".{objective}_{bits:g}.jsonl")
+        found = search_schedule(error, store=store, subject=_content(plan), **shared)
+        kept = [n for n in plans if n in found.levels]
+        figures = {"evaluations": found.evaluations, "levels": " ".join(found.levels)}
+        return TemporalPlan({n: plan.levels[n] for n in kept}, found.levels, {n: costs[n] for n in kept}, figures)
+
     def clone(self) -> Any:
         pipe = copy.copy(self.pipe)
         object.__setattr__(pipe, "unet", copy.deepcopy(self.pipe.unet))
@@ -125,6 +158,11 @@ class Subject:
         exam = self.exams[steps]
         grades = exam.grade(exam.draw(pipe, f"{steps} steps"), self.references[steps])
         return {f"{name} at {steps}": float(value) for name, value in grades.items() if value is not None}
+
+
+def _content(plan: Plan | TemporalPlan) -> str:
+    """Tells plans apart."""
+    return hashlib.blake2b(json.dumps(plan.to_json()).encode(), digest_size=6).hexdigest()
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
@@ -217,20 +255,38 @@ def variants(subject: Subject, found: Mapping[str, Orthogonality], probed: Sensi
     return result
 
 
+def by_step(subject: Subject, probed: Sensitivity, bits: float) -> Plans:
+    """From errors probed at each step, and in the order that TMPDiff finds."""
+    budget: dict[str, Any] = {"weight_bits": bits, "act_bits": 8}
+    errors = subject.probed_steps()
+    options: dict[str, Any] = {"objective": "additive", "weight_choices": (2, 4, 8), **budget}
+    result: Plans = {"additive, probed at each step": allocate(over_the_run(errors), **options).plan}
+    result["steps, additive, probed at each step"] = allocate_steps(errors, steps=LONGEST, storage="own", **budget)
+    result["MixDQ + TMPDiff"] = subject.searched(probed, "decoupled", bits)
+    result["additive + TMPDiff"] = subject.searched(probed, "additive", bits)
+    result["8 bits"] = Plan.uniform(subject.pipe.unet, 8, 8)
+    return result
+
+
 def measure(subject: Subject, store: Store) -> Iterator[dict[str, Any]]:
     """The results so far, after each plan."""
     found = {e: subject.orthogonality(LONGEST, estimator=e) for e in ("biased", "unbiased")}
     probed = subject.probed()
     result: dict[str, Any] = {"rows": []}
     result["rank_correlation_with_4_bit_error, probed"] = against_errors(found, probed)
-    for make in (published, variants):
+    makers: dict[str, Callable[[float], Plans]] = {
+        "published": lambda bits: published(subject, found, probed, bits),
+        "variants": lambda bits: variants(subject, found, probed, bits),
+        "by step": lambda bits: by_step(subject, probed, bits),
+    }
+    for kind, make in makers.items():
         for bits in BITS:
-            for name, plan in make(subject, found, probed, bits).items():
-                content = hashlib.blake2b(json.dumps(plan.to_json()).encode(), digest_size=6).hexdigest()
-                grades = kept(store, f"row|{bits:g}|{name}|{content}", lambda p=plan: subject.judge(p))
-                result["rows"].append({"plan": name, "weight_bits": bits, **grades})
+            for name, plan in make(bits).items():
+                grades = kept(store, f"row|{bits:g}|{name}|{_content(plan)}", lambda p=plan: subject.judge(p))
+                searched = {n: plan.metadata[n] for n in ("evaluations", "levels") if n in plan.metadata}
+                result["rows"].append({"plan": name, "weight_bits": bits, **grades, **searched})
                 yield result
-        if make is published:
+        if kind == "published":
             result["profiling"] = profiling(subject, found, store)
             result["rank_correlation_with_4_bit_error"] = against_errors(found, subject.measured())
 

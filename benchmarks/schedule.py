@@ -17,7 +17,7 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,15 @@ def across_samplers(options: argparse.Namespace, found: Iterable[Schedule], dead
     return rows
 
 
+def by_last_step(costs: Mapping[str, float], schedules: Iterable[Schedule], max_cost: float) -> dict[str, float]:
+    """{level of the last step: least error of all that was measured for these schedules within the cost}."""
+    least: dict[str, float] = {}
+    for steps, error in (item for s in schedules for item in {**s.history, s.levels: s.error}.items()):
+        if sum(costs[n] for n in steps) <= max_cost * len(steps) * (1 + 1e-9):
+            least[steps[-1]] = min(error, least.get(steps[-1], error))
+    return {n: least[n] for n in costs if n in least}
+
+
 def suffix(options: argparse.Namespace) -> str:
     return "" if options.acts == 8 else f"_a{options.acts}"
 
@@ -238,6 +247,10 @@ def measure(study: Study, options: argparse.Namespace, store: Store, deadline: f
         "single_step_errors": {n: list(e) for n, e in added["ssim"].singles.items()},
         "levels": study.costs,
         "at_cost": rows,
+        "best_by_last_step": {
+            f"{r['max_cost']:.4g}": by_last_step(study.costs, d, r["max_cost"])
+            for r, d in zip(rows, drawn, strict=True)
+        },
         "exhaustive": small,
         "samplers": others,
         "samplers_prompts": options.samplers,
