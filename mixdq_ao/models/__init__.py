@@ -1,4 +1,4 @@
-"""diffusers models and pipelines: drawing, saving, loading. Importing this registers our quantizer with diffusers."""
+"""diffusers models and pipelines: drawing, saving, loading."""
 
 from .diffusers_quantizer import MixDQConfig, MixDQQuantizer, attach_quantizer
 from .serialization import load_quantized, save_pipeline, save_quantized

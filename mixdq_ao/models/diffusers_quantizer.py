@@ -3,8 +3,8 @@
     from mixdq_ao.models import MixDQConfig
     unet = UNet2DConditionModel.from_pretrained(path, quantization_config=MixDQConfig(plan))
 
-Registered with diffusers when ``mixdq_ao.models`` is imported. ``save_pretrained`` then writes quantized models, and
-``from_pretrained``, of the model or of a whole pipeline, loads them without a further word.
+Registered with diffusers when ``mixdq_ao`` is imported (``registration.py``). ``save_pretrained`` then writes quantized
+models, and ``from_pretrained``, of the model or of a whole pipeline, loads them without a further word.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -33,12 +35,10 @@ from ..layers import find_layers
 from ..plan import Plan
 from ..quantize.config import check_model, mixdq_config
 from ..quantize.tensor import is_quantized
+from ..registration import METHOD
 from .checkpoint import Checkpoint
 from .flatten import FORMAT, VERSION, check_version, flatten
 from .plan_of import plan_of
-
-METHOD = "mixdq"
-
 
 # diffusers 0.39 began to ask a quantizer for plain tensors when it saves, and to give them back when it loads.
 HAS_HOOKS = hasattr(DiffusersQuantizer, "get_state_dict_and_metadata")
@@ -154,7 +154,7 @@ class MixDQQuantizer(DiffusersQuantizer):
     ) -> bool:
         if self.pre_quantized:
             return isinstance(param_value, TorchAOBaseTensor)
-        return _resolve(self.configs, param_name)[1] is not None
+        return resolve(self.configs, param_name)[1] is not None
 
     def check_quantized_param_shape(self, param_name: str, current_param: Any, loaded_param: Any) -> bool:
         if current_param.shape != loaded_param.shape:
@@ -173,7 +173,7 @@ class MixDQQuantizer(DiffusersQuantizer):
         module._parameters[parameter] = nn.Parameter(value, requires_grad=not isinstance(value, TorchAOBaseTensor))
         if self.pre_quantized:
             return
-        key, config = _resolve(self.configs, param_name)
+        key, config = resolve(self.configs, param_name)
         if key == "parameter":
             quantize_(module, FqnToConfig(OrderedDict({parameter: config})), filter_fn=None)
         elif config is not None:
@@ -193,6 +193,9 @@ class MixDQQuantizer(DiffusersQuantizer):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         if not safe_serialization:
             raise CheckpointError("a quantized model is saved as safetensors, not as pickle: safe_serialization=True")
+        adapted = next((name for name in state_dict if ".base_layer." in name), None)
+        if adapted is not None:
+            raise CheckpointError(f"{adapted!r} has adapters; call pipe.unload_lora_weights() before saving")
         flat = flatten(state_dict)
         return _unshared(flat.tensors), flat.metadata()
 
@@ -218,22 +221,56 @@ class MixDQQuantizer(DiffusersQuantizer):
 
 
 def attach_quantizer(model: nn.Module, plan: Plan | None = None, quantizer: MixDQQuantizer | None = None) -> None:
-    """Makes diffusers know that ``model`` is quantized, so that its ``save_pretrained`` works; others are left alone.
+    """Makes diffusers or transformers know that ``model`` is quantized, so that its ``save_pretrained`` works; models
+    of neither, without a quantized layer, or without values (on the meta device) are left alone.
 
-    Loading does this by itself; it is needed once after ``quantize_``. ``plan``: the plan that quantized the model, to
-    keep its exact ranges and metadata.
+    ``quantize_`` and loading do this by themselves. ``plan``: the plan that quantized the model, to keep its exact
+    ranges and metadata; layers it does not name keep what was known of them.
     """
-    if not isinstance(model, ModelMixin) or not any(is_quantized(m.weight) for m in find_layers(model).values()):
+    weights = [m.weight for m in find_layers(model).values() if is_quantized(m.weight)]
+    if not weights or any(w.is_meta for w in weights):
         return
-    config = MixDQConfig(plan_of(model, plan))
-    quantizer = quantizer or MixDQQuantizer(config)
-    quantizer.quantization_config = config
-    target: Any = model
-    target.hf_quantizer = quantizer
-    target.quantization_method = config.quant_method
-    # Left false: diffusers refuses .to(dtype) of what it takes for quantized, and our tensors can do it.
-    target.is_quantized = False
-    model.register_to_config(quantization_config=config)
+    if isinstance(model, ModelMixin):
+        plan = plan_of(model, _with_known(model, plan))
+        config = MixDQConfig(plan)
+        quantizer = quantizer or MixDQQuantizer(config)
+        quantizer.quantization_config = config
+        target: Any = model
+        target.hf_quantizer = quantizer
+        target.quantization_method = config.quant_method
+        # Left false: diffusers refuses .to(dtype) of what it takes for quantized, and our tensors can do it.
+        target.is_quantized = False
+        model.register_to_config(quantization_config=config)
+        remember(model, plan)
+    elif "transformers.modeling_utils" in sys.modules:
+        from transformers import PreTrainedModel
+
+        if isinstance(model, PreTrainedModel):
+            from .transformers_quantizer import attach_to_transformers
+
+            attach_to_transformers(model, plan=_with_known(model, plan))
+
+
+def remember(model: nn.Module, plan: Plan) -> None:
+    """Each quantized layer knows its plan, for when it is quantized anew (``lora.py``)."""
+    for name, module in find_layers(model).items():
+        if name in plan.layers and is_quantized(module.weight):
+            module.layer_plan = plan.layers[name]  # type: ignore[assignment]
+
+
+def known_plan(model: nn.Module) -> Plan | None:
+    """The plan that diffusers or transformers know of a quantized model."""
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    return config.plan if isinstance(config, MixDQConfig) else None
+
+
+def _with_known(model: nn.Module, plan: Plan | None) -> Plan | None:
+    known = known_plan(model)
+    if known is None or plan is None or set(known.layers) <= set(plan.layers):
+        return plan or known
+    return replace(
+        plan, layers={**known.layers, **plan.layers}, bos_embedding=plan.bos_embedding or known.bos_embedding
+    )
 
 
 def _take_types(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -250,7 +287,7 @@ def _take_types(model: nn.Module, checkpoint: Checkpoint) -> None:
                 module._buffers[key] = empty
 
 
-def _resolve(configs: Mapping[str, AOBaseConfig | None], parameter: str) -> tuple[str, AOBaseConfig | None]:
+def resolve(configs: Mapping[str, AOBaseConfig | None], parameter: str) -> tuple[str, AOBaseConfig | None]:
     """What torchao's FqnToConfig means for a parameter: "parameter" or "module", and the config, None for none.
 
     Exact names win over patterns, parameters over modules.

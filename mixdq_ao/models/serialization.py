@@ -27,7 +27,7 @@ from ..plan import LayerPlan, Plan
 from ..quantize.fake import FakeQuantizer
 from ..quantize.tensor import is_quantized
 from .checkpoint import Checkpoint, read_json
-from .diffusers_quantizer import METHOD, MixDQConfig, attach_quantizer
+from .diffusers_quantizer import METHOD, MixDQConfig, attach_quantizer, known_plan
 from .flatten import Flat, flatten
 from .pipelines import denoiser
 from .plan_of import layer_plan_of, plan_of, same_layer
@@ -78,13 +78,7 @@ def _prepared(model: nn.Module, plan: Plan | None) -> tuple[Library, Flat, Plan]
     state = without_aliases(model)
     where = f"{type(model).__name__} in memory"
     check_fit(f"{where} (fuse or unload adapters before saving)", empty_model(Path(where), library), state)
-    return library, flatten(state), plan_of(model, plan or _known_plan(model))
-
-
-def _known_plan(model: nn.Module) -> Plan | None:
-    """The plan a loaded model came with."""
-    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    return config.plan if isinstance(config, MixDQConfig) else None
+    return library, flatten(state), plan_of(model, plan or known_plan(model))
 
 
 def _refuse_foreign(directory: Path) -> None:
@@ -210,8 +204,8 @@ def _in_words(layer: LayerPlan | None) -> str:
 def save_pipeline(pipe: Any, directory: str | os.PathLike[str], *, plan: Plan | None = None) -> None:
     """Saves a pipeline with quantized diffusers models; ``DiffusionPipeline.from_pretrained`` loads it.
 
-    ``pipe.save_pretrained`` with what it lacks: models quantized with ``quantize_`` are made known to diffusers first,
-    and the directory appears under its name only when all of it is written. ``plan``: the plan of its denoiser, to keep
+    ``pipe.save_pretrained`` with what it lacks: every quantized model is checked first, and the directory appears under
+    its name only when all of it is written. ``plan``: the plan of its denoiser, to keep
     exact ranges and metadata.
 
     Raises:
@@ -247,10 +241,5 @@ def refuse_occupied(directory: Path) -> None:
 
 def _make_saveable(model: nn.Module, plan: Plan | None) -> None:
     if any(is_quantized(m.weight) for m in find_layers(model).values()):
-        library, _, plan = _prepared(model, plan)
-        if library.stem == "model":
-            raise CheckpointError(
-                f"{type(model).__name__} is a quantized transformers model, which a pipeline cannot store; save it "
-                "with save_quantized and pass load_quantized(...) to from_pretrained"
-            )
+        _, _, plan = _prepared(model, plan)
         attach_quantizer(model, plan)

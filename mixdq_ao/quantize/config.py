@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -157,12 +158,13 @@ def quantized_weight(weight: Tensor, config: MixDQLayerConfig) -> MixDQTensor | 
 
 
 def quantize_(model: nn.Module, config: AOBaseConfig, **kwargs: object) -> None:
-    """torchao's ``quantize_``, in place, with two differences.
+    """torchao's ``quantize_``, in place, with three differences.
 
     A ``FqnToConfig`` is passed with ``filter_fn=None``, as torchao demands. For a config made by
     ``mixdq_config`` the whole model is checked first (names, ranges, shapes, finite weights), so that an error
     leaves it unchanged, and afterwards every planned layer is known to be quantized: torchao ignores names it
-    does not find.
+    does not find. A model of diffusers' or transformers' then knows what it holds: its ``save_pretrained``, and that of
+    its pipeline, write the packed weights and the plan, and ``from_pretrained`` reads them.
 
     Raises:
         PlanError, QuantizationError: naming the layer, before anything is changed.
@@ -172,6 +174,10 @@ def quantize_(model: nn.Module, config: AOBaseConfig, **kwargs: object) -> None:
     if isinstance(config, FqnToConfig):
         kwargs.setdefault("filter_fn", None)
     torchao_quantize_(model, config, **kwargs)  # type: ignore[arg-type]
+    if "diffusers.models.modeling_utils" in sys.modules or "transformers.modeling_utils" in sys.modules:
+        from ..models.diffusers_quantizer import attach_quantizer
+
+        attach_quantizer(model, config.plan if isinstance(config, MixDQConfig) else None)
 
 
 def check_model(model: nn.Module, config: MixDQConfig) -> None:

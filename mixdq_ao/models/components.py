@@ -1,0 +1,91 @@
+"""The other models of a pipeline: text encoders with 8-bit weights, the decoder of the VAE with 8-bit convolutions.
+
+Quantize the text encoders *before* calibrating the denoiser: its ranges, and the BOS row it recognises, are those of
+the embeddings it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CalibrationError
+from ..layers import find_layers
+from ..plan import LayerPlan, Plan
+from ..quantize.config import MixDQLayerConfig, mixdq_config, quantize_, quantized_weight
+from .pipelines import text_encoders
+
+
+def quantize_text_encoders(pipe: Any, *, weight_bits: int = 8) -> dict[str, Plan]:
+    """Quantizes the weights of every linear layer of the text encoders (CLIP, T5) in place; activations stay.
+
+    Text encoders run once per prompt, so bytes are what counts, and their activations have outliers of hundreds of
+    times the usual (the BOS row). Returns the plans by attribute name; saving and loading the pipeline keeps them.
+    """
+    plans = {}
+    for name, encoder in text_encoders(pipe).items():
+        plans[name] = Plan.uniform(encoder, weight_bits, 16)
+        quantize_(encoder, mixdq_config(plans[name]))
+    return plans
+
+
+@torch.no_grad()
+def vae_sensitivity(vae: nn.Module, latents: Tensor, *, weight_bits: int = 8, act_bits: int = 8) -> dict[str, float]:
+    """How well each layer of the decoder stands being quantized alone: SQNR of the decoded pictures in dB, by name.
+
+    latents: [B, C, h, w] as ``vae.decode`` takes them, of real pictures. The model is as before when this returns.
+    """
+    return _measured(vae, latents, _calibrated(vae, latents, weight_bits, act_bits))
+
+
+def _calibrated(vae: Any, latents: Tensor, weight_bits: int, act_bits: int) -> Plan:
+    """The layers that decoding runs, with their ranges."""
+    from ..search.calibrate import calibrate
+
+    calibration = calibrate(vae, run=lambda: vae.decode(latents))
+    layer = LayerPlan(weight_bits=weight_bits, act_bits=act_bits)
+    return Plan(dict.fromkeys(calibration.layers, layer)).with_calibration(calibration)
+
+
+def _measured(vae: Any, latents: Tensor, plan: Plan) -> dict[str, float]:
+    layers, result = find_layers(vae), {}
+    exact = vae.decode(latents, return_dict=False)[0].double()
+    for name, layer in plan.layers.items():
+        module, weight = layers[name], layers[name].weight
+        module.weight = nn.Parameter(quantized_weight(weight, MixDQLayerConfig(layer, name=name)), requires_grad=False)
+        try:
+            error = vae.decode(latents, return_dict=False)[0].double() - exact
+        finally:
+            module.weight = weight
+        result[name] = float(10 * torch.log10(exact.square().sum() / error.square().sum().clamp(min=1e-30)))
+    return result
+
+
+@torch.no_grad()
+def quantize_vae(
+    vae: nn.Module, latents: Tensor, *, floor: float = 30.0, sensitivity: Mapping[str, float] | None = None
+) -> Plan:
+    """Quantizes the layers of the VAE's decoder to 8 bits in place, but for those that pictures need.
+
+    Args:
+        vae: ``pipe.vae``. latents: [B, C, h, w] as ``vae.decode`` takes them; ranges come from them.
+        floor: a layer that brings the decoded pictures below so many dB of SQNR all by itself keeps 16 bits.
+        sensitivity: from ``vae_sensitivity``, where it is there already.
+
+    Raises:
+        CalibrationError: no layer is above the floor.
+    """
+    plan = _calibrated(vae, latents, 8, 8)
+    found = sensitivity if sensitivity is not None else _measured(vae, latents, plan)
+    kept = {n: v if found.get(n, -torch.inf) >= floor else LayerPlan() for n, v in plan.layers.items()}
+    if not any(v.quantized for v in kept.values()):
+        best = max(found.values(), default=float("nan"))
+        raise CalibrationError(
+            f"no layer of {type(vae).__name__} reaches {floor} dB (best {best:.1f}); lower the floor"
+        )
+    plan = Plan(kept, {**plan.metadata, "sqnr_alone": dict(found)})
+    quantize_(vae, mixdq_config(plan))
+    return plan

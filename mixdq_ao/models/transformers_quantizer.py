@@ -1,0 +1,152 @@
+"""Our quantizer for transformers: quantized text encoders are saved and loaded with a pipeline, or by themselves.
+
+    quantize_(pipe.text_encoder, mixdq_config(Plan.uniform(pipe.text_encoder, 8, 16)))
+    pipe.save_pretrained("pipeline")
+
+The files are those of ``save_quantized``; ``load_quantized`` reads them too. With
+``quantization_config=MixDQConfig(plan)`` ``from_pretrained`` quantizes each weight as soon as it is read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torchao.core.config import AOBaseConfig
+from torchao.quantization import quantize_
+from torchao.utils import TorchAOBaseTensor
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+
+from ..errors import CheckpointError
+from ..layers import find_layers
+from ..quantize.config import check_model, mixdq_config
+from ..quantize.tensor import MixDQTensor
+from .checkpoint import Checkpoint
+from .diffusers_quantizer import METHOD, MixDQConfig, remember, resolve
+from .flatten import flatten
+from .plan_of import plan_of
+from .skeleton import without_aliases
+from .torchao_safetensors import part_key
+
+
+class MixDQTransformersQuantizer(HfQuantizer):
+    """What transformers asks while it loads or saves one model."""
+
+    quantization_config: Any
+    configs: dict[str, AOBaseConfig | None]
+    checkpoint: Checkpoint | None = None
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            self.checkpoint = Checkpoint(Path(file) for file in checkpoint_files or ())
+            return
+        config = mixdq_config(self.quantization_config.plan, overrides=self.quantization_config.overrides)
+        check_model(model, config)
+        self.configs = dict(config.fqn_to_config)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return not self.pre_quantized and resolve(self.configs, param_name)[1] is not None
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self)
+
+    @property
+    def serialized_names(self) -> dict[str, list[str]]:  # type: ignore[override]
+        """The plain tensors that one weight is stored as."""
+        attributes = MixDQTensor.tensor_data_names + MixDQTensor.optional_tensor_data_names
+        return {"weight": [part_key("weight", attribute) for attribute in attributes]} if self.pre_quantized else {}
+
+    def get_load_operations(self) -> dict[str, Any]:
+        return {"deserialize": _Assemble}
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # What was loaded through them lies under its own name now, and saving must not undo that.
+        model._weight_conversions = [c for c in model._weight_conversions or [] if not _ours(c)] or None
+        self.checkpoint, self.configs = None, {}
+        attach_to_transformers(model, self)
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        flat = flatten(without_aliases(model))
+        if flat.splits:
+            raise CheckpointError(f"{flat.splits[0]!r} is split, which transformers cannot store; use save_quantized")
+        return flat.tensors, flat.metadata()
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        for module in find_layers(model).values():
+            if isinstance(module.weight, TorchAOBaseTensor):
+                weight: Any = module.weight
+                module.weight = nn.Parameter(weight.dequantize(dtype))
+        return model
+
+
+class _Quantize(ConversionOps):
+    """A weight that was just read becomes a quantized one."""
+
+    def __init__(self, quantizer: MixDQTransformersQuantizer) -> None:
+        self.hf_quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
+        model, name, missing = kwargs["model"], kwargs["full_layer_name"], kwargs["missing_keys"]
+        value = next(iter(input_dict.values()))
+        layer, _, parameter = name.rpartition(".")
+        module = model.get_submodule(layer)
+        module._parameters[parameter] = nn.Parameter(value[0] if isinstance(value, list) else value)
+        config = resolve(self.hf_quantizer.configs, name)[1]
+        if config is not None:
+            quantize_(module, config, filter_fn=lambda m, _: m is module)
+        module.weight._is_hf_initialized = True
+        missing.discard(name)
+        return {}
+
+
+class _Assemble(ConversionOps):
+    """The plain tensors of a weight become that weight again."""
+
+    def __init__(self, quantizer: MixDQTransformersQuantizer) -> None:
+        self.hf_quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
+        model, name = kwargs["model"], kwargs["full_layer_name"]
+        checkpoint = self.hf_quantizer.checkpoint
+        assert checkpoint is not None
+        prefix = name.rpartition(".")[0]
+        parts = {f"{prefix}.{key}": tensors[0] for key, tensors in input_dict.items()}
+        weight = checkpoint.assemble(name, parts)
+        asked = model.get_parameter(name).dtype
+        return {name: nn.Parameter(weight.to(asked) if weight.dtype != asked else weight, requires_grad=False)}
+
+
+def _ours(conversion: Any) -> bool:
+    return any(isinstance(operation, _Assemble) for operation in getattr(conversion, "operations", ()))
+
+
+def attach_to_transformers(model: Any, quantizer: MixDQTransformersQuantizer | None = None, plan: Any = None) -> None:
+    """Makes transformers know that ``model`` is quantized, so that its ``save_pretrained`` works."""
+    config: Any = MixDQConfig(plan_of(model, plan))
+    quantizer = quantizer or MixDQTransformersQuantizer(config, pre_quantized=True)
+    quantizer.quantization_config = config
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = config
+    model.quantization_method = config.quant_method
+    # As for diffusers: left false, so that .to(dtype) is not refused, which our tensors can do.
+    model.is_quantized = False
+    remember(model, config.plan)
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = MixDQConfig  # type: ignore[assignment]
+AUTO_QUANTIZER_MAPPING[METHOD] = MixDQTransformersQuantizer  # type: ignore[assignment]
