@@ -33,7 +33,7 @@ import torch
 from diffusers import DDIMPipeline
 
 from examples.ddpm.data import pictures
-from examples.ddpm.step_errors import Trajectory, output_errors, over_the_run, record, step_sensitivities
+from examples.ddpm.step_errors import Trajectory, output_errors, record, step_sensitivities
 from examples.ddpm.subject import Prompted, draw, features, likeness, load_pipeline, load_scorer
 from mixdq_ao import (
     Orthogonality,
@@ -57,6 +57,7 @@ from mixdq_ao.search.orthogonality import sampled_steps
 from mixdq_ao.search.probe_stats import rank_correlation
 from mixdq_ao.search.store import Store, fingerprint
 from mixdq_ao.temporal.measure import GenerationError, draw_reference
+from mixdq_ao.temporal.step_probe import over_the_run
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, SAMPLED = 20, 10
@@ -65,6 +66,7 @@ FIRST_TEST = 10_000
 LEVEL_BITS = (6.0, 4.0, 3.0)
 """Average weight bits of the per-layer plans that ``search_schedule`` puts in order."""
 OWN = ", own ranges"
+KINDS, BY = ("per layer", "per layer and step"), ("linear", "error", "measured")
 Row = dict[str, float]
 Made = Callable[[], Plan | TemporalPlan]
 
@@ -274,6 +276,21 @@ def table(rows: Mapping[str, Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def words(rows: Mapping[str, Row], stable: Mapping[str, Any]) -> str:
+    """What the rows say of per-layer bits against uniform ones, and of theta."""
+    gained = lambda a, b: f"{rows[a]['psnr'] - rows[b]['psnr']:+.1f} dB"  # noqa: E731
+    lines = []
+    for bits, base in (("W4A8", "W4A8 | uniform | "), ("W8A6", "W8A6 | per layer | ones")):
+        of = "uniform bits" if "uniform" in base else "importances of 1"
+        per = [f"{k} by {by} {gained(f'{bits} | {k} | {by}', base)}" for k in KINDS for by in BY]
+        lines.append(f"- {bits} against {of}: {', '.join(per)}.")
+    fewer = ", ".join(f"{n} steps {r:.3f}" for n, r in stable["sampled_steps"].items())
+    errors = ", ".join(f"{kind} {r:.2f}" for kind, r in stable["with_error_at_4_bits"].items())
+    lines.append(f"- Rank correlation of theta with that of all {STEPS} steps, from {fewer}.")
+    lines.append(f"- Rank correlation of theta with the measured errors of layers at 4 bits: {errors}.")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--store", type=Path, default=Path("out/ddpm/benchmark.jsonl"))
@@ -291,10 +308,13 @@ def main() -> None:
             "likeness": likeness(subject.reference).mean().item(),
             "frechet_drawn": frechet_distance(full, subject.real),
         }
-    figures = {"rows": rows, "full_precision": reference, "stability": stability(theta, errors)}
+        stable = stability(theta, errors)
+    figures = {"rows": rows, "full_precision": reference, "stability": stable}
     write_document(options.out / "ddpm.json", {**figures, "settings": settings, "environment": environment()})
     intro = " ".join((__doc__ or "").split("\n\n")[1].split()).removesuffix(" Plans:")
-    (options.out / "ddpm.md").write_text(f"`python -m benchmarks.ddpm`. {intro}\n\n{table(rows)}")
+    (options.out / "ddpm.md").write_text(
+        f"`python -m benchmarks.ddpm`. {intro}\n\n{table(rows)}\n{words(rows, stable)}"
+    )
 
 
 if __name__ == "__main__":

@@ -116,17 +116,3 @@ def _scaled(
         for name, kinds in errors.items()
     }
     return {name: replace(layers[name], **cast(dict[str, Any], table)) for name, table in tables.items()}
-
-
-def over_the_run(steps: Mapping[int, Sensitivity]) -> Sensitivity:
-    """The errors of all steps added up: what bits per layer are chosen by."""
-    parts = list(steps.values())
-    layers = {}
-    for name, layer in parts[0].layers.items():
-        weight, act = ([getattr(s.layers[name], f"{kind}_errors") for s in parts] for kind in ("weight", "act"))
-        layers[name] = replace(layer, weight_errors=_added(weight), act_errors=_added(act))
-    return Sensitivity(layers)
-
-
-def _added(tables: Sequence[Mapping[int, float]]) -> dict[int, float]:
-    return {bits: sum(table[bits] for table in tables) for bits in tables[0]}

@@ -11,7 +11,7 @@ from torch import nn
 
 from examples.ddpm.data import PIXELS, draw_spec, framed, pictures
 from examples.ddpm.models import make_scheduler, make_unet
-from examples.ddpm.step_errors import output_errors, over_the_run, record, step_sensitivities
+from examples.ddpm.step_errors import output_errors, record, step_sensitivities
 from examples.ddpm.subject import PIPELINE, Prompted, draw, features, likeness, load_pipeline, load_scorer
 from examples.ddpm.train import save, train_unet, velocity_error
 from examples.shapes.labels import labels
@@ -32,6 +32,7 @@ from mixdq_ao.models.pipelines import generate_all
 from mixdq_ao.quantize.quantizer import quantize_weight
 from mixdq_ao.quantize.tensor import is_quantized
 from mixdq_ao.search.metrics import frechet_distance, psnr
+from mixdq_ao.temporal.step_probe import over_the_run
 
 shipped = pytest.mark.skipif(not (PIPELINE / "model_index.json").exists(), reason="no trained weights here")
 pytestmark = pytest.mark.xdist_group("ddpm")
