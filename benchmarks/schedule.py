@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from diffusers.schedulers import DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, LCMScheduler
 
 from benchmarks.schedule_tables import tables
@@ -102,6 +103,16 @@ class Measured:
 def additivity(measured: Measured, steps: int) -> dict[MetricName, Additivity]:
     levels = measured.levels(list(measured.costs)[:ADDED])
     return {m: check_additivity(measured.by(m), steps=steps, levels=levels) for m in WORDS}
+
+
+def by_precision_of_last(added: Additivity, precise: str) -> dict[str, dict[str, float]]:
+    """R squared of logs among the schedules whose last step, which most depends on, is precise, and among others."""
+    found = {}
+    for kind, wanted in (("precise last step", True), ("others", False)):
+        chosen = [i for i, s in enumerate(added.schedules) if (s[-1] == precise) == wanted]
+        logs = np.log([[a[i] for i in chosen] for a in (added.predicted, added.measured)])
+        found[kind] = {"schedules": len(chosen), "r_squared": float(np.corrcoef(logs)[0, 1] ** 2)}
+    return found
 
 
 def at_cost(measured: Measured, steps: int, cost: float, walk: bool) -> tuple[dict[str, Any], list[Schedule]]:
@@ -244,6 +255,7 @@ def measure(study: Study, options: argparse.Namespace, store: Store, deadline: f
         "steps": steps,
         "prompts": options.prompts,
         "additivity": {" ".join(list(study.costs)[:ADDED]): summary(added)},
+        "additivity_by_last_step": {m: by_precision_of_last(a, "16") for m, a in added.items()},
         "single_step_errors": {n: list(e) for n, e in added["ssim"].singles.items()},
         "levels": study.costs,
         "at_cost": rows,

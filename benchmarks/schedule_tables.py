@@ -34,7 +34,14 @@ def _additivity(metadata: Mapping[str, Any], metrics: Mapping[Any, str]) -> list
         for names, found in metadata["additivity"].items()
         for metric, v in found.items()
     ]
-    return _table(("levels", "metric", "R² of logs", "measured / predicted"), rows)
+    apart = [
+        f"{metrics[m]}: "
+        + ", ".join(f"{v['r_squared']:.3f} among the {v['schedules']} with {kind}" for kind, v in found.items())
+        for m, found in metadata["additivity_by_last_step"].items()
+    ]
+    words = f"Most of an error is the last step's, so also apart. {'; '.join(apart)}."
+    head = ("levels", "metric", "R² of logs", "measured / predicted")
+    return [*_table(head, rows), "", words.replace("with others", "others")]
 
 
 def _at_cost(rows: Sequence[Mapping[str, Any]]) -> list[str]:
