@@ -57,7 +57,8 @@ def allocate_steps(
 
     Args:
         measured: importances from ``orthogonality``; or {step: Sensitivity} with the errors each layer makes at sampled
-            steps, whose sum is minimised (``form``, beta and decay have no say then).
+            steps (``step_probe.probe_steps`` estimates them), whose sum is minimised (``form``, beta and decay have no
+            say then).
         steps: of the run; with an Orthogonality its own.
         weight_bits, act_bits: average over weights or input elements and over the steps of the run; act_bits None or
         8: 8.
