@@ -24,7 +24,9 @@ COMMANDS = {
     "schedule": "schedule",
     "import": "import_",
     "report": "report",
+    "bench": "bench",
     "doctor": "doctor",
+    "completion": "completion",
 }
 STEPS = (
     "Step by step: calibrate, analyze, allocate, then quantize or generate. `mixdq COMMAND --help` shows an example."

@@ -80,6 +80,7 @@ def _gpu() -> dict[str, Any]:
         "capability": f"sm_{major}{minor}",
         "memory GiB": round(memory / 2**30, 1),
         "int8 tensor cores": (major, minor) >= (7, 2),
+        "rocm": torch.version.hip is not None,
     }
 
 

@@ -66,6 +66,16 @@ def test_each_command_shows_an_example(capsys, command):
     assert code == 0 and f"mixdq {command}" in out.partition("example:")[2]
 
 
+NO_FIGURES = {"report", "import", "completion", "compile"}
+"""Commands that write a file, or print text that is no figure."""
+
+
+@pytest.mark.parametrize("command", sorted(set(cli.COMMANDS) - NO_FIGURES))
+def test_figures_can_be_had_as_json(capsys, command):
+    actions = ("search",) if command == "schedule" else ()
+    assert "--json" in run(capsys, command, *actions, "--help")[1]
+
+
 def test_errors_reach_the_shell_as_one_line_and_a_code(tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     done = mixdq("calibrate", PIPELINE, "--prompts", tmp_path / "empty.txt")
@@ -205,9 +215,26 @@ def test_quantize_and_generate(capsys, tmp_path, monkeypatch, bundled):
     assert code == 0 and found["bytes_after"] < found["bytes_before"]
     assert found["layers_by_weight_bits"]["4"] == len(chosen)
     pictures = tmp_path / "pictures"
-    code, _, err = run(capsys, "generate", PIPELINE, "--prompt", "a Red/../circle", "--steps", "1", "--out", pictures)
+    ask = ["--prompt", "a Red/../circle", "--steps", "1", "--out", pictures, "--json"]
+    code, out, err = run(capsys, "generate", PIPELINE, *ask)
     assert code == 0, err
     assert [p.name for p in pictures.iterdir()] == ["0000-a-red-circle.png"]
+    found = json.loads(out)
+    assert found["pictures"] == [str(pictures / "0000-a-red-circle.png")] and found["seconds"] > 0
+
+
+def test_calibrate_and_analyze_print_json(capsys, tmp_path, monkeypatch, prompts, bundled):
+    for command in ("calibrate", "analyze"):
+        monkeypatch.setattr(f"mixdq_ao.app.commands.{command}.load_pipeline", lambda *args, **kwargs: bundled.pipe)
+    out = tmp_path / "calibration.json"
+    code, text, _ = run(capsys, "calibrate", PIPELINE, "--prompts", prompts, "--out", out, "--json")
+    found = json.loads(text)
+    assert code == 0 and found["calibration"] == str(out) and found["prompts"] == 2
+    assert found["layers"] > found["layers_with_bos_apart"] > 0
+    options = ["--metric", "orthogonality", "--calibration", out, "--out", tmp_path / "o.json", "--json"]
+    code, text, _ = run(capsys, "analyze", PIPELINE, "--prompts", prompts, *options)
+    assert code == 0
+    assert json.loads(text) == {"orthogonality": str(tmp_path / "o.json"), "layers": found["layers"], "prompts": 2}
 
 
 def test_load_pipeline_says_what_is_wrong(tmp_path):

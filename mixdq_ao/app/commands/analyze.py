@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import options
 from ..inputs import at_least, integers, load_pipeline, read_prompts
-from ..output import counted, wrote
+from ..output import counted, show_json, wrote
 
 HELP = "measure how much each layer suffers from each bit width; a stopped run continues from its store"
 EXAMPLE = (
@@ -44,6 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--estimator", choices=("biased", "unbiased"), help=f"{only}: biased as published (default), or unbiased"
     )
+    options.as_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -56,7 +57,9 @@ def run(args: argparse.Namespace) -> None:
     names = ("steps", "guidance_scale", "seed", "batch_size")
     common: dict[str, Any] = {"calibration": calibration, **{name: getattr(args, name) for name in names}}
     measure = _orthogonality if args.metric == "orthogonality" else _errors
-    measure(args, pipe, prompts, common)
+    out, layers = measure(args, pipe, prompts, common)
+    if args.json:
+        show_json({args.metric: str(out), "layers": layers, "prompts": len(prompts)})
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -69,7 +72,8 @@ def _check(args: argparse.Namespace) -> None:
             raise MixDQError(f"--{name} has no use with --metric {args.metric}; leave it out")
 
 
-def _errors(args: argparse.Namespace, pipe: Any, prompts: list[str], common: dict[str, Any]) -> None:
+def _errors(args: argparse.Namespace, pipe: Any, prompts: list[str], common: dict[str, Any]) -> tuple[Path, int]:
+    """The file written and the number of layers in it."""
     from mixdq_ao import analyze
 
     bits = {"weight_bits": args.weight_bits, "act_bits": args.act_bits}
@@ -77,9 +81,11 @@ def _errors(args: argparse.Namespace, pipe: Any, prompts: list[str], common: dic
     out = args.out or Path("sensitivity.json")
     result.save(out)
     wrote(out, f"scores of {len(result.layers)} layers over {counted(len(prompts), 'prompt')}")
+    return out, len(result.layers)
 
 
-def _orthogonality(args: argparse.Namespace, pipe: Any, prompts: list[str], common: dict[str, Any]) -> None:
+def _orthogonality(args: argparse.Namespace, pipe: Any, prompts: list[str], common: dict[str, Any]) -> tuple[Path, int]:
+    """The same for correlations."""
     from mixdq_ao import orthogonality
 
     result = orthogonality(pipe, prompts, timesteps=args.timesteps, estimator=args.estimator or "biased", **common)
@@ -87,3 +93,4 @@ def _orthogonality(args: argparse.Namespace, pipe: Any, prompts: list[str], comm
     result.save(out)
     sampled = f"{len(result.sampled)} of {counted(result.steps, 'step')}"
     wrote(out, f"correlations of {len(result.layers)} layers over {counted(len(prompts), 'prompt')} at {sampled}")
+    return out, len(result.layers)

@@ -6,7 +6,7 @@ import argparse
 
 from .. import options
 from ..inputs import load_pipeline, read_prompts
-from ..output import counted, wrote
+from ..output import counted, show_json, wrote
 
 HELP = "record the range of every layer's input, and the BOS embedding, over real prompts"
 EXAMPLE = "mixdq calibrate examples/shapes/pipeline --prompts prompts.txt --steps 1,4 --out calibration.json"
@@ -23,6 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="minmax",
         help="how a range follows from the values seen (default minmax)",
     )
+    options.as_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -43,3 +44,6 @@ def run(args: argparse.Namespace) -> None:
     aware = sum(layer.prompt_range is not None for layer in result.layers.values())
     bos = f"BOS kept apart in {aware}" if result.bos_embedding else "no BOS row stands out"
     wrote(args.out, f"ranges of {len(result.layers)} layers from {counted(len(prompts), 'prompt')}, {bos}")
+    if args.json:
+        figures = {"layers": len(result.layers), "layers_with_bos_apart": aware, "prompts": len(prompts)}
+        show_json({"calibration": str(args.out), **figures})

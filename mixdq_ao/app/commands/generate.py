@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
 from .. import options
 from ..inputs import load_pipeline, load_plan, read_prompts
-from ..output import counted, wrote
+from ..output import counted, show_json, wrote
 
 HELP = "draw pictures, with a plan or in full precision"
 EXAMPLE = (
@@ -25,6 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.sampling(parser, "4", 8)
     parser.add_argument("--compile", action="store_true", help="compile the denoiser first; pays with many pictures")
     options.out(parser, "pictures", "folder for the PNG files")
+    options.as_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,11 +50,13 @@ def run(args: argparse.Namespace) -> None:
         compile_denoiser(pipe)
     names = ("steps", "guidance_scale", "seed", "batch_size")
     sampling = Sampling(**{name: getattr(args, name) for name in names})
-    count = 0
+    drawn: list[Path] = []
+    start = time.perf_counter()
     with progress("drawing", len(prompts)) as bar:
         for batch in generate(pipe, prompts, sampling):
             for image in batch:
-                save_png(image, args.out, count, prompts[count])
-                count += 1
+                drawn.append(save_png(image, args.out, len(drawn), prompts[len(drawn)]))
             bar.advance(len(batch))
-    wrote(args.out, counted(count, "picture"))
+    wrote(args.out, counted(len(drawn), "picture"))
+    if args.json:
+        show_json({"pictures": [str(path) for path in drawn], "seconds": round(time.perf_counter() - start, 3)})

@@ -1,0 +1,127 @@
+"""Which kinds of quantized layers are faster than unquantized ones on a machine, and why the others are not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+
+KINDS = ("W8A8", "W4A8", "W2A8", "weights only")
+TEMPLATES_FROM = 80  # compute capability: the Triton templates use asynchronous copies
+ONLY_WEIGHTS = "weights only"
+FASTER = 1.05
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Whether layers of a kind are ``faster`` than the ``baseline`` ("float16", "bfloat16", "float32"), and why."""
+
+    kind: str
+    baseline: str
+    faster: bool
+    because: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        verdict = "faster than" if self.faster else "no faster than"
+        what = "16 bit" if self.baseline != "float32" else "float32"
+        return f"{self.kind}: {verdict} {what} here, because {self.because}."
+
+
+def kind_of(weight_bits: int, act_bits: int) -> str:
+    """ "W4A8", "weights only" or "16 bit". Activations of 4 bits are held in 8 and take their time."""
+    if weight_bits == 16:
+        return "16 bit"
+    return ONLY_WEIGHTS if act_bits == 16 else f"W{weight_bits}A8"
+
+
+def paces(facts: Mapping[str, Mapping[str, Any]]) -> list[Pace]:
+    """A Pace for each of ``KINDS``, for the GPU where there is one, else the CPU. ``facts``: of ``machine.examine``."""
+    gpu = facts["gpu"]
+    of = _on_gpu if gpu["name"] is not None else _on_cpu
+    return [of(kind, facts) for kind in KINDS]
+
+
+def _on_gpu(kind: str, facts: Mapping[str, Mapping[str, Any]]) -> Pace:
+    gpu = facts["gpu"]
+    number = int(str(gpu.get("capability", "sm_0")).rpartition("_")[2])
+    if gpu.get("rocm"):
+        why = "no kernels are generated for ROCm: the operators unpack weights and multiply in floating point"
+    elif facts["versions"]["triton"] is None:
+        why = "Triton is not installed, which the kernels are generated with: pip install triton"
+    elif number < TEMPLATES_FROM:
+        why = f"{gpu['name']} is sm_{number} and kernels are generated from sm_{TEMPLATES_FROM} on"
+    elif kind == ONLY_WEIGHTS:
+        why = "the product itself is in floating point; unpacking comes on top, and only reading fewer bytes saves time"
+    else:
+        why = (
+            "8-bit integers are multiplied on tensor cores. That holds for compiled models (torch.compile): eager, "
+            "every operator unpacks and multiplies in floating point"
+        )
+        return Pace(kind, "float16", True, why)
+    return Pace(kind, "float16", False, why)
+
+
+def _on_cpu(kind: str, facts: Mapping[str, Mapping[str, Any]]) -> Pace:
+    cpu = facts["cpu"]
+    baseline = "bfloat16" if cpu["amx"] or cpu["bf16"] else "float32"
+    if kind == ONLY_WEIGHTS:
+        return Pace(kind, baseline, False, "weights are unpacked to float32 and the product is float32's")
+    bits = kind[1]
+    route = facts["int8 products"][f"{bits}-bit weights"]
+    if route == "onednn-int8":
+        unit = next((n for n in ("amx", "vnni") if cpu[n]), None)
+        if unit is not None:
+            return Pace(kind, baseline, True, f"oneDNN multiplies 8-bit integers with {unit.upper()}")
+        return Pace(
+            kind, baseline, True, f"products with {bits}-bit weights fit 16 bits, where oneDNN is exact without VNNI"
+        )
+    if route == "avx2":
+        return Pace(
+            kind, baseline, True, "a C kernel built here multiplies 16-bit pairs; by little: there is no VNNI or AMX"
+        )
+    if route is None:
+        why = "the inductor_kernels package is missing and the slow reference formula runs"
+    elif cpu["oneDNN"]:
+        why = (
+            "there is neither VNNI nor AMX, and no C compiler or no AVX2 for the kernel that would do: integer codes "
+            "are multiplied in float32"
+        )
+    else:
+        why = "this build of torch has no oneDNN: integer codes are multiplied in float32"
+    return Pace(kind, baseline, False, why)
+
+
+def as_measured(known: Iterable[Pace], ratios: Mapping[str, Mapping[str, float]]) -> list[Pace]:
+    """Verdicts by the stopwatch. ``ratios``: {layer: {kind: times the speed of the fastest floating point}}.
+
+    A kind counts as faster where every layer gained 5 % or more; the reason stays where the verdict does.
+    """
+    found = []
+    for pace in known:
+        own = {name: of[pace.kind] for name, of in ratios.items()}
+        faster = min(own.values()) >= FASTER
+        figures = " and ".join(f"{value:.2f} times the speed at {name}" for name, value in own.items())
+        why = f"{pace.because} (measured: {figures})" if faster == pace.faster else f"measured: {figures}"
+        found.append(replace(pace, faster=faster, because=why))
+    return found
+
+
+def plan_paces(plan: Plan, known: Iterable[Pace]) -> list[str]:
+    """How many layers of a plan are of each kind, most first, and how fast these are here; in words."""
+    counts = Counter(kind_of(layer.weight_bits, layer.act_bits) for layer in plan.layers.values())
+    by_kind = {pace.kind: pace for pace in known}
+    lines = []
+    for kind, count in counts.most_common():
+        said = str(by_kind[kind]) if kind in by_kind else f"{kind}: as fast as before, because the plan keeps them."
+        lines.append(f"{count} layer{'s' * (count != 1)}, {said}")
+    four = sum(layer.act_bits == 4 for layer in plan.layers.values())
+    if four:
+        lines.append(f"{four} of them have 4-bit activations, which take the time of 8-bit ones.")
+    return lines
