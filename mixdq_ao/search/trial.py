@@ -27,6 +27,21 @@ class Output:
     images: Tensor | None
 
 
+def run(pipe: Any, prompts: list[str], sampling: Sampling, *, images: bool) -> Output:
+    """Samples ``prompts``, which are one batch, and keeps what the denoiser gave at every step."""
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append((output[0] if isinstance(output, tuple) else output.sample).detach())
+
+    handle = denoiser(pipe).register_forward_hook(keep)
+    try:
+        result = generate_all(pipe, prompts, sampling, "pt" if images else "latent")
+    finally:
+        handle.remove()
+    return Output(torch.stack(outputs), result if images else None)
+
+
 @dataclass(slots=True)
 class _Batch:
     prompts: list[str]
@@ -60,17 +75,7 @@ class Trials:
             self.batches.append(_Batch(part, seeded, recorder, reference))
 
     def _run(self, prompts: list[str], sampling: Sampling, images: bool) -> Output:
-        outputs: list[Tensor] = []
-
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            outputs.append((output[0] if isinstance(output, tuple) else output.sample).detach())
-
-        handle = self.model.register_forward_hook(keep)
-        try:
-            result = generate_all(self.pipe, prompts, sampling, "pt" if images else "latent")
-        finally:
-            handle.remove()
-        return Output(torch.stack(outputs), result if images else None)
+        return run(self.pipe, prompts, sampling, images=images)
 
     def measure(
         self,
