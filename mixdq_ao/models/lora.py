@@ -1,0 +1,192 @@
+"""LoRA adapters over quantized layers: ``pipe.load_lora_weights``, scales, hot-swapping, fusing and taking them out.
+
+peft asks here for the layers it puts around quantized ones (``registration.py``). While an adapter is not fused, the
+layer gives what it gave plus ``scale * B(A(x))`` in floating point:
+
+    rows of text                y(x) + s B A x        y: the integer product
+    the BOS row of to_k, to_v   W bos + s B A bos     W: the full-precision weight, as ``bos_output`` keeps it
+
+so a BOS row is that of the full-precision model with the adapter, however large it is. Fusing keeps this: the row
+becomes ``bos_output + s B A bos``, and only the weight is rounded anew.
+
+Static input ranges stay those of the plan: calibrate with the adapters that will be used (fused into the full-precision
+pipeline while calibrating), else what they add upstream may leave the ranges. Fusing rounds once more: below 8 bits an
+adapter much smaller than a step is lost in that, and better left unfused.
+
+Scales are tensors, so that changing them, or swapping an adapter of the same rank in, does not compile anything anew.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Conv2d as LoraConv2d
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from ..errors import QuantizationError
+from ..plan import LayerPlan
+from ..quantize.quantizer import ActQuant, quantize_weight
+from ..quantize.tensor import MixDQTensor, SplitMixDQTensor
+from .plan_of import layer_plan_of
+
+Quantized = MixDQTensor | SplitMixDQTensor
+
+
+def adapted_layer(target: Any, adapter_name: str, *, config: Any, **kwargs: Any) -> Any:
+    """A layer with an adapter around ``target``, a quantized nn.Linear or nn.Conv2d; called by peft.
+
+    Raises:
+        QuantizationError: a kind of adapter that changes the weight itself.
+    """
+    layer = getattr(target, "base_layer", target)
+    name = kwargs.get("target_name", type(layer).__name__)
+    if config.use_dora:
+        raise QuantizationError(f"layer {name!r}: use_dora scales the weight, which is quantized; use a plain LoRA")
+    cls = MixDQLoraLinear if isinstance(layer, nn.Linear) else MixDQLoraConv2d
+    if isinstance(layer, nn.Linear):
+        kwargs["is_target_conv_1d_layer"] = False
+    return cls(target, adapter_name, config=config, **kwargs)
+
+
+class _OverQuantized:
+    """What a LoRA layer does differently over a quantized weight."""
+
+    original: tuple[nn.Parameter, nn.Parameter | None] | None = None
+    fused_scales: dict[str, float]
+    scaling: dict[str, Any]
+    merged_adapters: list[str]
+    lora_A: Any
+    lora_B: Any
+    lora_bias: dict[str, bool]
+
+    def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().update_layer(adapter_name, *args, **kwargs)  # type: ignore[misc]
+        self._scale_as_tensor(adapter_name)
+
+    def set_scale(self: Any, adapter: str, scale: Any) -> None:
+        """``scale`` times the adapter's own, written into the tensor that compiled code reads."""
+        held = self.scaling.get(adapter)
+        super().set_scale(adapter, scale)  # type: ignore[misc]
+        self._keep_tensor(adapter, held)
+
+    def unscale_layer(self: Any, scale: Any = None) -> None:
+        held = dict(self.scaling)
+        super().unscale_layer(scale)  # type: ignore[misc]
+        for adapter, tensor in held.items():
+            self._keep_tensor(adapter, tensor)
+
+    def _keep_tensor(self: Any, adapter: str, held: Any) -> None:
+        """A new scale goes into the tensor there was: in place, which a graph can hold too."""
+        new = self.scaling.get(adapter)
+        if isinstance(held, Tensor) and new is not held:
+            held.copy_(new) if isinstance(new, Tensor) else held.fill_(new)
+            self.scaling[adapter] = held
+
+    def _scale_as_tensor(self: Any, adapter: str) -> None:
+        if not isinstance(self.scaling[adapter], Tensor):
+            device = self.get_base_layer().weight.device
+            self.scaling[adapter] = torch.tensor(float(self.scaling[adapter]), device=device)
+
+    @torch.no_grad()
+    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fuses adapters: the weight becomes the quantized sum of the original one and all of them.
+
+        The original is kept beside it, packed as it is, for ``unmerge``. ``safe_merge`` changes nothing: a NaN or an
+        infinity is always refused, by name.
+
+        Raises:
+            QuantizationError: a sum holds NaN or infinity, a grouped convolution, or an adapter has a bias where the
+                layer has none.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) or () if n in self.lora_A]
+        if not names:
+            return
+        layer = self.get_base_layer()
+        weight, bias = self.original or (layer.weight, layer.bias)
+        if getattr(layer, "groups", 1) > 1:
+            raise QuantizationError(f"{layer}: a grouped convolution; adapters of it cannot be fused")
+        scales = {**getattr(self, "fused_scales", {}), **{n: float(self.scaling[n]) for n in names}}
+        delta = torch.stack([self._delta(n, scale) for n, scale in scales.items()]).sum(0)
+        fused = nn.Parameter(requantized(weight, delta, getattr(layer, "layer_plan", None)), requires_grad=False)
+        fused_bias = self._fused_bias(bias, scales)
+        self.original, self.fused_scales = (weight, bias), scales
+        layer.weight, layer.bias = fused, fused_bias
+        self.merged_adapters.extend(names)
+
+    def unmerge(self: Any) -> None:
+        """Takes all fused adapters out: the very weight that was there before, to the bit."""
+        if self.original is None:
+            return
+        layer = self.get_base_layer()
+        layer.weight, layer.bias = self.original
+        self.original, self.fused_scales = None, {}
+        self.merged_adapters.clear()
+
+    def _delta(self: Any, adapter: str, scale: float) -> Tensor:
+        """What an adapter adds to the weight, float32, in its shape."""
+        held = self.scaling[adapter]
+        self.scaling[adapter] = scale
+        try:
+            return self.get_delta_weight(adapter).float()
+        finally:
+            self.scaling[adapter] = held
+
+    def _fused_bias(self: Any, bias: nn.Parameter | None, scales: dict[str, float]) -> nn.Parameter | None:
+        added = [scale * self.lora_B[n].bias for n, scale in scales.items() if self.lora_bias[n]]
+        if not added:
+            return bias
+        if bias is None:
+            raise QuantizationError(f"{self.get_base_layer()}: has no bias, but an adapter does; it cannot be fused")
+        return nn.Parameter((bias + sum(added)).to(bias.dtype), requires_grad=False)
+
+
+class MixDQLoraLinear(_OverQuantized, LoraLinear):
+    """peft's LoRA layer over a quantized nn.Linear."""
+
+
+class MixDQLoraConv2d(_OverQuantized, LoraConv2d):
+    """peft's LoRA layer over a quantized nn.Conv2d."""
+
+
+def requantized(weight: Quantized, delta: Tensor, layer: LayerPlan | None = None) -> Quantized:
+    """``weight + delta``, quantized as ``weight`` is: bits, symmetry, input ranges, split; scales are chosen anew.
+
+    Args:
+        weight: [N, K] or [O, C, kh, kw]. delta: floating point, of the same shape.
+        layer: the layer's plan, for its ``weight_range`` (read from the tensors it is "minmax"). Ranges and roundings
+            that need moments of the input, which a model does not keep, become "mse" and "nearest".
+
+    Raises:
+        QuantizationError: the sum holds NaN or infinity.
+    """
+    if isinstance(weight, SplitMixDQTensor):
+        first, second = delta.tensor_split([weight.split], 1)
+        halves = requantized(weight.first, first, layer), requantized(weight.second, second, layer)
+        assert isinstance(halves[0], MixDQTensor) and isinstance(halves[1], MixDQTensor)
+        return SplitMixDQTensor(halves[0], halves[1], weight.dtype)
+    simple = layer is None or (layer.weight_range == "minmax" and layer.rounding == "nearest")
+    quant = quantize_weight(
+        weight.dequantize(torch.float32) + delta.float(),
+        weight.bits,
+        symmetric=layer_plan_of(weight).symmetric,
+        weight_range="minmax" if simple else "mse",
+    )
+    bos = {"bos_embedding": weight.bos_embedding, "bos_output": _bos_output(weight, delta)}
+    return MixDQTensor.from_codes(quant, weight.bits, weight.dtype, act=_act(weight), **bos)
+
+
+def _act(weight: MixDQTensor) -> ActQuant | None:
+    act = weight.act
+    if act is None or weight.act_scale is None:
+        return None
+    return ActQuant(weight.act_scale.item(), act[0].item(), int(act[1].item()), act[2])
+
+
+def _bos_output(weight: MixDQTensor, delta: Tensor) -> Tensor | None:
+    """The full-precision row plus what the adapter adds to it, in float64, rounded once."""
+    if weight.bos_output is None or weight.bos_embedding is None:
+        return None
+    return (weight.bos_output.double() + delta.double() @ weight.bos_embedding.double()).to(weight.bos_output.dtype)
