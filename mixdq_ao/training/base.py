@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -15,7 +15,7 @@ from torchao.optim.subclass_8bit import OptimState8bit
 
 from ..errors import OptimizerError
 from .checkpoint import Ready, checked
-from .gradients import finite_everywhere, is_finite, refuse_sparse
+from .gradients import finite_everywhere, is_finite, refuse_sparse, surely_finite
 from .in_backward import InBackward
 from .layout import laid_out_like, local, sharded_like, version
 from .loss_scale import LossScale
@@ -23,6 +23,7 @@ from .moments import KINDS, new_moment
 from .options import NONFINITE, check_choice, check_number, check_parameter
 from .rules import Rule
 from .split import REMAINDER, fits, join, split
+from .together import lots, update_together
 from .update import update
 
 
@@ -206,8 +207,11 @@ class MemoryEfficientOptimizer(Optimizer):
             self.skipped += 1
             return loss
         factor = 1.0 / (self._amp("grad_scale") or 1.0)
-        for group, p in ready:
-            self._apply(group, p, factor)
+        for lot in [[entry] for entry in ready] if self.defaults["compile"] else lots(ready, self.state):
+            if len(lot) == 1:
+                self._apply(*lot[0], factor)
+            else:
+                self._apply_together(lot[0][0], [p for _, p in lot], factor)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -217,12 +221,9 @@ class MemoryEfficientOptimizer(Optimizer):
 
     def _apply(self, group: Mapping[str, Any], p: Tensor, factor: float) -> None:
         """One step of one parameter with its gradient times ``factor``; nothing is checked."""
-        state = self._state_of(p)
-        state["step"] += 1
-        step, visible = int(state["step"]), local(p)
+        state, visible = self._next_state(p), local(p)
         remainder = local(state[REMAINDER[p.dtype]]) if p.dtype in REMAINDER else None
-        if remainder is not None and self._was_overwritten(p):
-            remainder.zero_()
+        step = int(state["step"])
         assert p.grad is not None
         numbers, facts = self.rule.scalars(group, step)
         update(
@@ -239,9 +240,27 @@ class MemoryEfficientOptimizer(Optimizer):
         )
         self._versions[p] = version(p)
 
+    def _apply_together(self, group: Mapping[str, Any], params: Sequence[Tensor], factor: float) -> None:
+        """The same for parameters of one lot (see ``together.lots``)."""
+        states = [self._next_state(p) for p in params]
+        step = int(states[0]["step"])
+        numbers, facts = self.rule.scalars(group, step)
+        options = {"numbers": numbers, "facts": facts, "factor": factor, "step": step}
+        update_together(self.rule, params, states, list(self._moments(group)), **options)
+        for p in params:
+            self._versions[p] = version(p)
+
+    def _next_state(self, p: Tensor) -> dict[str, Any]:
+        """The state, counting one step more; the remainder is dropped where someone else wrote the parameter."""
+        state = self._state_of(p)
+        state["step"] += 1
+        if p.dtype in REMAINDER and self._was_overwritten(p):
+            local(state[REMAINDER[p.dtype]]).zero_()
+        return state
+
     def _all_finite(self, params: list[Tensor]) -> bool:
         """Raises OptimizerError instead of saying no where nonfinite="raise"."""
-        if self.defaults["nonfinite"] == "propagate":
+        if self.defaults["nonfinite"] == "propagate" or surely_finite([p.grad for p in params if p.grad is not None]):
             return True
         flags = [(p, is_finite(p.grad)) for p in params if p.grad is not None]
         if finite_everywhere(flags):

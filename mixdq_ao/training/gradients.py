@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 import torch
@@ -28,6 +28,22 @@ def is_finite(grad: Tensor) -> bool:
     if values.numel() == 0:
         return True
     return bool(torch.stack(torch.aminmax(values)).isfinite().all())  # one pass, no temporary; NaN goes through
+
+
+def surely_finite(grads: Sequence[Tensor]) -> bool:
+    """Whether one pass and one wait for the device say that all gradients are finite: their norms are.
+
+    No where they are sharded (another process may have a NaN), and where a norm overflows.
+    """
+    if any(isinstance(g, DTensor) for g in grads):
+        return False
+    devices: dict[torch.device, list[Tensor]] = {}
+    for g in grads:
+        devices.setdefault(g.device, []).append(g.detach())
+    return all(
+        bool(torch.stack(torch._foreach_norm(here, 2, dtype=torch.float32)).isfinite().all())
+        for here in devices.values()
+    )
 
 
 def finite_everywhere(pairs: Iterable[tuple[Tensor, bool]]) -> bool:

@@ -7,6 +7,7 @@ the old values, autograd says so instead of using the new ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -118,16 +119,17 @@ class InBackward:
             raise OptimizerError(f"{name}: its gradient is gone already; is a second optimizer attached to it?")
         if p.grad.layout is not torch.strided:
             refuse_sparse(p.grad, name)
-        if not self._is_usable(p, name):
+        square = None if self._clip is None else square_norm(p.grad, p)
+        if (square is None or not math.isfinite(square)) and not self._is_usable(p, name):
             p.grad = None
             self._overflowed = True
             o.skipped += 1
             self._done.add(p)
             return
         factor = 1.0 if self.loss_scale is None else 1.0 / self.loss_scale.value
-        if self._clip is not None:
+        if self._clip is not None and square is not None:
             o._state_of(p)
-            factor *= self._clip.factor(p, square_norm(p.grad, p) * factor**2, o.state)
+            factor *= self._clip.factor(p, square * factor**2, o.state)
         o._apply(o._group_of(p), p, factor)
         p.grad = None
         self._done.add(p)

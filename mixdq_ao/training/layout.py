@@ -20,6 +20,8 @@ def is_dense(t: Tensor) -> bool:
 
 def flat(t: Tensor) -> Tensor:
     """A view [n] of a dense tensor in memory order; writes to it count as writes to ``t`` for autograd."""
+    if t.dim() == 1 and t.is_contiguous():
+        return t
     return t.view(-1) if t.is_contiguous() else torch.as_strided(t, (t.numel(),), (1,))
 
 
@@ -44,12 +46,12 @@ def local(t: Tensor) -> Tensor:
     if isinstance(t, DTensor):
         with torch.no_grad():  # then it is the very tensor, with its own version counter
             t = t.to_local()
-    return t.detach()
+    return t.detach() if t.requires_grad else t
 
 
 def version(t: Tensor) -> tuple[int, int]:
     """Changes with every write to ``t``: through its name, or (if it is sharded) to the local part."""
-    return t._version, local(t)._version
+    return t._version, local(t)._version if isinstance(t, DTensor) else t._version
 
 
 def sharded_like(t: Tensor, p: Tensor) -> Tensor:

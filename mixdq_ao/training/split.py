@@ -19,6 +19,8 @@ value is torch's own cast (ties to even). Values of 65520 and more become infini
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -89,4 +91,4 @@ def surely_no_nan(x: Tensor) -> bool:
     On a CPU one sum says it, and spares two passes over the data. Where asking would stall a device or break a graph,
     the answer is no.
     """
-    return not torch.compiler.is_compiling() and x.device.type == "cpu" and not bool(x.sum().isnan())
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and not math.isnan(x.sum().item())

@@ -52,6 +52,9 @@ def update(
     value, rest, gradient = flat(visible), None if remainder is None else flat(remainder), flat(grad)
     stored = [stored_moments.pieces(m) for m in moments]
     size = _PART * torch.get_num_threads() if value.device.type == "cpu" else _PART_OF_A_DEVICE
+    if value.numel() <= size:
+        _eager(rule, value, rest, gradient, stored, numbers, facts, factor, dither)
+        return
     for start in range(0, value.numel(), size):
         stop = min(start + size, value.numel())
         cut = slice(start, stop)

@@ -14,10 +14,11 @@ from torchao.optim.subclass_8bit import OptimState8bit
 
 from mixdq_ao import MemoryEfficientAdamW, MemoryEfficientSGD
 from mixdq_ao.errors import OptimizerError
+from mixdq_ao.training import base
 from mixdq_ao.training.moments import dither_of, dithered
 from mixdq_ao.training.split import split
 
-from .models import BF16, FP16, awkward, batches, give_gradients, same_bits, tied
+from .models import BF16, FP16, awkward, batches, give_gradients, same_bits, tied, wide
 
 
 def holder(params: list[nn.Parameter]) -> nn.Module:
@@ -623,3 +624,77 @@ def test_closure_and_added_groups():
     assert losses[-1] < 0.8 * losses[0] and math.isfinite(losses[-1])
     kinds = {p.shape: optimizer.state[p]["exp_avg"].dtype for p in (model.embed.weight, model.block[0].weight)}
     assert list(kinds.values()) == [torch.float32, BF16]
+
+
+# --- small tensors stepped as one ---
+
+
+def small_ones() -> list[nn.Parameter]:
+    """Many small parameters of odd shapes and layouts, some large, values of every rounding case."""
+    torch.manual_seed(4)
+    sizes = [1, 2, 3, 7, 15, 16, 17, 31, 63, 65, 100, 255, 1000, 1025, 4095, 4096, 4097, 300, 9, 33]
+    flats = [torch.randn(n) * 10.0 ** torch.randint(-9, 3, (n,)) for n in sizes]
+    images = [torch.randn(3, 5, 2, 2).to(memory_format=torch.channels_last) for _ in range(3)]
+    many = [torch.randn(3000) for _ in range(30)]  # more than one lot
+    return [*awkward()[:4], *(nn.Parameter(t) for t in [torch.empty(0), *flats, *images, *many])]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "options"),
+    [
+        (MemoryEfficientAdamW, torch.optim.AdamW, {"lr": 1e-2}),
+        (MemoryEfficientSGD, torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9, "nesterov": True}),
+        (MemoryEfficientSGD, torch.optim.SGD, {"lr": 1e-2}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_small_tensors_are_stepped_as_one_and_torchs_bit_for_bit(ours, theirs, options, dtype, monkeypatch):
+    """Of two groups, with gradients that are missing or of another layout, some parameters written by others."""
+    calls = []
+    whole = base.update_together
+    monkeypatch.setattr(base, "update_together", lambda *a, **k: calls.append(len(a[1])) or whole(*a, **k))
+    model, reference = holder(small_ones()), holder(small_ones())
+    mine = ours.from_fp32(model, **options) if dtype is BF16 else ours(model.parameters(), **options)
+    other = theirs(reference.parameters(), foreach=False, **options)
+    for step in range(12):
+        give_gradients(model.parameters(), reference.parameters(), BF16)
+        for i, (p, q) in enumerate(zip(model.parameters(), reference.parameters(), strict=True)):
+            if step < i % 3:
+                p.grad = q.grad = None  # so that some are steps behind
+            elif p.dim() == 4:
+                p.grad, q.grad = (None if x.grad is None else x.grad.contiguous() for x in (p, q))
+        if step == 5:
+            with torch.no_grad():
+                for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+                    q.copy_(p.clamp_(-0.3, 0.3).float())
+        mine.step()
+        other.step()
+    assert matches(mine, model, reference)
+    assert len(calls) >= 12 and max(calls) > 15
+    if ours is MemoryEfficientAdamW:
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+            assert all(same_bits(mine.state[p][name], other.state[q][name]) for name in ("exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.parametrize("moments", ["bfloat16", "8bit"])
+def test_moments_of_fewer_bits_do_not_depend_on_what_else_is_stepped(moments):
+    """One optimizer for all, against one for each."""
+    together, apart = small_ones(), small_ones()
+    for p in [*together, *apart]:
+        p.data = p.data.to(BF16)
+    optimizers = [MemoryEfficientAdamW([p], moments=moments) for p in apart]
+    whole = MemoryEfficientAdamW(together, moments=moments)
+    for _ in range(4):
+        for p, q in zip(together, apart, strict=True):
+            p.grad, q.grad = (torch.empty_like(p).copy_(g) for g in [wide(p.shape)] * 2)
+        for optimizer in [whole, *optimizers]:
+            optimizer.step()
+    assert all(same_bits(whole.fp32(p), o.fp32(q)) for p, q, o in zip(together, apart, optimizers, strict=True))
+
+
+def test_gradients_whose_norm_overflows_are_finite():
+    p, q = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+    optimizer = MemoryEfficientAdamW([p, q])
+    p.grad, q.grad = torch.full((3,), 3e38), torch.ones(3)
+    optimizer.step()
+    assert (q < 0).all() and optimizer.state[p]["step"] == 1 and optimizer.skipped == 0
