@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 OUT ?= out/demo
 
-.PHONY: demo test check bench train clean
+.PHONY: demo test check bench bench-peers train clean
 
 demo: $(STAMP)
 	$(BIN)/mixdq demo --out $(OUT)
@@ -21,6 +21,13 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks -m "not gpu" --benchmark-only
+
+# The peers' own packages need an environment of their own.
+bench-peers:
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    -e ".[test]" -r benchmarks/peers/requirements.txt
+	.venv-peers/bin/python -m benchmarks.peers
 
 train: $(STAMP)
 	$(BIN)/python -m examples.shapes.train

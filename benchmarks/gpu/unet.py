@@ -51,13 +51,21 @@ def inputs(unet, pixels: int, batch: int, device: str, dtype: torch.dtype) -> di
     )
 
 
-def _quantized(unet: nn.Module, weight_bits: int) -> nn.Module:
-    """Every layer, with one made-up activation range: the time does not depend on it."""
+def quantized(unet: nn.Module, weight_bits: int) -> nn.Module:
+    """Every layer, text rows and split shortcuts as in a real plan; the ranges are made up: the time does not depend
+    on them."""
     from mixdq_ao import Plan, mixdq_config, quantize_
+    from mixdq_ao.layers import reads_text, split_points
 
-    plan = Plan.uniform(unet, weight_bits, 8)
-    ranged = {name: dataclasses.replace(layer, act_range=(-4.0, 4.0)) for name, layer in plan.layers.items()}
-    quantize_(unet, mixdq_config(plan.with_layers(ranged)))
+    splits, plan = split_points(unet), Plan.uniform(unet, weight_bits, 8)
+    ranged = {
+        name: dataclasses.replace(layer, act_range=(-4.0, 4.0), bos=reads_text(name))
+        if name not in splits
+        else dataclasses.replace(layer, split=splits[name], act_range=(-4.0, 4.0), split_act_range=(-4.0, 4.0))
+        for name, layer in plan.layers.items()
+    }
+    bos = tuple(torch.linspace(-800, 800, unet.config.cross_attention_dim, device="cpu").tolist())  # type: ignore
+    quantize_(unet, mixdq_config(Plan(ranged, bos_embedding=bos)))
     return unet
 
 
@@ -71,8 +79,8 @@ def _torchao(unet: nn.Module) -> nn.Module:
 VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fp16": lambda unet: unet,
     "torchao int8 dynamic": _torchao,
-    "W8A8": lambda unet: _quantized(unet, 8),
-    "W4A8": lambda unet: _quantized(unet, 4),
+    "W8A8": lambda unet: quantized(unet, 8),
+    "W4A8": lambda unet: quantized(unet, 4),
 }
 
 

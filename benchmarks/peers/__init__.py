@@ -1,0 +1,1 @@
+"""Other quantizers beside ours, on the bundled pipeline: ``make bench-peers``."""
