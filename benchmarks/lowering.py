@@ -3,8 +3,8 @@
     python -m benchmarks.lowering [--pixels 512 1024] [--weight-bits 8 4] [--arch sm_90] [--tiny]
 
 Full size (2.57 billion weights, on the meta device), batch 1, one denoising step, every layer with 8-bit activations,
-text rows and split shortcuts as in a real plan. Takes two to four minutes a row. Writes benchmarks/results/lowering.json
-and lowering.md.
+text rows and split shortcuts as in a real plan. Takes two to four minutes a row. Writes
+benchmarks/results/lowering.json and lowering.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What is compared: each peer in its documented form, given a copy of the full-precision UNet and captions.
 
-Every function quantizes the UNet it is given, in place or not, and returns it. Peers are imported when they are used, so
-that one that is not installed is a row that says so.
+Every function quantizes the UNet it is given, in place or not, and returns it. Peers are imported when they are used,
+so that one that is not installed is a row that says so.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Contender:
     bits: float | None = None
 
 
-def _torchao(config: Callable[[], Any], **groups: Any) -> Quantize:
+def _torchao(config: Callable[[], Any]) -> Quantize:
     def quantize(unet: nn.Module, subject: Subject) -> nn.Module:
         from torchao.quantization import quantize_
 
