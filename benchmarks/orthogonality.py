@@ -31,9 +31,10 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from mixdq_ao import (
     Calibration,
@@ -61,6 +62,7 @@ from mixdq_ao.jsonfile import write_document
 from mixdq_ao.models.pipelines import generate_all
 from mixdq_ao.search.orthogonality import sampled_steps
 from mixdq_ao.search.orthogonality_allocate import Form
+from mixdq_ao.search.orthogonality_gram import Estimator
 from mixdq_ao.search.request import Objective
 from mixdq_ao.search.store import Store, fingerprint
 from mixdq_ao.temporal.measure import GenerationError, draw_reference
@@ -73,6 +75,7 @@ LONGEST = max(STEPS)
 SAMPLED = (1, 2, 4, LONGEST)
 LEVEL_BITS = (8.0, 6.0, 4.0, 3.0, 2.25)
 """Of the plans that TMPDiff's search puts in order."""
+Saved = TypeVar("Saved", Calibration, Orthogonality, Sensitivity)
 Plans = dict[str, Plan | TemporalPlan]
 STRONG = 1.0
 """OMPQ's own default of beta; ours is 1 / (layers - 1)."""
@@ -88,13 +91,32 @@ class Subject:
         self.texts = [p.text for p in shapes.prompts(PROFILED, seed=55)]
         self.test = shapes.prompts(TEST, seed=2026, held_out=True)
         self.scorer = shapes.load_scorer()
-        self.calibration: Calibration = calibrate(self.pipe, self.texts, steps=STEPS)
+        make = lambda: calibrate(self.pipe, self.texts, steps=STEPS)  # noqa: E731
+        self.calibration = self._saved("calibration", Calibration, make)
         self.exams = {steps: self._exam(steps) for steps in STEPS}
-        self.references = {steps: exam.draw(self.pipe, f"{steps} steps") for steps, exam in self.exams.items()}
+        self._references: dict[int, Tensor] = {}
+
+    def _saved(self, name: str, kind: type[Saved], make: Callable[[], Saved]) -> Saved:
+        """What a file beside the store holds, or what ``make`` gives, saved there."""
+        path = self.store.with_suffix(f".{name}.json")
+        if not path.exists():
+            make().save(path)
+        return kind.load(path)
 
     def _exam(self, steps: int) -> Exam:
         sampling = Sampling(steps=steps, seed=10_000, batch_size=TEST)
         return Exam([p.text for p in self.test], [p.spec for p in self.test], self.scorer, sampling)
+
+    def reference(self, steps: int) -> Tensor:
+        """Full-precision pictures of the exam, drawn when first asked for."""
+        if steps not in self._references:
+            self._references[steps] = self.exams[steps].draw(self.pipe, f"{steps} steps")
+        return self._references[steps]
+
+    def correlated(self, estimator: Estimator) -> Orthogonality:
+        """All steps of the longest run, kept in a file."""
+        make = lambda: self.orthogonality(LONGEST, estimator=estimator)  # noqa: E731
+        return self._saved(estimator, Orthogonality, make)
 
     def orthogonality(self, steps: int, timesteps: int | None = None, **options: Any) -> Orthogonality:
         return orthogonality(
@@ -104,7 +126,8 @@ class Subject:
     def probed(self) -> Sensitivity:
         """Estimates of every layer's error and score at one denoising step, weights at 2, 4 and 8 bits."""
         options: dict[str, Any] = {"calibration": self.calibration, "batch_size": ANALYZED, "act_bits": (8,)}
-        return analyze(self.pipe, self.texts[:ANALYZED], method="probe", **options)
+        make = lambda: analyze(self.pipe, self.texts[:ANALYZED], method="probe", **options)  # noqa: E731
+        return self._saved("probed", Sensitivity, make)
 
     def measured(self) -> Sensitivity:
         """Every layer alone at 4 bits; a stopped analysis continues from its own store."""
@@ -156,7 +179,7 @@ class Subject:
 
     def _grade(self, pipe: Any, steps: int) -> dict[str, float]:
         exam = self.exams[steps]
-        grades = exam.grade(exam.draw(pipe, f"{steps} steps"), self.references[steps])
+        grades = exam.grade(exam.draw(pipe, f"{steps} steps"), self.reference(steps))
         return {f"{name} at {steps}": float(value) for name, value in grades.items() if value is not None}
 
 
@@ -270,7 +293,8 @@ def by_step(subject: Subject, probed: Sensitivity, bits: float) -> Plans:
 
 def measure(subject: Subject, store: Store) -> Iterator[dict[str, Any]]:
     """The results so far, after each plan."""
-    found = {e: subject.orthogonality(LONGEST, estimator=e) for e in ("biased", "unbiased")}
+    estimators: tuple[Estimator, ...] = ("biased", "unbiased")
+    found: dict[str, Orthogonality] = {e: subject.correlated(e) for e in estimators}
     probed = subject.probed()
     result: dict[str, Any] = {"rows": []}
     result["rank_correlation_with_4_bit_error, probed"] = against_errors(found, probed)
