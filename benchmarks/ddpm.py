@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import random
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -238,7 +239,9 @@ def searched(subject: Subject, run: Sensitivity) -> TemporalPlan:
     levels = {f"W{b:g}": by_errors(run, weight_bits=b, act_bits=8) for b in LEVEL_BITS}
     costs = {f"W{b:g}": b / 16 for b in LEVEL_BITS}
     plan = TemporalPlan(levels, (next(iter(levels)),) * STEPS, costs)
-    found = search_schedule(subject.schedule_error(plan), steps=STEPS, levels=costs, max_cost=4 / 16)
+    shared: dict[str, Any] = {"steps": STEPS, "levels": costs, "subject": json.dumps(plan.to_json())}
+    store = None if subject.store.path is None else subject.store.path.with_suffix(".search.jsonl")
+    found = search_schedule(subject.schedule_error(plan), max_cost=4 / 16, store=store, **shared)
     print(f"searched schedule: {found.evaluations} evaluations, {' '.join(found.levels)}", flush=True)
     return plan.with_steps(found.levels)
 
