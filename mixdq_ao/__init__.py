@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from .models.pipelines import Sampling, generate
     from .models.serialization import load_quantized, save_quantized
+    from .models.text_reuse import reuse_text_projections
     from .plan import LayerPlan, Plan, PlanSummary
     from .quantize.bos_encoder import BOSAwareTextEncoder, bos_aware
     from .quantize.config import MixDQLayerConfig, mixdq_config, quantize_
@@ -64,6 +65,7 @@ _HOME = {
     "generate": "models.pipelines",
     "load_quantized": "models.serialization",
     "save_quantized": "models.serialization",
+    "reuse_text_projections": "models.text_reuse",
     "LayerPlan": "plan",
     "Plan": "plan",
     "PlanSummary": "plan",
