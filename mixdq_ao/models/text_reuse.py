@@ -45,7 +45,7 @@ class TextReuse(nn.Module):
     """
 
     def __init__(self, unet: nn.Module) -> None:
-        """Raises MixDQError unless ``unet`` is a UNet2DConditionModel that hands the text to its projections as it is."""
+        """Raises MixDQError unless ``unet`` is a UNet2DConditionModel whose projections get the text as it is."""
         super().__init__()
         inner = getattr(unet, "_orig_mod", unet)
         if not isinstance(inner, UNet2DConditionModel):
