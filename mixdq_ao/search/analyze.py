@@ -18,6 +18,7 @@ from ..plan import LayerPlan
 from ..progress import progress
 from .calibrate import calibrate
 from .calibration import Calibration
+from .distributed import Build, RayWorkers, pool_of
 from .moments_file import fingerprint_of
 from .roundings import PLAIN, best_of, check_roundings, rounded_as, usable
 from .sensitivity import LayerSensitivity, Sensitivity, sqnr_from_error
@@ -74,6 +75,7 @@ def analyze(
     probes: int | None = None,
     precision: float = 0.995,
     budget: int = 4 << 30,
+    workers: RayWorkers | None = None,
 ) -> Sensitivity:
     """How much each layer suffers from each bit width, judged by its group's metric.
 
@@ -98,9 +100,12 @@ def analyze(
         replay: compute only what follows the changed layer (False: run everything every time).
         probes, precision: of method "probe" (see ``probe_sensitivity``).
         budget: bytes of intermediate results kept between runs or probes.
+        workers: evaluations go to so many workers of a Ray cluster (see RayWorkers), each with a copy of the pipeline;
+            None: one after the other in this process. The values, and the store, are the same.
 
     Raises:
-        SensitivityError: the store cannot be used, a rounding is unknown. MixDQError: prompts are empty.
+        SensitivityError: the store cannot be used, a rounding is unknown, workers keep dying. MixDQError: prompts are
+        empty.
     """
     roundings = check_roundings(roundings)
     if method not in ("one_at_a_time", "probe"):
@@ -117,6 +122,7 @@ def analyze(
         bits = {"weight_bits": weight_bits, "act_bits": act_bits}
         limits = {"probes": probes, "precision": precision, "budget": budget}
         ways = {"roundings": roundings, "moments": moments}
+        limits |= {"workers": workers}
         return probe_sensitivity(pipe, prompts, sampling, calibration, store=store, rule=rule, **bits, **ways, **limits)
     settings = {"prompts": prompts, "sampling": asdict(sampling), "calibration": calibration_key(calibration)}
     settings |= rounding_settings(roundings, moments)
@@ -130,7 +136,17 @@ def analyze(
             for b in bits
             for r in (usable(roundings, n, trials.layers[n], moments) if k == "weight" else (PLAIN,))
         ]
-        _run_all(trials, [e for e in todo if results.get(e.key) is None], calibration, results.put, rule, moments)
+        for e in todo:
+            check_layer(trials.layers[e.name], e.layer(calibration))
+        todo_now = [e for e in todo if results.get(e.key) is None]
+        if workers is None:
+            build = lambda _: _evaluator(trials, calibration, rule, moments)  # noqa: E731
+        else:
+            build = _remote(prompts, sampling, calibration, rule, moments, {"replay": replay, "budget": budget})
+        with pool_of(workers, pipe, build) as pool, progress("analyzing", len(todo_now)) as bar:
+            for e, result in pool.run(todo_now):
+                results.put(e.key, result)
+                bar.advance(note=e.key)
         values = {e: results.results[e.key] for e in todo}
     metadata = {"prompts": len(prompts), "sampling": asdict(sampling), "method": method}
     return Sensitivity({n: _layer(trials, n, values, calibration, rule(n)) for n in trials.called()}, metadata)
@@ -147,23 +163,35 @@ def calibration_key(calibration: Calibration) -> dict[str, Any]:
     return {"layers": {n: asdict(v) for n, v in calibration.layers.items()}, "bos": calibration.bos_embedding}
 
 
-def _run_all(
-    trials: Trials,
-    todo: list[Evaluation],
+def _evaluator(
+    trials: Trials, calibration: Calibration, rule: GroupRule, moments: Mapping[str, Tensor] | None
+) -> Callable[[Evaluation], dict[str, float]]:
+    """What makes an evaluation's figures, here."""
+    embedding = None if calibration.bos_embedding is None else torch.tensor(calibration.bos_embedding)
+
+    @torch.no_grad()
+    def evaluate(e: Evaluation) -> dict[str, float]:
+        moment = None if moments is None else moments.get(e.name)
+        return _finite(e, trials, calibration, embedding, moment, images=rule(e.name) == "content")
+
+    return evaluate
+
+
+def _remote(
+    prompts: list[str],
+    sampling: Sampling,
     calibration: Calibration,
-    put: Callable[[str, dict[str, float]], None],
     rule: GroupRule,
     moments: Mapping[str, Tensor] | None,
-) -> None:
-    embedding = None if calibration.bos_embedding is None else torch.tensor(calibration.bos_embedding)
-    for e in todo:
-        check_layer(trials.layers[e.name], e.layer(calibration))
-    with progress("analyzing", len(todo)) as bar:
-        for e in todo:
-            moment = None if moments is None else moments.get(e.name)
-            result = _finite(e, trials, calibration, embedding, moment, images=rule(e.name) == "content")
-            put(e.key, result)
-            bar.advance(note=e.key)
+    options: dict[str, Any],
+) -> Build[Evaluation, dict[str, float]]:
+    """What makes them on a worker, whose reference run is its own."""
+
+    @torch.no_grad()
+    def build(pipe: Any) -> Callable[[Evaluation], dict[str, float]]:
+        return _evaluator(Trials(pipe, prompts, sampling, **options), calibration, rule, moments)
+
+    return build
 
 
 def _finite(

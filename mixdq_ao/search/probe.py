@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +15,8 @@ from ..models.pipelines import Sampling, denoiser
 from ..progress import Bar, progress
 from .analyze import calibration_key, rounding_settings
 from .calibration import Calibration
-from .probe_batch import BatchProbe, batches
+from .distributed import Pool, RayWorkers, pool_of
+from .probe_batch import BatchProbe, Record, batches
 from .probe_delta import LayerDeltas, deltas_of
 from .probe_result import to_sensitivity
 from .probe_stats import Estimates
@@ -43,6 +44,7 @@ def probe_sensitivity(
     probes: int | None = None,
     precision: float = 0.995,
     budget: int = 4 << 30,
+    workers: RayWorkers | None = None,
 ) -> Sensitivity:
     """What ``analyze`` gives, estimated to first order by random probes (see BatchProbe and Estimates).
 
@@ -64,7 +66,7 @@ def probe_sensitivity(
     ``rounding_errors``, the errors of all of them, whereas all other figures are of the best.
 
     Args:
-        pipe, prompts, store, weight_bits, act_bits, rule, roundings, moments: see ``analyze``.
+        pipe, prompts, store, weight_bits, act_bits, rule, roundings, moments, workers: see ``analyze``.
         probes: exactly so many probes; None: as many as ``precision`` asks for.
         budget: bytes of layers' output changes kept between probes; what does not fit is computed again.
 
@@ -85,31 +87,66 @@ def probe_sensitivity(
         "content": sorted(content),
         **rounding_settings(roundings, moments),
     }
-    with Store(store, fingerprint(model, settings)) as results:
-        runs = _Runs(pipe, list(batches(prompts, sampling)), deltas, content, budget, results)
-        estimates = runs.settle(probes, precision)
+    parts = list(batches(prompts, sampling))
+    if workers is None:
+        build = lambda _: _prober(pipe, parts, deltas, content, budget)  # noqa: E731
+    else:
+        build = _remote(parts, calibration, (weight_bits, act_bits, roundings), moments, content, budget)
+    with Store(store, fingerprint(model, settings)) as results, pool_of(workers, pipe, build) as pool:
+        estimates = _Runs(pool, len(parts), results).settle(probes, precision)
     metadata = {"prompts": len(prompts), "sampling": asdict(sampling), "method": "probe", "precision": precision}
     return to_sensitivity(estimates, deltas, calibration, rule, metadata)
+
+
+Part = tuple[int, tuple[int, ...]]
+"""Number of a batch, numbers of probes."""
+
+
+def _prober(
+    pipe: Any,
+    parts: list[tuple[list[str], Sampling]],
+    deltas: Mapping[str, LayerDeltas],
+    content: set[str],
+    budget: int,
+) -> Callable[[Part], list[Record]]:
+    """What makes the records of some probes of a batch. Only the trace of the last batch asked for is kept, so a single
+    batch is traced once."""
+    last: list[tuple[int, BatchProbe]] = []
+
+    def probe(part: Part) -> list[Record]:
+        batch, probes = part
+        if not last or last[0][0] != batch:
+            last.clear()
+            last.append((batch, BatchProbe(pipe, *parts[batch], batch, deltas, content, budget)))
+        return last[0][1].run(probes)
+
+    return probe
+
+
+def _remote(
+    parts: list[tuple[list[str], Sampling]],
+    calibration: Calibration,
+    choices: tuple[Sequence[int], Sequence[int], Sequence[str]],
+    moments: Mapping[str, Tensor] | None,
+    content: set[str],
+    budget: int,
+) -> Callable[[Any], Callable[[Part], list[Record]]]:
+    """The same on a worker, which rounds its own weights."""
+
+    def build(pipe: Any) -> Callable[[Part], list[Record]]:
+        return _prober(pipe, parts, deltas_of(denoiser(pipe), calibration, *choices, moments), content, budget)
+
+    return build
 
 
 class _Runs:
     """Probes of every batch, taken from the store where they are there already."""
 
-    def __init__(
-        self,
-        pipe: Any,
-        parts: list[tuple[list[str], Sampling]],
-        deltas: Mapping[str, LayerDeltas],
-        content: set[str],
-        budget: int,
-        results: Store,
-    ) -> None:
-        self.pipe, self.parts, self.deltas, self.content = pipe, parts, deltas, content
-        self.budget, self.results = budget, results
-        self._batch: tuple[int, BatchProbe] | None = None
+    def __init__(self, pool: Pool[Part, list[Record]], batches: int, results: Store) -> None:
+        self.pool, self.batches, self.results = pool, batches, results
 
     def settle(self, probes: int | None, precision: float) -> Estimates:
-        with progress("probing", (probes or MAX_PROBES) * len(self.parts)) as bar:
+        with progress("probing", (probes or MAX_PROBES) * self.batches) as bar:
             if probes is not None:
                 return self._first(probes, bar)
             count = 2
@@ -121,23 +158,16 @@ class _Runs:
 
     def _first(self, count: int, bar: Bar) -> Estimates:
         """The estimates of the first ``count`` probes."""
-        for batch in range(len(self.parts)):
+        items: list[Part] = []
+        for batch in range(self.batches):
             todo = [k for k in range(count) if self.results.get(_key(k, batch)) is None]
-            for start in range(0, len(todo), AT_ONCE):
-                part = todo[start : start + AT_ONCE]
-                for k, record in zip(part, self._probed(batch).run(part), strict=True):
-                    self.results.put(_key(k, batch), record)
-                    bar.advance(note=f"batch {batch + 1}")
+            items += [(batch, tuple(todo[start : start + AT_ONCE])) for start in range(0, len(todo), AT_ONCE)]
+        for (batch, part), records in self.pool.run(items):
+            for k, record in zip(part, records, strict=True):
+                self.results.put(_key(k, batch), record)
+                bar.advance(note=f"batch {batch + 1}")
         get: Any = self.results.get
-        return Estimates.of([[get(_key(k, b)) for b in range(len(self.parts))] for k in range(count)])
-
-    def _probed(self, batch: int) -> BatchProbe:
-        """The batch's trace; only the last one asked for is kept, so a single batch is traced once."""
-        if self._batch is None or self._batch[0] != batch:
-            self._batch = None
-            args = (self.pipe, *self.parts[batch], batch, self.deltas, self.content, self.budget)
-            self._batch = (batch, BatchProbe(*args))
-        return self._batch[1]
+        return Estimates.of([[get(_key(k, b)) for b in range(self.batches)] for k in range(count)])
 
 
 def _key(probe: int, batch: int) -> str:

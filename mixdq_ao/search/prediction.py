@@ -1,0 +1,152 @@
+"""Whether whole plans have the error that was predicted of them: measured on the model itself.
+
+The additive program predicts that the error powers of single layers add up. That is a property of a model, to be
+checked on each: ``measured_errors`` of some plans, ``Agreement`` of those with the prediction, ``with_measured`` to
+write both beside a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import SensitivityError
+from ..layers import check_plan, find_layers
+from ..models.pipelines import Sampling, check_prompts, denoiser
+from ..plan import LayerPlan, Plan
+from ..progress import progress
+from ..quantize.config import MixDQLayerConfig, fake_quantizer, mixdq_config
+from ..quantize.fake import with_fake_quantizer, without_fake_quantizer
+from .additive import additive_errors
+from .probe_batch import batches
+from .probe_stats import rank_correlation
+from .sensitivity import Sensitivity
+from .trial import run
+
+
+@contextmanager
+def faked(model: nn.Module, plan: Plan, moments: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    """Inside, ``model`` rounds as ``plan`` says, in floating point; then it is as it was. Kept: a byte a weight."""
+    check_plan(plan, model)
+    layers = find_layers(model)
+    configs = mixdq_config(plan, mode="fake", moments=moments).fqn_to_config
+    with ExitStack() as stack:
+        for name, config in configs.items():
+            assert isinstance(config, MixDQLayerConfig)
+            quantizer = fake_quantizer(config)
+            quantizer.keep(layers[name].weight)
+            with_fake_quantizer(layers[name], quantizer)
+            stack.callback(without_fake_quantizer, layers[name])
+        yield
+
+
+@torch.no_grad()
+def measured_errors(
+    pipe: Any,
+    plans: Sequence[Plan],
+    prompts: Sequence[str],
+    *,
+    sampling: Sampling | None = None,
+    moments: Mapping[str, Tensor] | None = None,
+) -> list[float]:
+    """Relative error power of the denoiser's output, over all prompts and steps, of each plan (with its ranges).
+
+    What ``Allocation.predicted_error`` predicts. In fake mode, in place: the model is never copied, and full precision
+    again afterwards. Raises PlanError where a plan does not fit the model.
+    """
+    model, parts = denoiser(pipe), list(batches(check_prompts(prompts), sampling or Sampling()))
+    references = [run(pipe, part, drawn, images=False).denoised for part, drawn in parts]
+    power = sum(r.double().square().sum().item() for r in references)
+    errors = []
+    with progress("measuring plans", len(plans)) as bar:
+        for plan in plans:
+            noise = 0.0
+            with faked(model, plan, moments):
+                for (part, drawn), reference in zip(parts, references, strict=True):
+                    output = run(pipe, part, drawn, images=False).denoised
+                    noise += (output.double() - reference.double()).square().sum().item()
+            errors.append(noise / power)
+            bar.advance()
+    return errors
+
+
+def predicted_error(sensitivity: Sensitivity, plan: Plan) -> float:
+    """Summed error power of the plan's layers, weights and activations, as the additive program counts it.
+
+    Raises SensitivityError naming a layer and bits that were not measured.
+    """
+    total = 0.0
+    for kind in ("weight", "act"):
+        table = additive_errors(sensitivity, kind)[0]
+        for name, layer in plan.layers.items():
+            bits = layer.weight_bits if kind == "weight" else layer.act_bits
+            if bits < 16:
+                if bits not in table.get(name, {}):
+                    raise SensitivityError(f"layer {name!r}: no {kind}_errors at {bits} bits; analyze with {bits} bits")
+                total += table[name][bits]
+    return total
+
+
+def random_plans(
+    sensitivity: Sensitivity, count: int, *, seed: int = 0, weight_bits: Sequence[int] = (2, 4, 8), act_bits: int = 8
+) -> list[Plan]:
+    """Plans without ranges: each draws how often it takes each width, then every layer's width by that."""
+    generator, names = np.random.default_rng(seed), list(sensitivity.layers)
+    plans = []
+    for _ in range(count):
+        shares = generator.dirichlet(np.full(len(weight_bits), 0.7))
+        drawn = generator.choice(weight_bits, size=len(names), p=shares).tolist()
+        pairs = zip(names, drawn, strict=True)
+        plans.append(Plan({n: LayerPlan(weight_bits=b, act_bits=act_bits) for n, b in pairs}, {"source": "random"}))
+    return plans
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How predictions (any unit, higher is worse) agree with measured errors of whole plans.
+
+    Attributes:
+        plans: their number.
+        rank: Spearman's correlation.
+        log_correlation: Pearson's of the logarithms; None where a prediction is not positive.
+        ratio: median of measured / predicted; spread: standard deviation of its natural logarithm; None likewise.
+    """
+
+    plans: int
+    rank: float
+    log_correlation: float | None = None
+    ratio: float | None = None
+    spread: float | None = None
+
+    @classmethod
+    def of(cls, predicted: Sequence[float], measured: Sequence[float]) -> Agreement:
+        if len(predicted) != len(measured) or len(predicted) < 2:
+            raise SensitivityError(
+                f"{len(predicted)} predictions and {len(measured)} errors, expected as many, 2 at least"
+            )
+        p, m = np.array(predicted, dtype=np.float64), np.array(measured, dtype=np.float64)
+        found = cls(len(p), rank_correlation(p, m))
+        if min(p.min(), m.min()) <= 0:
+            return found
+        logs = np.log(p), np.log(m)
+        gap = logs[1] - logs[0]
+        correlation = float(np.corrcoef(*logs)[0, 1])
+        return replace(found, log_correlation=correlation, ratio=float(np.exp(np.median(gap))), spread=float(gap.std()))
+
+
+def with_measured(plan: Plan, measured: float, *, agreement: Agreement | None = None) -> Plan:
+    """A copy whose metadata says what was measured beside what was predicted: ``measured_error``, its ratio to
+    ``predicted_error`` where there is one, and how well predictions of other plans held on this model."""
+    metadata: dict[str, Any] = {**plan.metadata, "measured_error": measured}
+    predicted = plan.metadata.get("predicted_error")
+    if isinstance(predicted, float) and predicted > 0:
+        metadata["measured_over_predicted"] = measured / predicted
+    if agreement is not None:
+        metadata["prediction_agreement"] = asdict(agreement)
+    return replace(plan, metadata=metadata)
