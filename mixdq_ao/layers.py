@@ -23,16 +23,37 @@ def find_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
 
 
+TEXT_STREAM = {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
+"""The text's own projections in attention over picture and text together (SD3, FLUX)."""
+TEXT_PROJECTIONS = ("context_embedder", "caption_projection.linear_1", "text_embedder.linear_1", "encoder_hid_proj")
+"""Names, or their ends, of layers that read the text embedding where later ones read only what they make of it."""
+
+
 def group_of(name: str) -> Group:
     """MixDQ's rule: feed-forward and cross-attention layers decide the *content* of a picture (judged by SSIM),
-    all others its *quality* (judged by SQNR). Section 4.2 of arXiv 2405.17873."""
+    all others its *quality* (judged by SQNR). Section 4.2 of arXiv 2405.17873.
+
+    Where attention is over picture and text together, its projections of the text are content too, as are layers that
+    make the model's text embedding. FLUX's single blocks have their feed-forward in ``proj_mlp`` and ``proj_out``.
+    """
     parts = name.split(".")
-    return "content" if any(p == "attn2" or p.startswith("ff") for p in parts) else "quality"
+    content = any(p == "attn2" or p.startswith("ff") or p in TEXT_STREAM for p in parts)
+    single = parts[0] == "single_transformer_blocks" and parts[-1] in ("proj_mlp", "proj_out")
+    text = bool({"context_embedder", "caption_projection", "text_embedder"} & set(parts))
+    return "content" if content or single or text else "quality"
 
 
 def reads_text(name: str) -> bool:
     """Cross-attention projections that read the text embedding and nothing else (140 in SDXL)."""
     return name.endswith(("attn2.to_k", "attn2.to_v"))
+
+
+def text_readers(model: nn.Module) -> frozenset[str]:
+    """Layers that read the text encoders' own rows: the model's text projection where it has one (SD3, FLUX, PixArt,
+    SANA, Wan), else the keys and values of cross attention."""
+    layers = find_layers(model)
+    projections = {n for n in layers if n.endswith(TEXT_PROJECTIONS)}
+    return frozenset(projections or filter(reads_text, layers))
 
 
 def split_points(model: nn.Module) -> dict[str, int]:

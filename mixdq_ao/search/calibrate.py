@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..errors import CalibrationError
-from ..layers import find_layers, reads_text, split_points
+from ..layers import find_layers, split_points, text_readers
 from ..models.pipelines import Sampling, check_prompts, denoiser, generate
 from ..plan import Range
 from ..progress import progress
@@ -56,17 +57,18 @@ class Calibrator:
     def __init__(self, model: nn.Module, method: RangeMethod = "minmax", bos: bool | None = None) -> None:
         self.model, self.bos = model, bos
         self.method: RangeMethod = method
-        self.splits, self.ties = split_points(model), Ties()
+        self.splits, self.ties, self.readers = split_points(model), Ties(), text_readers(model)
         self.watches: dict[str, _Watch] = {}
         self.candidate: Tensor | None = None
         self.candidate_holds = True
+        self.row_peaks = torch.zeros(0)
 
     @contextmanager
     def watch(self) -> Iterator[Calibrator]:
         """Observes every linear and convolution layer inside the block; all hooks are removed at its end."""
         with ExitStack() as stack:
             for name, module in find_layers(self.model).items():
-                self.watches.setdefault(name, _Watch(self.method, self.splits.get(name), reads_text(name)))
+                self.watches.setdefault(name, _Watch(self.method, self.splits.get(name), name in self.readers))
                 handle = module.register_forward_hook(self._hook(name))
                 stack.callback(handle.remove)
             yield self
@@ -76,7 +78,7 @@ class Calibrator:
             with torch.no_grad():
                 x = args[0]
                 self.ties.see(name, x)
-                if self.watches[name].prompt is not None and self.bos is not False:
+                if self.watches[name].prompt is not None and self.bos is not False and x.dim() == 3:
                     self._see_first_rows(x)
                 self.watches[name].update(module, x, output, self.candidate)
 
@@ -84,6 +86,9 @@ class Calibrator:
 
     def _see_first_rows(self, x: Tensor) -> None:
         """A BOS row is the same for every prompt; rows of zeros (an empty negative prompt) say nothing."""
+        peaks = x.detach().abs().amax((0, 2)).float().cpu()
+        length = max(len(peaks), len(self.row_peaks))
+        self.row_peaks = torch.maximum(*(F.pad(p, (0, length - len(p))) for p in (peaks, self.row_peaks)))
         first = x[:, 0].detach().float()
         first = first[first.abs().amax(1) > 0]
         if self.candidate is None and len(first):
@@ -101,6 +106,24 @@ class Calibrator:
             raise CalibrationError("bos=True, but the first row of the text embedding differs between prompts")
         return tuple(self.candidate.tolist()) if stands_out or self.bos is True else None
 
+    def _note(self, apart: bool) -> str | None:
+        """What was found of the text's rows, in words; None where the model reads no text or was not to look."""
+        if not len(self.row_peaks) or self.bos is False:
+            return None
+        median = max(self.row_peaks.median().item(), 1e-30)
+        ratio = self.row_peaks[0].item() / median
+        if apart:
+            return f"first row set apart: the same for every prompt, its peak {ratio:.1f} times the median row's"
+        row = int(self.row_peaks.argmax())
+        highest = self.row_peaks[row].item() / median
+        if highest < BOS_RATIO:
+            return f"no row set apart: the highest peak, of row {row}, is {highest:.1f} times the median row's"
+        why = "differs between prompts" if row == 0 and not self.candidate_holds else "is not the same first row"
+        return (
+            f"no row set apart, but row {row} is an outlier, its peak {highest:.1f} times the median row's, and {why}; "
+            "keep the activations of the layers that read it at 16 bits if they suffer"
+        )
+
     def result(self, metadata: Mapping[str, Any] | None = None) -> Calibration:
         """Ranges of the layers that ran, tied layers sharing theirs. Raises CalibrationError on NaN or infinity."""
         embedding = self._embedding()
@@ -116,7 +139,9 @@ class Calibrator:
                 for n in tie:
                     if getattr(layers[n], attribute) is not None:
                         layers[n] = replace(layers[n], **{attribute: joint})
-        return Calibration(layers, ties, embedding, {"model": type(self.model).__name__, **(metadata or {})})
+        note = self._note(embedding is not None)
+        found = {"model": type(self.model).__name__} | ({} if note is None else {"text_rows": note})
+        return Calibration(layers, ties, embedding, {**found, **(metadata or {})})
 
     def _layer(self, name: str, watch: _Watch, bos: bool) -> LayerCalibration:
         def checked(observer: RangeObserver) -> Range:
