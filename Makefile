@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 OUT ?= out/demo
 
-.PHONY: demo test check bench bench-peers train clean
+.PHONY: demo test check bench bench-quick bench-peers train clean
 
 demo: $(STAMP)
 	$(BIN)/mixdq demo --out $(OUT)
@@ -20,7 +20,14 @@ check: $(STAMP)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest benchmarks -m "not gpu" --benchmark-only
+	mkdir -p $(dir $(OUT))
+	$(BIN)/python -m pytest benchmarks -m "not gpu" --benchmark-only -s --benchmark-json=$(dir $(OUT))bench.json
+
+# Ratios against those of record, of the same machine only.
+bench-quick: $(STAMP)
+	mkdir -p $(dir $(OUT))
+	$(BIN)/python -m pytest benchmarks -m quick --benchmark-only -s --benchmark-json=$(dir $(OUT))quick.json
+	$(BIN)/python -m benchmarks.compare benchmarks/results/quick.json $(dir $(OUT))quick.json
 
 # The peers' own packages need an environment of their own.
 bench-peers:

@@ -1,0 +1,116 @@
+"""A whole UNet call: the bundled pipeline's, eager and compiled, and one of SDXL's layout in between sizes.
+
+Contenders share one process and take turns. torchao's dynamic int8 reaches linear layers only.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from mixdq_ao import Plan, calibrate, mixdq_config, quantize_
+from mixdq_ao.app.latency import unet_inputs
+from mixdq_ao.app.subject import bundled
+from mixdq_ao.search.metrics import psnr
+
+from .turns import in_turn
+
+MID = {  # SDXL's layout and channels with fewer blocks: 284 million weights
+    "sample_size": 64,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 1,
+    "transformer_layers_per_block": (1, 1, 1),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+def torchao_dynamic(unet: nn.Module) -> nn.Module:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    unet = copy.deepcopy(unet)
+    quantize_(unet, Int8DynamicActivationInt8WeightConfig())
+    return unet
+
+
+def ours(unet: nn.Module, plan: Plan) -> nn.Module:
+    unet = copy.deepcopy(unet)
+    quantize_(unet, mixdq_config(plan))
+    return unet
+
+
+@pytest.fixture(scope="module")
+def subject() -> SimpleNamespace:
+    """Full precision, uniform BOS-aware plans and torchao, by name."""
+    shapes = bundled()
+    pipe = shapes.load_pipeline()
+    texts = [p.text for p in shapes.prompts(32, seed=55)]
+    calibration = calibrate(pipe, texts, steps=(1, 4))
+    models = {"float32": pipe.unet}
+    for bits in (8, 4):
+        models[f"W{bits}A8"] = ours(pipe.unet, Plan.uniform(pipe.unet, bits, 8).with_calibration(calibration))
+    models["torchao int8 dynamic"] = torchao_dynamic(pipe.unet)
+    return SimpleNamespace(pipe=pipe, texts=texts, models=models)
+
+
+def run_all(benchmark: Any, models: dict[str, Callable[..., Any]], inputs: dict[str, Any], rounds: int) -> None:
+    """Every contender's output is checked against full precision first: no faster by being wrong."""
+    with torch.no_grad():
+        expected = models["float32"](**inputs)[0]
+        span = expected.max() - expected.min()
+        for name, model in models.items():
+            if name != "float32":
+                signal = psnr((model(**inputs)[0] - expected.min()) / span, (expected - expected.min()) / span)
+                assert signal.min() > 20, f"{name}: {signal.min():.1f} dB"
+        in_turn(benchmark, {n: lambda m=m: m(**inputs) for n, m in models.items()}, rounds=rounds)
+
+
+@pytest.mark.parametrize("batch", [pytest.param(8, marks=pytest.mark.quick), 32])
+def test_bundled_eager(benchmark: Any, subject: SimpleNamespace, batch: int) -> None:
+    run_all(benchmark, subject.models, unet_inputs(subject.pipe, subject.texts[:batch]), rounds=15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [32])
+def test_bundled_compiled(benchmark: Any, subject: SimpleNamespace, batch: int) -> None:
+    """Four compilations of one to two minutes each on two cores."""
+    models = {}
+    for name, model in subject.models.items():
+        torch._dynamo.reset()
+        models[name] = torch.compile(model, fullgraph=True)
+    run_all(benchmark, models, unet_inputs(subject.pipe, subject.texts[:batch]), rounds=25)
+
+
+@pytest.mark.slow
+def test_mid_size_eager(benchmark: Any) -> None:
+    """Random weights, 64x64 latent, batch 1; calibrated on what is timed."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**MID).eval().requires_grad_(False)
+    inputs = {
+        "sample": torch.randn(1, 4, 64, 64),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": torch.randn(1, 77, 2048),
+        "added_cond_kwargs": {"text_embeds": torch.randn(1, 1280), "time_ids": torch.randn(1, 6)},
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        calibration = replace(calibrate(unet, run=lambda: unet(**inputs)), bos_embedding=None)
+    models: dict[str, Callable[..., Any]] = {"float32": unet}
+    for bits in (8, 4):
+        models[f"W{bits}A8"] = ours(unet, Plan.uniform(unet, bits, 8).with_calibration(calibration, bos=False))
+    models["torchao int8 dynamic"] = torchao_dynamic(unet)
+    run_all(benchmark, models, inputs, rounds=5)
