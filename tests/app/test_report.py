@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -12,7 +13,9 @@ import pytest
 
 from mixdq_ao.app.report import build
 from mixdq_ao.app.report.environment import flatten
+from mixdq_ao.app.report.grid import _psnr
 from mixdq_ao.app.report.inputs import Figures, Point
+from mixdq_ao.app.report.layers import u_shape
 from mixdq_ao.app.report.names import block_of, ordinal, size
 from mixdq_ao.app.report.pareto import dominated
 from mixdq_ao.app.report.reasons import Reasons
@@ -267,3 +270,25 @@ def test_content_scores_name_their_metric(metadata, scores, text):
     """One layer at a time gives SSIM, probes give PSNR; the reason says which."""
     layer = LayerSensitivity(group="content", weight_size=2048, act_size=1, weight_scores=scores)
     assert text in Reasons(Sensitivity({"a": layer}, metadata)).weight("a", LayerPlan(weight_bits=4))
+
+
+def test_the_map_is_drawn_like_a_unet():
+    blocks = ["input", "down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1", "output"]
+    assert u_shape(blocks) == {
+        "input": "grid-row:1;grid-column:1",
+        "down_blocks.0": "grid-row:2;grid-column:1",
+        "down_blocks.1": "grid-row:3;grid-column:1",
+        "mid_block": "grid-row:4;grid-column:1 / -1",
+        "up_blocks.0": "grid-row:3;grid-column:2",
+        "up_blocks.1": "grid-row:2;grid-column:2",
+        "output": "grid-row:1;grid-column:2",
+    }
+    assert u_shape(["input", "transformer_blocks.0", "output"]) == {}
+
+
+def test_psnr_of_pictures_in_the_grid():
+    from PIL import Image
+
+    black, grey = (Image.new("RGB", (4, 4), (v, v, v)) for v in (0, 51))
+    assert _psnr(black, black) is None
+    assert _psnr(grey, black) == pytest.approx(20 * math.log10(255 / 51))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,16 @@ LARGEST = 256  # pixels a cell is shown at; bigger ones are scaled down so that 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Pictures as data URIs: ``cells[row][column]``; or ``whole``, where the file does not say where the cells are."""
+    """Pictures as data URIs: ``cells[row][column]``; or ``whole``, where the file does not say where the cells are.
+
+    ``psnr[row][column]``: dB against the first column, of 8-bit pictures; None where they are the same.
+    """
 
     columns: tuple[str, ...]
     rows: tuple[str, ...]
     cells: tuple[tuple[str, ...], ...] = ()
     whole: str | None = None
+    psnr: tuple[tuple[float | None, ...], ...] = ()
 
 
 def read_grid(path: Path, document: Mapping[str, Any] | None) -> Grid | None:
@@ -59,7 +64,17 @@ def read_grid(path: Path, document: Mapping[str, Any] | None) -> Grid | None:
             f"of {width}x{height} from ({left}, {top})"
         )
     crops = [[picture.crop((x, y, x + width, y + height)) for x, y in row] for row in corners]
-    return Grid(columns, rows, tuple(tuple(_uri(crop, LARGEST) for crop in row) for row in crops))
+    psnr = tuple(tuple(_psnr(crop, row[0]) for crop in row) for row in crops)
+    return Grid(columns, rows, tuple(tuple(_uri(crop, LARGEST) for crop in row) for row in crops), psnr=psnr)
+
+
+def _psnr(picture: Image, reference: Image) -> float | None:
+    """10 log10(255^2 / mean squared difference), in dB; None where there is no difference."""
+    from PIL import ImageChops, ImageStat
+
+    squares = ImageStat.Stat(ImageChops.difference(picture, reference)).sum2
+    error = sum(squares) / (len(squares) * picture.width * picture.height)
+    return 10 * math.log10(255**2 / error) if error else None
 
 
 def _texts(path: Path, document: Mapping[str, Any], key: str) -> tuple[str, ...]:
@@ -92,7 +107,40 @@ def grid_section(grid: Grid | None) -> Html:
         return Html()
     shown = _whole(grid) if grid.whole else _table(grid)
     intro = "Each row is one caption, drawn from the same noise by every variant."
-    return section("pictures", "Pictures", tag("p", intro), shown)
+    return section("pictures", "Pictures", tag("p", intro), None if grid.whole else _compare(grid), shown)
+
+
+def _compare(grid: Grid) -> Html:
+    """Two pictures on top of each other with a slider between them; the script fills it from the table and shows it."""
+    captions = tag("select", (tag("option", text, value=i) for i, text in enumerate(grid.rows)), id="compare-row")
+    variants = [label(name) for name in grid.columns]
+    last = len(variants) - 1
+    left, right = (
+        tag(
+            "select",
+            (tag("option", text, value=i, selected=i == chosen) for i, text in enumerate(variants)),
+            id=f"compare-{side}",
+        )
+        for side, chosen in (("left", 0), ("right", last))
+    )
+    slider = tag("input", type="range", id="compare-at", min=0, max=100, value=50, aria_label="Where the right begins")
+    return tag(
+        "div",
+        tag("div", tag("div", id="compare-stage", class_="stage"), slider),
+        tag(
+            "div",
+            tag("label", "Caption ", captions),
+            tag("label", "Left ", left),
+            tag("label", "Right ", right),
+            tag("label", tag("input", type="checkbox", id="compare-difference"), " difference, 8 times"),
+            tag("p", "", id="compare-said", role="status"),
+            tag("p", "Drag over the picture. A click on a picture in the table brings it here.", class_="note"),
+            class_="choices",
+        ),
+        id="compare",
+        class_="compare",
+        hidden=True,
+    )
 
 
 def _table(grid: Grid) -> Html:
@@ -118,7 +166,11 @@ def _whole(grid: Grid) -> Html:
 def _row(grid: Grid, i: int) -> Html:
     caption = grid.rows[i]
     images = [
-        tag("td", tag("img", src=uri, alt=f"{label(name)}: {caption}", title=f"{label(name)}: {caption}"))
-        for name, uri in zip(grid.columns, grid.cells[i], strict=True)
+        tag(
+            "td",
+            tag("img", src=uri, alt=f"{label(name)}: {caption}", title=f"{label(name)}: {caption}"),
+            data_psnr=None if psnr is None else f"{psnr:.1f}",
+        )
+        for name, uri, psnr in zip(grid.columns, grid.cells[i], grid.psnr[i], strict=True)
     ]
     return tag("tr", tag("th", caption, scope="row"), images)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ...plan import LayerPlan, Plan
 from .html import Html, section, tag
@@ -56,23 +56,52 @@ def _switch(plans: Mapping[str, Plan]) -> Html:
 
 
 def _map(inputs: Inputs, k: int, plan: Plan) -> Html:
-    order = list(inputs.sensitivity.layers) if inputs.sensitivity else list(plan.layers)
-    order += [n for n in plan.layers if n not in set(order)] if inputs.sensitivity else []
+    layers = list(inputs.sensitivity.layers) if inputs.sensitivity else list(plan.layers)
+    layers += [n for n in plan.layers if n not in set(layers)] if inputs.sensitivity else []
     blocks: dict[str, list[str]] = {}
-    for name in (n for n in order if n in plan.layers):
+    for name in (n for n in layers if n in plan.layers):
         blocks.setdefault(block_of(name), []).append(name)
+    order = sorted(blocks, key=block_rank)
+    places = u_shape(order)
     rows = [
-        tag("div", tag("dt", block), tag("dd", (_cell(inputs, n, plan.layers[n]) for n in names)))
-        for block, names in sorted(blocks.items(), key=lambda item: block_rank(item[0]))
+        tag(
+            "div",
+            tag("dt", block),
+            tag("dd", (_cell(inputs, n, plan.layers[n]) for n in blocks[block])),
+            class_=_side(block) if places else None,
+            style=places.get(block),
+        )
+        for block in order
     ]
     four = sum(layer.act_bits == 4 for layer in plan.layers.values())
     note = f" {four} layers have 4-bit activations, which save no time on current hardware." if four else ""
     return tag(
         "div",
         tag("p", _summary(inputs, plan) + note),
-        tag("div", _legend(), tag("dl", rows, class_="map"), class_="panel"),
+        tag("div", _legend(), tag("dl", rows, class_="map u" if places else "map"), class_="panel"),
         class_=f"plan p{k}",
     )
+
+
+def u_shape(blocks: Sequence[str]) -> dict[str, str]:
+    """{block: its place in a grid}, as a UNet is drawn: down on the left, the middle below, up on the right, every
+    block beside the one it shares shortcuts with. Empty for networks of another shape."""
+    down, up = (sorted(b for b in blocks if b.startswith(f"{side}_blocks.")) for side in ("down", "up"))
+    if not down or not up:
+        return {}
+    rows = {"input": (1, "1"), "output": (1, "2")}
+    rows |= {block: (2 + i, "1") for i, block in enumerate(down)}
+    rows |= {block: (2 + i, "2") for i, block in enumerate(reversed(up))}
+    below = 2 + max(len(down), len(up))
+    others = [b for b in blocks if b not in rows]
+    rows |= {block: (below + i, "1 / -1") for i, block in enumerate(others)}
+    return {block: f"grid-row:{row};grid-column:{column}" for block, (row, column) in rows.items()}
+
+
+def _side(block: str) -> str:
+    """ "down", "up", "input", ...: what a block's place in the drawing looks like."""
+    known = ("down", "up", "mid", "input", "output")
+    return next((side for side in known if block == side or block.startswith(f"{side}_block")), "other")
 
 
 def _summary(inputs: Inputs, plan: Plan) -> str:

@@ -1,5 +1,61 @@
 "use strict";
-// Sorting and filtering of the layer table. Everything on the page is readable without it.
+// Two pictures with a slider between them. Everything on the page is readable without the script.
+(() => {
+  const box = document.getElementById("compare");
+  const table = document.querySelector("table.pictures");
+  if (!box || !table) return;
+  const part = (name) => document.getElementById(`compare-${name}`);
+  const [stage, at, row, left, right] = ["stage", "at", "row", "left", "right"].map(part);
+  const pictures = ["left", "right"].map((side) => {
+    const image = document.createElement("img");
+    image.className = side;
+    image.draggable = false;
+    image.onload = () => image.classList.toggle("pixels", image.naturalWidth < 200);
+    return image;
+  });
+  stage.append(...pictures);
+
+  const cell = (side) => table.tBodies[0].rows[Number(row.value)].cells[Number(side.value) + 1];
+  const show = () => {
+    [left, right].forEach((side, i) => {
+      const shown = cell(side).firstElementChild;
+      pictures[i].src = shown.src;
+      pictures[i].alt = shown.alt;
+    });
+    const name = (side) => side.selectedOptions[0].textContent;
+    const decibel = cell(right).dataset.psnr;
+    const first = left.options[0].textContent;
+    part("said").textContent = `${name(left)} | ${name(right)}` +
+      (decibel ? `: PSNR ${decibel} dB against ${first.toLowerCase()}` : `: the same picture as ${first.toLowerCase()}`);
+  };
+  const slide = () => stage.style.setProperty("--at", `${at.value}%`);
+  const drag = (event) => {
+    const area = stage.getBoundingClientRect();
+    at.value = String(Math.round((100 * (event.clientX - area.left)) / area.width));
+    slide();
+  };
+  stage.onpointerdown = (event) => {
+    stage.setPointerCapture(event.pointerId);
+    drag(event);
+  };
+  stage.onpointermove = (event) => event.buttons && drag(event);
+  at.oninput = slide;
+  row.onchange = left.onchange = right.onchange = show;
+  part("difference").onchange = (event) => stage.classList.toggle("difference", event.target.checked);
+  table.onclick = (event) => {
+    const chosen = event.target.closest("td");
+    if (!chosen) return;
+    row.value = String(chosen.parentElement.sectionRowIndex);
+    right.value = String(chosen.cellIndex - 1);
+    show();
+    box.scrollIntoView({ block: "nearest" });
+  };
+  box.hidden = false;
+  show();
+  slide();
+})();
+
+// Sorting and filtering of the layer table.
 (() => {
   const table = document.getElementById("layer-table");
   if (!table) return;
