@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,3 +85,23 @@ def batches(count: int, rows: int = 4) -> list[Tensor]:
     """Words below 8 of 12: some rows of the embedding are never read."""
     generator = torch.Generator().manual_seed(5)
     return [torch.randint(0, 8, (rows, 9), generator=generator) for _ in range(count)]
+
+
+class ExactRoots(torch.optim.AdamW):
+    """torch's for-loop AdamW, operator by operator, with correctly rounded square roots."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                state["step"] += 1
+                p.mul_(1 - lr * group["weight_decay"])
+                state["exp_avg"].lerp_(p.grad, 1 - beta1)
+                state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                root = state["exp_avg_sq"].double().sqrt().to(torch.float32)
+                denominator = (root / (1 - beta2 ** state["step"]) ** 0.5).add_(group["eps"])
+                p.addcdiv_(state["exp_avg"], denominator, value=-lr / (1 - beta1 ** state["step"]))

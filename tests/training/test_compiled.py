@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -14,29 +17,9 @@ from torch._inductor.utils import run_and_get_code
 from mixdq_ao import MemoryEfficientAdamW, MemoryEfficientSGD
 from mixdq_ao.training.update import compiled_kernel
 
-from .models import BF16, awkward, batches, give_gradients, same_bits, tied
+from .models import BF16, ExactRoots, awkward, batches, give_gradients, same_bits, tied
 
-STEPS = 60
-
-
-class ExactRoots(torch.optim.AdamW):
-    """torch's for-loop AdamW, operator by operator, with correctly rounded square roots."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            (beta1, beta2), lr = group["betas"], group["lr"]
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-                state["step"] += 1
-                p.mul_(1 - lr * group["weight_decay"])
-                state["exp_avg"].lerp_(p.grad, 1 - beta1)
-                state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-                root = state["exp_avg_sq"].double().sqrt().to(torch.float32)
-                denominator = (root / (1 - beta2 ** state["step"]) ** 0.5).add_(group["eps"])
-                p.addcdiv_(state["exp_avg"], denominator, value=-lr / (1 - beta1 ** state["step"]))
+STEPS, ROOT = 60, Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +125,12 @@ def test_inside_backward():
         found.append([optimizer.fp32(p) for p in model.parameters()])
     assert all((a - b).abs().max() < 1e-3 for a, b in zip(*found, strict=True))
     assert compiled_kernel() is compiled_kernel()
+
+
+def test_the_kernel_for_gpus_gives_the_same_bits():
+    """Inductor's Triton, executed by Triton's interpreter; see ``interpreted_step.py``."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.training.interpreted_step"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-6000:]

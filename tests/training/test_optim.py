@@ -698,3 +698,10 @@ def test_gradients_whose_norm_overflows_are_finite():
     p.grad, q.grad = torch.full((3,), 3e38), torch.ones(3)
     optimizer.step()
     assert (q < 0).all() and optimizer.state[p]["step"] == 1 and optimizer.skipped == 0
+
+
+def test_the_short_module_has_the_same_classes():
+    from mixdq_ao import optim
+
+    assert optim.MemoryEfficientAdamW is MemoryEfficientAdamW and optim.MemoryEfficientSGD is MemoryEfficientSGD
+    assert set(optim.__all__) <= set(dir(optim))
