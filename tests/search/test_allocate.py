@@ -13,12 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples.sdxl_turbo_plan import OUT as SHIPPED
 from mixdq_ao.errors import AllocationError
+from mixdq_ao.layers import find_layers
 from mixdq_ao.plan import LayerPlan, Plan
 from mixdq_ao.search.additive import additive_errors, pool_decreasing
 from mixdq_ao.search.allocate import allocate, sweep
 from mixdq_ao.search.highs import Choices, branch_and_bound
 from mixdq_ao.search.pareto import pareto
+from mixdq_ao.search.prediction import predicted_error
 from mixdq_ao.search.program import InfeasibleProgram, solve
 from mixdq_ao.search.sensitivity import GROUPS, LayerSensitivity, Sensitivity
 from mixdq_ao.search.split import SPLITS, group_budgets
@@ -426,3 +429,16 @@ def test_unreachable_for_the_published_method_but_not_for_additive() -> None:
         allocate(sensitivity(), weight_bits=2.6)
     found = allocate(sensitivity(), weight_bits=2.6, objective="additive")
     assert found.status == "optimal" and found.predicted_error is not None
+
+
+def test_the_plan_that_ships_fits_sdxl_and_beats_the_published_one(sdxl) -> None:
+    plan = Plan.load(SHIPPED)
+    summary = plan.summary(sdxl)
+    assert summary.average_weight_bits <= 4 + 1e-9 and summary.act_counts == {8: 786, 16: 8}
+    weights = sum(m.weight.numel() for m in find_layers(sdxl).values())
+    assert 0.5 < summary.bytes / weights < 0.53
+    if (FOLDER / "plan_weight_4.00.yaml").exists():
+        theirs = Plan.from_mixdq_yaml(FOLDER / "plan_weight_4.00.yaml", FOLDER / "plan_act_7.77.yaml")
+        ours = predicted_error(sensitivity(), plan)
+        assert ours == pytest.approx(plan.metadata["predicted_error"])
+        assert ours < 0.7 * predicted_error(sensitivity(), theirs)
