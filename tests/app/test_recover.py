@@ -31,6 +31,7 @@ def files(tmp_path, _bundled):
 
 def test_recover_and_load(capsys, files, shapes):
     size = ("--steps", 3, "--batch-size", 4, "--trajectory", 1, "--checkpoint", files / "run")
+    size += ("--fixed-scales", "--evaluate-every", 2, "--block-weight", 0.5)
     inputs = (shapes.PIPELINE, "--plan", files / "plan.json", "--prompts", files / "prompts.txt")
     code, out, err = run(capsys, "recover", *inputs, *size, "--out", files / "unet", "--json")
     assert code == 0, err
@@ -39,7 +40,11 @@ def test_recover_and_load(capsys, files, shapes):
     assert figures["real"] == pytest.approx(figures["after"], rel=0.02)
     unet = load_quantized(files / "unet")
     assert is_quantized(unet.get_submodule("conv_in").weight)
-    assert (files / "run" / "run.json").exists()
+    recipe = json.loads((files / "run" / "run.json").read_text())["recipe"]
+    assert (recipe["learn_scales"], recipe["evaluate_every"], recipe["block_weight"]) == (False, 2, 0.5)
+    longer = ("--steps", 5, *size[2:], "--out", files / "unet")
+    code, out, err = run(capsys, "recover", *inputs, *longer)
+    assert code == 2 and "steps was 3 there and is 5 now (a run cannot be lengthened" in err
 
 
 def test_errors_are_one_line(capsys, files, shapes):

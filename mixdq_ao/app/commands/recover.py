@@ -34,13 +34,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     what = "weights: everything (default); low_rank: thin matrices added to weights before rounding, less memory"
     parser.add_argument("--train", choices=("weights", "low_rank"), default="weights", help=what)
     parser.add_argument("--rank", type=at_least(1), default=16, metavar="N", help="of low_rank (default 16)")
+    fixed = "keep the weights' scales as the plan makes them (default: they are trained too)"
+    parser.add_argument("--fixed-scales", dest="learn_scales", action="store_false", help=fixed)
     parser.add_argument("--learn-ranges", action="store_true", help="train the ranges of layers' inputs too")
+    beside = "weight of the blocks' own relative errors beside the output's (default 0)"
+    parser.add_argument("--block-weight", type=float, default=0.0, metavar="X", help=beside)
     noise = "record trajectories anew after so many steps (default 0: never)"
     parser.add_argument("--refresh", type=at_least(0), default=0, metavar="N", help=noise)
     scale = "classifier-free guidance of the trajectories; 0 turns it off (default)"
     parser.add_argument("--guidance-scale", type=float, default=0.0, metavar="X", help=scale)
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of noise and batches (default 0)")
-    place = "directory to keep the run in; the same command goes on after it was killed"
+    often = "steps between measurements on held-out prompts (default 100)"
+    parser.add_argument("--evaluate-every", type=at_least(1), default=100, metavar="N", help=often)
+    place = (
+        "directory to keep the run in; the same command goes on after it was killed (a finished run is not lengthened)"
+    )
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help=place)
     options.out(parser, "recovered", "directory for the quantized denoiser")
     options.as_json(parser)
@@ -56,8 +64,9 @@ def run(args: argparse.Namespace) -> None:
     from ...training.recover_loop import decibel
 
     plan.validate(denoiser(pipe))
-    names = ("block_steps", "batch_size", "trajectory", "train", "rank", "learn_ranges", "refresh", "guidance_scale")
-    chosen: dict[str, Any] = {name: getattr(args, name) for name in (*names, "seed")}
+    names = ("block_steps", "batch_size", "trajectory", "train", "rank", "learn_scales", "learn_ranges")
+    names += ("block_weight", "refresh", "evaluate_every", "guidance_scale", "seed")
+    chosen: dict[str, Any] = {name: getattr(args, name) for name in names}
     chosen |= {} if args.lr is None else {"lr": args.lr}
     chosen |= {"held_out": held_out, "checkpoint": args.checkpoint, "moments": _moments(args, pipe, plan, prompts)}
     found = recover(pipe, plan, prompts, steps=args.steps, **chosen)
