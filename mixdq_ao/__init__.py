@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         SensitivityError,
         TextEncoderError,
     )
+    from .models.fused_projections import fuse_projections, unfuse_projections
     from .models.pipelines import Sampling, generate
     from .models.serialization import load_quantized, save_quantized
     from .models.text_reuse import reuse_text_projections
@@ -61,6 +62,8 @@ _HOME = {
     "ScheduleError": "errors",
     "SensitivityError": "errors",
     "TextEncoderError": "errors",
+    "fuse_projections": "models.fused_projections",
+    "unfuse_projections": "models.fused_projections",
     "Sampling": "models.pipelines",
     "generate": "models.pipelines",
     "load_quantized": "models.serialization",

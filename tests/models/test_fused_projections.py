@@ -1,0 +1,94 @@
+"""Joint projections: the same bits as one layer after another, no more bytes, undone without a trace."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from mixdq_ao import LayerPlan, MixDQTensor, Plan, QuantizationError, mixdq_config, quantize_
+from mixdq_ao.app.measure import held_bytes
+from mixdq_ao.layers import find_layers
+from mixdq_ao.models.fused_projections import fuse_projections, unfuse_projections
+from mixdq_ao.quantize.join import joined
+from mixdq_ao.quantize.quantizer import act_params
+from tests.conftest import bos_row, unet_inputs
+
+ACT = act_params(-2.0, 3.0)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_joint_weight_gives_the_parts_side_by_side(bits, bos):
+    embedding = bos_row() if bos else None
+    weights = [MixDQTensor.from_hp(torch.randn(n, 24), bits, act=ACT, bos_embedding=embedding) for n in (5, 8, 3)]
+    x = torch.randn(2, 7, 24)
+    if bos:
+        x[:, 0] = bos_row()
+    expected = torch.cat([torch.nn.functional.linear(x, w) for w in weights], -1)
+    whole = joined(weights)
+    assert torch.equal(torch.nn.functional.linear(x, whole), expected)
+    assert torch.equal(whole.dequantize(), torch.cat([w.dequantize() for w in weights]))
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        (MixDQTensor.from_hp(torch.ones(4, 24), 4, act=ACT), "bits"),
+        (MixDQTensor.from_hp(torch.ones(4, 16), 8, act=ACT), "length"),
+        (MixDQTensor.from_hp(torch.ones(4, 24), 8, act=act_params(-1.0, 1.0)), "shared_key"),
+        (MixDQTensor.from_hp(torch.ones(4, 24), 8), "act_levels"),
+        (MixDQTensor.from_hp(torch.ones(4, 24, dtype=torch.float16), 8, act=ACT), "dtype"),
+    ],
+)
+def test_weights_that_differ_are_refused(other, what):
+    with pytest.raises(QuantizationError, match=f"differ in {what}"):
+        joined([MixDQTensor.from_hp(torch.ones(4, 24), 8, act=ACT), other])
+
+
+@pytest.fixture
+def quantized(unet, calibration):
+    """Uniform but for one attention whose value has other bits than its query and key."""
+    plan = Plan.uniform(unet, 4, 8)
+    name = next(n for n in plan.layers if n.endswith("attn1.to_v"))
+    plan = plan.with_layers({name: LayerPlan(weight_bits=8, act_bits=8)}).with_calibration(calibration)
+    quantize_(unet, mixdq_config(plan))
+    return unet, name.removesuffix(".to_v")
+
+
+@torch.no_grad()
+def test_the_same_output_and_bytes(quantized):
+    unet, mixed = quantized
+    attentions = {n.rpartition(".")[0] for n in find_layers(unet) if n.endswith(".to_q")}
+    inputs = unet_inputs()
+    expected, size = unet(**inputs)[0], held_bytes(unet)
+    fused = fuse_projections(unet)
+    assert set(fused) == attentions - {mixed}
+    assert torch.equal(unet(**inputs)[0], expected)
+    assert held_bytes(unet) == size
+
+
+@torch.no_grad()
+def test_undone_without_a_trace(quantized):
+    unet, _ = quantized
+    before, inputs = copy.deepcopy(unet), unet_inputs()
+    fuse_projections(unet)
+    unfuse_projections(unet)
+    assert unet.state_dict().keys() == before.state_dict().keys()
+    assert [type(p) for p in unet.attn_processors.values()] == [type(p) for p in before.attn_processors.values()]
+    assert torch.equal(unet(**inputs)[0], before(**inputs)[0])
+
+
+@torch.no_grad()
+def test_one_product_is_called(quantized, monkeypatch):
+    unet, mixed = quantized
+    fused, inputs = fuse_projections(unet), unet_inputs()
+    layers = find_layers(unet)
+    apart = [n for n in layers if n.rpartition(".")[0] in fused and n.endswith(("to_k", "to_v"))]
+    called = []
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda *_, name=name: called.append(name))
+    unet(**inputs)
+    assert not set(apart) & set(called)
+    assert sum(n.endswith(("to_qkv", "to_kv")) for n in called) == len(fused)
