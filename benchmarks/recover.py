@@ -153,14 +153,15 @@ def table(results: list[dict[str, Any]]) -> str:
     results = sorted(results, key=lambda r: r["average_weight_bits"])
     title = (__doc__ or "").split("\n\n")[1].replace("\n", " ").split(" The run is")[0]
     lines = [
-        f"{title} Pairs are at 1 and 4 steps; by rounding alone: each channel's minimum and maximum, to nearest.",
+        f"{title} Pairs are at 1 and 4 steps. Rounded: each channel's minimum and maximum, to nearest; start: the same "
+        "bits with a better rounding, from which training starts; trained: as packed integers.",
         "",
-        "| weight bits | bytes | agreement, % | rounding alone | trained back | PSNR, dB, rounding alone "
-        "| from the better rounding of the start | trained back | steps, core minutes |",
-        "|---" * 9 + "|",
+        "| weight bits | bytes | agreement, %: full precision | rounded | start | trained | PSNR, dB: rounded | start "
+        "| trained | steps, core minutes |",
+        "|---" * 10 + "|",
         *map(_row, results),
         "",
-        *(f"- {r['average_weight_bits']:g} bits: `{r['command']}`" for r in results),
+        *(f"- {r['average_weight_bits']:.2f} bits, start {r['prompts']['start']}: `{r['command']}`" for r in results),
     ]
     return "\n".join(lines) + "\n"
 
@@ -168,8 +169,8 @@ def table(results: list[dict[str, Any]]) -> str:
 def _row(result: dict[str, Any]) -> str:
     pictures, training = result["pictures"], result["training"]
     pair = lambda title, key, form, scale=1: " / ".join(form % (scale * pictures[title][s][key]) for s in ("1", "4"))  # noqa: E731
-    cells = [f"{result['average_weight_bits']:g}", f"{result['bytes']:,}"]
-    cells += [pair(title, "agreement", "%.1f", 100) for title in ("full", "rounded", "recovered")]
+    cells = [f"{result['average_weight_bits']:.2f}", f"{result['bytes']:,}"]
+    cells += [pair(title, "agreement", "%.1f", 100) for title in ("full", "rounded", "start", "recovered")]
     cells += [pair(title, "psnr", "%.1f") for title in ("rounded", "start", "recovered")]
     return f"| {' | '.join(cells)} | {training['recipe']['steps']}, {training['core_seconds'] / 60:.0f} |"
 
