@@ -62,8 +62,10 @@
   const body = table.tBodies[0];
   const rows = [...body.rows];
 
-  const visible = (cell) =>
-    [...cell.querySelectorAll(".plan")].find((e) => getComputedStyle(e).display !== "none") || cell;
+  const visible = (cell) => {
+    const plan = document.querySelector("input[name=plan]:checked");
+    return (plan && cell.querySelector(`.p${plan.id.slice("plan-".length)}`)) || cell;
+  };
   const key = (row, column) => {
     const element = visible(row.cells[column]);
     const value = element.dataset.sort ?? element.textContent;
