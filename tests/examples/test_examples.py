@@ -1,0 +1,127 @@
+"""The examples run as they stand, on the bundled pipeline."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PIPELINE = EXAMPLES / "shapes" / "pipeline"
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory, shapes) -> Path:
+    """What examples.finetune stores of the bundled pipeline."""
+    from examples import finetune
+
+    folder = tmp_path_factory.mktemp("finetune")
+    (folder / "prompts.txt").write_text("\n".join(p.text for p in shapes.prompts(4, seed=1)))
+    out = folder / "quantized"
+    finetune.main([str(PIPELINE), "--prompts", str(folder / "prompts.txt"), "--out", str(out), "--steps", "1"])
+    return out
+
+
+def test_a_finetune_is_stored_small(quantized):
+    stored = sum(f.stat().st_size for f in (quantized / "unet").glob("*.safetensors"))
+    original = sum(f.stat().st_size for f in (PIPELINE / "unet").glob("*.safetensors"))
+    layers = json.loads((quantized / "unet" / "config.json").read_text())
+    assert stored < 0.5 * original and "mixdq" in json.dumps(layers)
+
+
+def test_few_steps_need_the_first_token_apart(bundled):
+    from examples import turbo
+
+    naive = turbo.compare(bundled.pipe, turbo.PROMPTS, [1], bos=False)[1]
+    apart = turbo.compare(bundled.pipe, turbo.PROMPTS, [1])[1]
+    assert apart > 40 > 30 > naive
+
+
+def test_pictures_over_http(quantized):
+    from examples import serve
+
+    pipe = serve.load(str(quantized))
+    with serve.server(pipe, 0) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{http.server_port}/"
+
+        def get(query: str) -> Image.Image:
+            with urllib.request.urlopen(address + query, timeout=60) as answer:
+                assert answer.headers["Content-Type"] == "image/png"
+                return Image.open(io.BytesIO(answer.read())).convert("RGB")
+
+        first, again, other = (get(f"?prompt=a+red+circle&steps=1&seed={seed}") for seed in (1, 1, 2))
+        assert first.size == (64, 64) and first.tobytes() == again.tobytes() != other.tobytes()
+        for query, words in (
+            ("", "prompt is missing"),
+            ("?prompt=x&steps=0", "expected 1 to 50"),
+            ("?prompt=x&seed=y", "'y'"),
+        ):
+            with pytest.raises(urllib.error.HTTPError, match="400.*" + words):
+                get(query)
+        http.shutdown()
+
+
+@pytest.fixture
+def comfyui(monkeypatch, tmp_path) -> ModuleType:
+    """ComfyUI's folder_paths, as far as the nodes use it."""
+    module: Any = ModuleType("folder_paths")
+    places: dict[str, list[str]] = {}
+    module.models_dir = str(tmp_path / "models")
+    module.add_model_folder_path = lambda name, path: places.setdefault(name, [path])
+    module.get_folder_paths = lambda name: places[name][:]
+    monkeypatch.setitem(sys.modules, "folder_paths", module)
+    return module
+
+
+def test_comfyui_nodes(comfyui, quantized):
+    from examples import comfyui as nodes
+
+    assert nodes.folders() == {}
+    place = Path(comfyui.models_dir, "mixdq")
+    place.mkdir(parents=True)
+    (place / "no-pipeline").mkdir()
+    (place / "shapes-w4").symlink_to(quantized)
+    loader, drawer = (kind() for kind in nodes.NODE_CLASS_MAPPINGS.values())
+    assert loader.INPUT_TYPES()["required"]["name"] == (["shapes-w4"],)
+    (pipe,) = getattr(loader, loader.FUNCTION)(name="shapes-w4", device="cpu")
+    given = {n: spec[1]["default"] for n, spec in drawer.INPUT_TYPES()["required"].items() if "default" in str(spec)}
+    given |= {"pipeline": pipe, "prompt": "a large red circle", "steps": 1, "batch_size": 2}
+    (images,) = getattr(drawer, drawer.FUNCTION)(**given)
+    assert images.shape == (2, 64, 64, 3) and images.dtype == torch.float32
+    assert 0 <= images.min() < images.max() <= 1 and not torch.equal(images[0], images[1])
+
+
+def test_comfyui_nodes_import_without_comfyui_and_torch():
+    import subprocess
+
+    script = "import sys, examples.comfyui; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=EXAMPLES.parent, check=False).returncode == 0
+
+
+def test_the_notebook_runs_from_top_to_bottom(monkeypatch, capsys):
+    """Every code cell in order, as a kernel would; nothing it holds was computed elsewhere."""
+    notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) >= (4, 5)
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+    monkeypatch.chdir(EXAMPLES.parent)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            exec(compile("".join(cell["source"]), f"quickstart.ipynb, {cell['id']}", "exec"), names)
+    said = capsys.readouterr().out
+    assert "the same pictures: True" in said
+    quality = [float(line.split()[1]) for line in said.splitlines() if line.startswith("PSNR")]
+    naive, apart, four = quality
+    assert naive < 30 < four < apart + 20 and apart > 40
