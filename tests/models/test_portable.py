@@ -1,0 +1,110 @@
+"""torch.export and ahead-of-time packages of quantized modules; run by a process that does not know us."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from mixdq_ao import CheckpointError, Plan, calibrate, mixdq_config, quantize_
+from mixdq_ao.models.portable import captured_call, export, package
+
+
+class Small(nn.Module):
+    """A convolution, a linear layer and a BOS-like one, of odd sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 7, 3, 2, 1)
+        self.wide = nn.Conv2d(7, 5, 1)
+        self.out = nn.Linear(5, 6)
+        self.other = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        y = self.wide(torch.nn.functional.silu(self.conv(x))).flatten(2).transpose(1, 2)
+        return self.other(torch.nn.functional.gelu(self.out(y))) * scale
+
+
+BITS = {"conv": (8, 8), "wide": (4, 8), "out": (2, 16), "other": (4, 16)}
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    model, x = Small().eval(), torch.randn(2, 3, 9, 9)
+    calibration = calibrate(model, run=lambda: model(x))
+    plan = Plan.uniform(model, 8, 8)
+    layers = {
+        n: replace(v, weight_bits=BITS[n][0], act_bits=BITS[n][1], symmetric=None) for n, v in plan.layers.items()
+    }
+    quantize_(model, mixdq_config(plan.with_layers(layers).with_calibration(calibration)))
+    with torch.no_grad():
+        return model, x, model(x)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_exported_graphs_give_the_same(small, plain, tmp_path):
+    model, x, expected = small
+    program = export(model, {"x": x}, plain=plain)
+    ours = [n.target for n in program.graph.nodes if "inductor_kernels" in str(n.target)]
+    assert len(ours) == (0 if plain else 4)
+    held = {t.dtype for t in program.state_dict.values()}
+    assert torch.int8 in held and torch.uint8 in held  # packed integers, not their floating-point values
+    error = (program.module()(x=x) - expected).abs().max()
+    assert error <= 2e-6 * expected.abs().max()
+    torch.export.save(program, tmp_path / "m.pt2")
+    assert torch.equal(torch.export.load(tmp_path / "m.pt2").module()(x=x), program.module()(x=x))
+
+
+def test_export_leaves_the_model_alone(small):
+    model, x, expected = small
+    weight = model.conv.weight
+    export(model, {"x": x}, plain=True)
+    assert model.conv.weight is weight and torch.equal(model(x), expected)
+
+
+def test_shapes_may_be_dynamic(small):
+    model, x, _ = small
+    auto = torch.export.Dim.AUTO
+    program = export(model, {"x": x}, plain=True, dynamic_shapes={"x": {0: auto, 2: auto, 3: auto}})
+    for shape in ((3, 3, 9, 9), (4, 3, 12, 12)):
+        other = torch.randn(shape)
+        with torch.no_grad():
+            expected = model(other)
+        assert (program.module()(x=other) - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+RUN = """
+import sys, torch
+compiled = torch._inductor.aoti_load_package(sys.argv[1])
+x, expected = torch.load(sys.argv[2])
+y = compiled(x=x)
+assert not {"mixdq_ao", "inductor_kernels", "torchao", "diffusers"} & set(sys.modules), "our Python was imported"
+assert (y - expected).abs().max() <= 2e-6 * expected.abs().max(), (y - expected).abs().max()
+print("the same")
+"""
+
+
+def test_a_package_runs_in_a_process_without_us(small, tmp_path):
+    model, x, expected = small
+    path = tmp_path / "small.pt2"
+    assert package(model, {"x": x}, path) is False
+    torch.save((x, expected), tmp_path / "data")
+    arguments = [sys.executable, "-c", RUN, str(path), str(tmp_path / "data")]
+    run = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0 and run.stdout == "the same\n", run.stderr[-2000:]
+
+
+def test_what_cannot_be_packaged_is_said(small, tmp_path):
+    model, x, _ = small
+    with pytest.raises(CheckpointError, match="ends in .pt2"):
+        package(model, {"x": x}, tmp_path / "model.so")
+    with pytest.raises(CheckpointError, match="no quantized layer"):
+        package(Small(), {"x": x}, tmp_path / "m.pt2")
+    with pytest.raises(CheckpointError, match="was not called"):
+        captured_call(model, lambda: None)
+    assert set(captured_call(model, lambda: model(x, scale=2.0))) == {"x", "scale"}
