@@ -1,0 +1,223 @@
+"""mixdq evaluate"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import options
+from ..inputs import at_least, load_pipeline, load_plan
+from ..output import counted, show_json, show_table, wrote
+
+if TYPE_CHECKING:
+    from ...evaluate import Results, Run
+    from ...evaluate.choose import Sources
+    from ...plan import Plan
+
+HELP = "draw pictures for the prompts of a benchmark and judge them: FID, CLIPScore, ImageReward, LPIPS, SSIM, PSNR"
+EXAMPLE = (
+    "mixdq evaluate run examples/shapes/pipeline --plan plan.json --prompts prompts.txt --reference out/fp32 "
+    "--metrics ssim,psnr --out out/w8a8"
+)
+METRICS = "fid,clip,imagereward,lpips,ssim,psnr"
+PACKAGES = ("pillow", "torch-fidelity", "torchmetrics", "torchvision")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="run|real|table", parser_class=type(parser))
+    for name, text, add in (
+        ("run", "draw and judge; a stopped run continues, shards meet in one directory", _run_arguments),
+        ("real", "features of real pictures, for FID", _real_arguments),
+        ("table", "runs side by side, with intervals of the differences", _table_arguments),
+    ):
+        add(kinds.add_parser(name, help=text, description=text[0].upper() + text[1:] + "."))
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    options.pipeline(parser)
+    options.plan(parser, required=False)
+    options.calibration(parser, "ranges for a plan without them")
+    _prompts(parser, required=True)
+    parser.add_argument("--metrics", default="ssim,psnr", metavar="LIST", help=f"some of {METRICS}; or none")
+    parser.add_argument(
+        "--reference", type=Path, metavar="DIR", help="the run of full precision, for lpips, ssim and psnr"
+    )
+    parser.add_argument("--real", type=Path, metavar="FILE", help="from mixdq evaluate real, for fid")
+    _features(parser)
+    parser.add_argument("--clip", metavar="NAME", help="directory or hub name (default openai/clip-vit-large-patch14)")
+    parser.add_argument("--imagereward", type=Path, metavar="FILE", help="its weights, safetensors")
+    parser.add_argument(
+        "--bert", metavar="NAME", help="ImageReward's tokenizer (default google-bert/bert-base-uncased)"
+    )
+    parser.add_argument("--lpips", choices=("alex", "vgg", "squeeze"), default="alex", help="default alex")
+    parser.add_argument("--shard", default="1/1", metavar="K/N", help="only part K of N; others may run elsewhere")
+    parser.add_argument("--height", type=at_least(8), metavar="N", help="pixels (default: the model's own)")
+    parser.add_argument("--width", type=at_least(8), metavar="N", help="pixels (default: the model's own)")
+    parser.add_argument("--compile", action="store_true", help="compile the denoiser first; pays with many pictures")
+    options.sampling(parser, "1", 16)
+    options.out(parser, "evaluation", "directory of the run; give the same to continue")
+    options.as_json(parser)
+
+
+def _real_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="with real pictures, in folders or not")
+    _prompts(parser, required=False)
+    _features(parser)
+    parser.add_argument("--crop", type=at_least(8), metavar="N", help="resize and cut to N x N first (default: as is)")
+    parser.add_argument("--batch-size", type=at_least(1), default=32, metavar="N", help="pictures at once (default 32)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    options.out(parser, "real.safetensors", "file to write")
+
+
+def _table_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="DIR", help="of finished runs; differences are from the first"
+    )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table here")
+    options.as_json(parser)
+
+
+def _prompts(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    what = "COCO's captions_*.json, MJHQ-30K's meta_data.json, one a line, or org/dataset[:file] on the hub"
+    why = "" if required else "; only the pictures that these name (default: all)"
+    parser.add_argument("--prompts", required=required, metavar="FILE", help=what + why)
+    parser.add_argument("--count", type=at_least(1), metavar="N", help="the first N of them (default: all)")
+
+
+def _features(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--inception", type=Path, metavar="FILE", help="weights of FID's Inception v3, safetensors")
+    parser.add_argument("--resize", choices=("tensorflow", "clean"), default="tensorflow", help="default tensorflow")
+    parser.add_argument("--features", metavar="MODULE:FUNCTION", help="other features than Inception's, for fid")
+
+
+def run(args: argparse.Namespace) -> None:
+    {"run": _run, "real": _real, "table": _table}[args.kind](args)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from ...evaluate import Run, Settings, Shard, content_of, read_prompts
+    from ...evaluate.choose import choose
+    from ...evaluate.settings import digest
+
+    shard, prompts = Shard.parse(args.shard), read_prompts(args.prompts).first(args.count)
+    plan = load_plan(args.plan, args.calibration) if args.plan else None
+    device = _device(args.device)
+    names = ("steps", "guidance_scale", "seed", "height", "width")
+    chosen: dict[str, Any] = {name: getattr(args, name) for name in names}
+    chosen["dtype"] = args.dtype or ("float32" if device.startswith("cpu") else "float16")
+    chosen |= {"plan": None if plan is None else digest(plan.to_json())}
+    chosen |= {"prompts": prompts.digest, "count": len(prompts.texts), "content": content_of(args.pipeline)}
+    metrics = choose([n for n in args.metrics.split(",") if n not in ("", "none")], _sources(args, device))
+    settings = Settings(pipeline=args.pipeline, **chosen)
+    job = Run(args.out, settings, prompts, metrics, lambda: _load(args, device, plan), args.reference)
+    done = job.work(shard, args.batch_size)
+    figures = job.figures()
+    if figures is None:
+        wrote(args.out, f"{job.done()} of {counted(settings.count, 'picture')}; run without --shard when all are there")
+        return
+    wrote(args.out, f"{counted(settings.count, 'picture')}, {done} of them drawn or judged now")
+    _finish(args, job, figures, device)
+
+
+def _finish(args: argparse.Namespace, job: Run, figures: Any, device: str) -> None:
+    from ...evaluate import Results
+
+    results = Results.of(figures, job.metrics, job.settings, **_circumstances(args, device))
+    results.save(args.out)
+    _show({args.out.name: Results.load(args.out)}, args)
+
+
+def _circumstances(args: argparse.Namespace, device: str) -> dict[str, Any]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    from ..environment import environment
+
+    found = environment()
+    for name in PACKAGES:
+        try:
+            found["packages"][name] = version(name)
+        except PackageNotFoundError:
+            found["packages"][name] = None
+    given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("run", "traceback")}
+    return {"options": given, "device": device, "environment": found}
+
+
+def _load(args: argparse.Namespace, device: str, plan: Plan | None) -> Any:
+    pipe = load_pipeline(args.pipeline, device=device, dtype=args.dtype)
+    from mixdq_ao import bos_aware
+    from mixdq_ao.models.pipelines import denoiser
+    from mixdq_ao.quantize.bos_encoder import bos_embedding_of
+
+    from ..quantized import apply_plan, compile_denoiser
+
+    if plan is not None:
+        apply_plan(pipe, plan)
+    elif bos_embedding_of(denoiser(pipe)) is not None:  # a pipeline that was saved quantized
+        bos_aware(pipe)
+    if args.compile:
+        compile_denoiser(pipe)
+    return pipe
+
+
+def _sources(args: argparse.Namespace, device: str) -> Sources:
+    from ...evaluate.choose import Sources
+
+    names = ("inception", "resize", "features", "real", "clip", "imagereward", "bert", "lpips")
+    given = {name: getattr(args, name, None) for name in names}
+    return Sources(device=device, **{name: value for name, value in given.items() if value is not None})
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _real(args: argparse.Namespace) -> None:
+    from ...errors import MixDQError
+    from ...evaluate import measure_real, read_prompts, real_files
+    from ...evaluate.choose import features_of
+
+    names = None
+    if args.prompts is not None:
+        names = read_prompts(args.prompts).first(args.count).files
+        if names is None:
+            raise MixDQError(f"{args.prompts}: names no pictures; leave --prompts out to take all in {args.directory}")
+    files = real_files(args.directory, names)[: args.count]
+    features, identity = features_of(_sources(args, _device(args.device)))
+    sizes: dict[str, Any] = {"crop": args.crop, "batch_size": args.batch_size}
+    found = measure_real(files, features, args.out, identity=identity, **sizes)
+    wrote(args.out, f"{len(found.mean)} features of {counted(len(files), 'picture')}")
+
+
+def _table(args: argparse.Namespace) -> None:
+    from ...evaluate import Results
+
+    same = len({path.name for path in args.runs}) < len(args.runs)
+    _show({str(path) if same else path.name: Results.load(path) for path in args.runs}, args)
+
+
+def _show(runs: dict[str, Results], args: argparse.Namespace) -> None:
+    from ...evaluate import markdown, rows_of
+
+    header, rows = rows_of(runs)
+    if getattr(args, "markdown", None) is not None:
+        args.markdown.parent.mkdir(parents=True, exist_ok=True)
+        args.markdown.write_text(markdown(header, rows), encoding="utf-8")
+        wrote(args.markdown, f"{counted(len(rows), 'run')}")
+    if args.json:
+        show_json({name: _figures(result) for name, result in runs.items()})
+        return
+    show_table("95 % intervals by bootstrap over pictures", header, rows)
+
+
+def _figures(result: Results) -> dict[str, Any]:
+    return {
+        name: {
+            "value": figure.value,
+            "interval": None if figure.interval is None else list(figure.interval),
+            "pictures": figure.count,
+        }
+        for name, figure in result.figures.items()
+    }

@@ -1,0 +1,128 @@
+"""Frechet distance of two Gaussians, and what each sample adds to it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import MixDQError
+
+SMALLEST = 1e-12
+"""Of the largest eigenvalue: smaller ones are rounding errors of zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gaussian:
+    """Mean [d] and covariance [d, d] of features, float64, and of how many pictures (None: not known)."""
+
+    mean: Tensor
+    covariance: Tensor
+    count: int | None = None
+
+    @classmethod
+    def of(cls, features: NDArray[np.floating] | Tensor) -> Gaussian:
+        """The mean and the unbiased covariance of features [n, d], n >= 2."""
+        features = torch.as_tensor(features).double()
+        if features.ndim != 2 or len(features) < 2:
+            raise MixDQError(f"features are {tuple(features.shape)}, expected [n, d] with n >= 2")
+        return cls(features.mean(0), torch.atleast_2d(torch.cov(features.T)), len(features))
+
+    def save(self, path: str | os.PathLike[str], features: str) -> None:
+        """Writes a safetensors file that also says by which ``features`` it was made."""
+        from ..models.safetensors_io import write_safetensors
+
+        tensors = {"mean": self.mean, "covariance": self.covariance, "count": torch.tensor(self.count or 0)}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(Path(path), tensors, {"features": features})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], features: str | None = None) -> Gaussian:
+        """From ``save``, or an .npz with ``mu`` and ``sigma`` as other tools write; nothing is unpickled.
+
+        ``features``: what they must be made by; an .npz does not say. Raises MixDQError naming the file.
+        """
+        path = Path(path)
+        read = _from_npz if path.suffix == ".npz" else _from_safetensors
+        try:
+            mean, covariance, count, made_by = read(path)
+        except MixDQError:
+            raise
+        except Exception as e:
+            raise MixDQError(
+                f"{path}: cannot be read: {e}; expected a file of mixdq evaluate real, or an .npz with mu and sigma"
+            ) from e
+        d = len(mean)
+        if mean.ndim != 1 or covariance.shape != (d, d) or not covariance.isfinite().all() or not mean.isfinite().all():
+            raise MixDQError(
+                f"{path}: mean is {tuple(mean.shape)} and covariance {tuple(covariance.shape)}, expected finite "
+                "[d] and [d, d]"
+            )
+        if features is not None and made_by not in (None, features):
+            raise MixDQError(f"{path}: was made by features {made_by!r}, expected {features!r}; make it with those")
+        return cls(mean, covariance, count or None)
+
+
+def _from_npz(path: Path) -> tuple[Tensor, Tensor, int, str | None]:
+    with np.load(path, allow_pickle=False) as file:
+        missing = {"mu", "sigma"} - set(file.files)
+        if missing:
+            raise MixDQError(f"{path}: has no array {min(missing)!r}, expected mu and sigma")
+        mean, covariance = (torch.from_numpy(np.asarray(file[n], dtype=np.float64)) for n in ("mu", "sigma"))
+    return mean, covariance, 0, None
+
+
+def _from_safetensors(path: Path) -> tuple[Tensor, Tensor, int, str | None]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        missing = {"mean", "covariance", "count"} - set(file.keys())
+        if missing:
+            raise MixDQError(f"{path}: has no tensor {min(missing)!r}; expected a file of mixdq evaluate real")
+        mean, covariance = file.get_tensor("mean").double(), file.get_tensor("covariance").double()
+        return mean, covariance, int(file.get_tensor("count")), (file.metadata() or {}).get("features")
+
+
+def distance(a: Gaussian, b: Gaussian) -> float:
+    """``|ma - mb|^2 + tr(Ca + Cb - 2 (Cb^(1/2) Ca Cb^(1/2))^(1/2))``: Heusel et al. 2017, equation 6, in a form that
+    needs symmetric eigen-decompositions only. Raises MixDQError where they differ in dimension."""
+    _same_size(a, b)
+    root = _power(b.covariance, 0.5)
+    cross = torch.linalg.eigvalsh(root @ a.covariance @ root).clamp_min(0).sqrt().sum()
+    value = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
+    return max(value.item(), 0.0)
+
+
+def influence(features: NDArray[np.floating] | Tensor, b: Gaussian) -> NDArray[np.float64]:
+    """[n]: by how much the distance of features [n, d] to ``b`` grows, to first order, per share of weight that moves
+    from all of them to one: ``2 (ma - mb) (x - ma) + (x - ma)' (I - T) (x - ma) - tr((I - T) Ca)``.
+
+    T = Cb^(1/2) (Cb^(1/2) Ca Cb^(1/2))^(-1/2) Cb^(1/2) is the optimal map between the centred Gaussians; I - T is the
+    derivative of the distance by Ca. Needs n > d, for Ca to be of full rank.
+    """
+    x = torch.as_tensor(features).double()
+    a = Gaussian.of(x)
+    _same_size(a, b)
+    root = _power(b.covariance, 0.5)
+    gradient = torch.eye(len(a.mean), dtype=torch.float64) - root @ _power(root @ a.covariance @ root, -0.5) @ root
+    centred = x - a.mean
+    linear = 2 * centred @ (a.mean - b.mean) + ((centred @ gradient) * centred).sum(1)
+    return (linear - linear.mean()).numpy()
+
+
+def _power(matrix: Tensor, exponent: float) -> Tensor:
+    """Of a symmetric matrix without negative eigenvalues; what is zero stays zero."""
+    values, vectors = torch.linalg.eigh(matrix)
+    smallest = SMALLEST * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
+    powers = torch.where(values > smallest, values.clamp_min(smallest).pow(exponent), torch.zeros_like(values))
+    return (vectors * powers) @ vectors.T
+
+
+def _same_size(a: Gaussian, b: Gaussian) -> None:
+    if a.mean.shape != b.mean.shape:
+        raise MixDQError(f"features have {len(a.mean)} and {len(b.mean)} dimensions, expected the same")

@@ -1,0 +1,147 @@
+"""Prompts of the usual benchmarks: COCO's captions, MJHQ-30K, a text file, or a file of a data set on the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import MixDQError
+from ..jsonfile import parse
+
+EXPECTED = "COCO's captions_*.json, MJHQ-30K's meta_data.json, or a text file with one prompt a line"
+HUB_FILE = "meta_data.json"
+"""Of a data set that is named without a file, as playgroundai/MJHQ-30K."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Prompts in the order of their file.
+
+    Attributes:
+        texts: one prompt per picture to draw.
+        files: name of the real picture each belongs to, where the file says; else None.
+        kind: "COCO", "MJHQ" or "text".
+    """
+
+    texts: tuple[str, ...]
+    files: tuple[str, ...] | None
+    kind: str
+
+    def first(self, count: int | None) -> Prompts:
+        """The first ``count``; all where None. Raises MixDQError where there are fewer."""
+        if count is None:
+            return self
+        if not 1 <= count <= len(self.texts):
+            raise MixDQError(f"count is {count}, expected 1 to {len(self.texts)}, the number of prompts")
+        return Prompts(self.texts[:count], None if self.files is None else self.files[:count], self.kind)
+
+    @property
+    def digest(self) -> str:
+        """Of the texts, in order."""
+        return hashlib.blake2b(json.dumps(self.texts).encode(), digest_size=16).hexdigest()
+
+
+def read_prompts(source: str | Path) -> Prompts:
+    """The prompts in a file, or in ``org/dataset`` or ``org/dataset:path/in/it.json`` on the hub.
+
+    - COCO: the first caption of every picture, pictures in the order of their first caption (as the released MixDQ
+      reads them).
+    - MJHQ-30K: the prompt of every picture, in order.
+    - text: one a line, UTF-8; blank lines are skipped.
+
+    Raises MixDQError naming the file and the entry.
+    """
+    path = _local(str(source))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as e:
+        raise MixDQError(f"{path}: cannot be read: {e.strerror}; expected {EXPECTED}") from e
+    except UnicodeDecodeError as e:
+        raise MixDQError(f"{path}: is not UTF-8 text (byte {e.start}); expected {EXPECTED}") from e
+    if path.suffix != ".json":
+        return _from_text(path, text)
+    try:
+        document = parse(text)
+    except (ValueError, RecursionError) as e:
+        raise MixDQError(f"{path}: not valid JSON ({e}); expected {EXPECTED}") from e
+    if not isinstance(document, dict) or not document:
+        raise MixDQError(f"{path}: is {type(document).__name__}, expected {EXPECTED}")
+    read: Callable[[Path, dict[str, Any]], Prompts] = _from_coco if "annotations" in document else _from_mjhq
+    return read(path, document)
+
+
+def _local(source: str) -> Path:
+    """The file itself; one on the hub is downloaded once."""
+    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", source) or Path(source).suffix == ".txt":
+        return Path(source)
+    name, _, file = source.partition(":")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, file or HUB_FILE, repo_type="dataset"))
+    except Exception as e:  # of many classes, by network and server
+        raise MixDQError(
+            f"{source}: is no file, and {file or HUB_FILE} of the data set {name} cannot be had from the hub "
+            f"({' '.join(str(e).split())[:120]}); expected {EXPECTED}"
+        ) from e
+
+
+def _from_text(path: Path, text: str) -> Prompts:
+    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not lines:
+        raise MixDQError(f"{path}: holds no prompt, expected one a line")
+    return Prompts(lines, None, "text")
+
+
+def _from_coco(path: Path, document: dict[str, Any]) -> Prompts:
+    names = _picture_names(path, document)
+    annotations = document["annotations"]
+    if not isinstance(annotations, list) or not annotations:
+        raise MixDQError(f"{path}: annotations is {type(annotations).__name__}, expected a list that is not empty")
+    captions: dict[int, str] = {}
+    for i, entry in enumerate(annotations):
+        where = f"{path}: annotations[{i}]"
+        if not isinstance(entry, dict) or type(entry.get("image_id")) is not int:
+            raise MixDQError(f"{where}: has no whole number 'image_id'; expected COCO's captions_*.json")
+        captions.setdefault(entry["image_id"], _text(where, "caption", entry.get("caption")))
+    missing = next((i for i in captions if i not in names), None) if names else None
+    if missing is not None:
+        raise MixDQError(f"{path}: picture {missing} has a caption and is not in images; the file is cut")
+    files = tuple(names[i] for i in captions) if names else None
+    return Prompts(tuple(captions.values()), files, "COCO")
+
+
+def _picture_names(path: Path, document: dict[str, Any]) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for i, entry in enumerate(document.get("images", ())):
+        if not isinstance(entry, dict) or type(entry.get("id")) is not int or not _plain(entry.get("file_name")):
+            raise MixDQError(f"{path}: images[{i}]: expected a whole number 'id' and a 'file_name'")
+        names[entry["id"]] = entry["file_name"]
+    return names
+
+
+def _from_mjhq(path: Path, document: dict[str, Any]) -> Prompts:
+    texts, files = [], []
+    for name, entry in document.items():
+        where = f"{path}: {name[:40]!r}"
+        if not isinstance(entry, dict) or not _plain(entry.get("category")) or not _plain(name):
+            raise MixDQError(f"{where}: is no entry with 'category' and 'prompt'; expected {EXPECTED}")
+        texts.append(_text(where, "prompt", entry.get("prompt")))
+        files.append(f"{entry['category']}/{name}.jpg")
+    return Prompts(tuple(texts), tuple(files), "MJHQ")
+
+
+def _text(where: str, field: str, value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise MixDQError(f"{where}: {field} is {value!r:.60}, expected a text that is not empty")
+    return value.strip()
+
+
+def _plain(name: object) -> bool:
+    """A file name, and no way out of the directory."""
+    return isinstance(name, str) and bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts

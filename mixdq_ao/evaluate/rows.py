@@ -1,0 +1,159 @@
+"""What a metric keeps of pictures, on disk: an append-only file that a killed run leaves readable.
+
+A line of JSON (format, version, what the rows are of, width, type), then records of one size: the number of the picture
+(int64), its row, a checksum of both (uint32); little-endian. A torn record at the end is cut off.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ..errors import MixDQError
+from ..jsonfile import parse
+from .metric import Rows
+
+FORMAT, VERSION = "mixdq-rows", 1
+TYPES = {"<f4", "<f8"}
+WIDEST = 1 << 16
+LONGEST_HEADER = 1 << 16  # bytes
+
+
+class RowFile:
+    """Rows by number of picture, one writer at a time; use as a context manager.
+
+    Args:
+        path: made where it does not exist.
+        subject: what the rows depend on, as JSON; a file of another subject is refused.
+    """
+
+    def __init__(self, path: Path, subject: Mapping[str, Any]) -> None:
+        self.path, self.subject = path, dict(subject)
+        self.rows: dict[int, np.ndarray] = {}
+        self._file: BinaryIO | None = None
+        self._dtype: np.dtype | None = None
+
+    def __enter__(self) -> RowFile:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+b")
+        except OSError as e:
+            raise MixDQError(f"{self.path}: cannot be opened for writing: {e.strerror}") from e
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file.seek(0)
+            self._dtype, self.rows, end = _parse(self.path, self._file.read(), self.subject)
+            self._file.truncate(end)
+        except BlockingIOError as e:
+            self._file.close()
+            raise MixDQError(f"{self.path}: another process writes to it; wait, or give each its --shard") from e
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def append(self, numbers: Sequence[int], rows: Rows) -> None:
+        """Stores rows [B, width]; they are on disk when this returns. Raises MixDQError on a full disk: what was
+        stored before stays readable."""
+        assert self._file is not None
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._dtype is None:
+                self._dtype = _record(rows.shape[1], rows.dtype.newbyteorder("<").str)
+                self._file.write(_header(self.subject, rows.shape[1], self._dtype["row"].base.str))
+            self._file.write(_pack(self._dtype, numbers, rows))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as e:
+            os.ftruncate(self._file.fileno(), end)
+            raise MixDQError(
+                f"{self.path}: cannot be written: {e.strerror}; run the same command again once there is room"
+            ) from e
+        self.rows.update(zip(numbers, rows, strict=True))
+
+
+def read_rows(paths: Iterable[Path], subject: Mapping[str, Any]) -> dict[int, np.ndarray]:
+    """Rows by number of picture in all the files, which may still be written to. Raises MixDQError naming a file."""
+    found: dict[int, np.ndarray] = {}
+    for path in paths:
+        found = _parse(path, path.read_bytes(), subject)[1] | found
+    return found
+
+
+def _record(width: int, kind: str) -> np.dtype:
+    return np.dtype([("number", "<i8"), ("row", kind, (width,)), ("check", "<u4")])
+
+
+def _header(subject: Mapping[str, Any], width: int, kind: str) -> bytes:
+    fields = {"format": FORMAT, "version": VERSION, "subject": dict(subject), "width": width, "type": kind}
+    return json.dumps(fields).encode() + b"\n"
+
+
+def _pack(dtype: np.dtype, numbers: Sequence[int], rows: Rows) -> bytes:
+    records = np.zeros(len(numbers), dtype)
+    records["number"], records["row"] = numbers, rows
+    records["check"] = [_check(r) for r in records]
+    return records.tobytes()
+
+
+def _check(record: np.void) -> int:
+    return zlib.crc32(record["row"].tobytes(), zlib.crc32(record["number"].tobytes()))
+
+
+def _parse(path: Path, data: bytes, subject: Mapping[str, Any]) -> tuple[np.dtype | None, dict[int, np.ndarray], int]:
+    """Type of the records (None: no header yet), rows, and where the last whole record ends."""
+    line, newline, _ = data.partition(b"\n")
+    if not newline and len(line) < LONGEST_HEADER:
+        return None, {}, 0  # empty, or killed while its first line was written
+    dtype = _read_header(path, line, subject)
+    start = len(line) + 1
+    whole = start + (len(data) - start) // dtype.itemsize * dtype.itemsize
+    records = np.frombuffer(data[start:whole], dtype)
+    for i, record in enumerate(records):
+        if _check(record) != record["check"]:
+            if i < len(records) - 1:
+                raise MixDQError(
+                    f"{path}: record {i} of {len(records)} is damaged; delete the file, its part is done anew"
+                )
+            whole, records = whole - dtype.itemsize, records[:-1]
+    return dtype, {int(r["number"]): r["row"].copy() for r in records}, whole
+
+
+def _read_header(path: Path, line: bytes, subject: Mapping[str, Any]) -> np.dtype:
+    try:
+        header = parse(line[:LONGEST_HEADER].decode())
+    except (ValueError, RecursionError) as e:
+        raise MixDQError(f"{path}: is no {FORMAT} file; choose another directory") from e
+    if not isinstance(header, dict) or (header.get("format"), header.get("version")) != (FORMAT, VERSION):
+        raise MixDQError(f"{path}: is no {FORMAT} file of version {VERSION}; choose another directory")
+    width, kind = header.get("width"), header.get("type")
+    if type(width) is not int or not 1 <= width <= WIDEST or kind not in TYPES:
+        raise MixDQError(
+            f"{path}: width is {width!r} and type {kind!r}, expected 1 to {WIDEST} and one of {sorted(TYPES)}"
+        )
+    if header.get("subject") != dict(subject):
+        raise MixDQError(
+            f"{path}: holds rows of {_short(header.get('subject'))}, expected {_short(dict(subject))}; "
+            "choose another directory, or delete the file"
+        )
+    return _record(width, kind)
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 160 else text[:157] + "..."
