@@ -190,7 +190,8 @@ def summarize(plan: Plan, model: nn.Module) -> PlanSummary:
 
 
 def _repeated_bytes(layers: Iterable[LayerPlan]) -> int:
-    """Bytes of activation parameters beyond the first of each value: weights hold equal ones once."""
+    """Bytes of activation parameters beyond the first of each value (of each scale, for zero points): weights hold
+    equal ones once."""
     acts = [
         act_params(*r, bits=layer.act_bits)
         for layer in layers
@@ -198,7 +199,7 @@ def _repeated_bytes(layers: Iterable[LayerPlan]) -> int:
         for r in (layer.act_range, layer.split_act_range)
         if r is not None
     ]
-    floats, integers = {v for a in acts for v in (a.scale, a.inv_scale)}, {a.zero_point for a in acts}
+    floats, integers = {v for a in acts for v in (a.scale, a.inv_scale)}, {(a.scale, a.zero_point) for a in acts}
     return 4 * (3 * len(acts) - len(floats) - len(integers))
 
 

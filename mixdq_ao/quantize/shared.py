@@ -17,17 +17,22 @@ _by_address: weakref.WeakValueDictionary[tuple, Tensor] = weakref.WeakValueDicti
 _lock = threading.RLock()  # reentrant: a collection inside may drop an entry
 
 
-def share(tensor: Tensor | None) -> Tensor | None:
+def share(tensor: Tensor | None, *beside: Tensor | None) -> Tensor | None:
     """The one tensor with these values on this device; ``tensor`` itself if it is the first, or not a plain one (fake
-    and functional tensors, while a graph is traced). What is returned must never be changed in place."""
-    if type(tensor) is not Tensor or tensor.is_meta:
+    and functional tensors, while a graph is traced). What is returned must never be changed in place.
+
+    ``beside``: tensors whose values must be the same too. Zero points are small numbers that agree by chance; layers
+    share one only with the scale it belongs to, so that equal blocks of a model look equal to a compiler.
+    """
+    if any(type(t) is not Tensor or t.is_meta for t in (tensor, *beside)) or tensor is None:
         return tensor
     layout = (tensor.device, tensor.dtype, tensor.shape)
     place = (*layout, tensor.data_ptr())  # an alias, as detach() makes, is recognised without reading its values
     with _lock:
         found = _by_address.get(place)
         if found is None:
-            found = _by_value.setdefault((*layout, tensor.cpu().numpy().tobytes()), tensor)
+            values = tuple(t.cpu().numpy().tobytes() for t in (tensor, *beside) if t is not None)
+            found = _by_value.setdefault((*layout, *values), tensor)
             _by_address[(*layout, found.data_ptr())] = found
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,17 @@ from .quantizer import ActQuant, WeightQuant, quantize_weight
 from .shared import key, share
 
 
-class MixDQTensor(TorchAOBaseTensor):
+class _Parameters(type(TorchAOBaseTensor)):
+    """``type(parameter)(tensor, requires_grad=...)`` makes a parameter of a tensor of that class, as nn.Parameter does:
+    offloading by accelerate puts weights back into a model in this way."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and isinstance(args[0], cls) and set(kwargs) <= {"requires_grad"}:
+            return torch.nn.Parameter(args[0], requires_grad=False)
+        return super().__call__(*args, **kwargs)
+
+
+class MixDQTensor(TorchAOBaseTensor, metaclass=_Parameters):
     """A weight of 8, 4 or 2 bits with, optionally, static activation quantization and BOS handling.
 
     Logical shape [N, K] (linear) or [O, C / groups, kh, kw] (convolution). Stored:
@@ -107,7 +118,7 @@ class MixDQTensor(TorchAOBaseTensor):
         self.qdata, self.scale, self.bits, self.length = qdata, scale, bits, length
         self.weight_zero_point, self.weight_sum = weight_zero_point, weight_sum
         self.act_scale, self.act_inv_scale = share(act_scale), share(act_inv_scale)
-        self.act_zero_point, self.bos_embedding = share(act_zero_point), share(bos_embedding)
+        self.act_zero_point, self.bos_embedding = share(act_zero_point, act_scale), share(bos_embedding)
         self.bos_output, self.act_levels = bos_output, act_levels
         self.shared_key = shared_key or key(*(getattr(self, name) for name in self.shared_tensors))
         optional = [name for name in self.optional_tensor_data_names if getattr(self, name) is not None]
@@ -240,7 +251,7 @@ def _row_sums(integers: Tensor) -> Tensor:
     return integers.flatten(1).sum(1, dtype=torch.int32)
 
 
-class SplitMixDQTensor(TorchAOBaseTensor):
+class SplitMixDQTensor(TorchAOBaseTensor, metaclass=_Parameters):
     """The weight of a convolution whose input is a concatenation: each half has its own scales and input range.
 
     Attributes:

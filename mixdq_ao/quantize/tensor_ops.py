@@ -191,7 +191,8 @@ def _(func, types, args, kwargs):
     tensors = source.stored_tensors()
     for name, tensor in weight.stored_tensors().items():
         if name in weight.shared_tensors:
-            setattr(weight, name, share(tensors[name].to(tensor.device)))
+            beside = (tensors["act_scale"].to(tensor.device),) if name == "act_zero_point" else ()
+            setattr(weight, name, share(tensors[name].to(tensor.device), *beside))
             continue
         tensor.copy_(tensors[name] if name in tensors else _row_sums(source.integers()))
         # Below the dispatcher nothing else counts versions; forms prepared of the old weight must be dropped.
@@ -219,3 +220,24 @@ def with_dtype(weight: MixDQTensor, dtype: torch.dtype) -> MixDQTensor:
     if weight.device.type != "cpu" and weight.act_levels is not None and weight.weight_sum is None:
         tensors["weight_sum"] = _row_sums(weight.integers())
     return MixDQTensor(**tensors, bits=weight.bits, length=weight.length, dtype=dtype, act_levels=weight.act_levels)
+
+
+@MixDQTensor.implements(aten.is_pinned.default)
+@SplitMixDQTensor.implements(aten.is_pinned.default)
+def _(func, types, args, kwargs):
+    return all(tensor.is_pinned() for tensor in args[0].stored_tensors().values())
+
+
+@MixDQTensor.implements(aten._pin_memory.default)
+@SplitMixDQTensor.implements(aten._pin_memory.default)
+def _(func, types, args, kwargs):
+    """Offloading with streams copies from pinned memory."""
+    pinned = args[0]._apply_fn_to_data(lambda t: t.pin_memory())
+    return return_and_correct_aliasing(func, args, kwargs, pinned)
+
+
+@MixDQTensor.implements(aten.record_stream.default)
+@SplitMixDQTensor.implements(aten.record_stream.default)
+def _(func, types, args, kwargs):
+    for tensor in args[0].stored_tensors().values():
+        func(tensor, *args[1:], **kwargs)

@@ -108,3 +108,10 @@ def test_what_cannot_be_packaged_is_said(small, tmp_path):
     with pytest.raises(CheckpointError, match="was not called"):
         captured_call(model, lambda: None)
     assert set(captured_call(model, lambda: model(x, scale=2.0))) == {"x", "scale"}
+
+
+def test_the_command_checks_the_name_first(capsys):
+    from mixdq_ao.app.cli import main
+
+    assert main(["compile", "nowhere", "--out", "unet.so"]) == 2
+    assert "ends in .pt2" in capsys.readouterr().err
