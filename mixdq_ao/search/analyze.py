@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import MixDQError
+from ..errors import MixDQError, SensitivityError
 from ..layers import Group, GroupRule, LayerShape, check_layer, group_of, stored_bytes
 from ..models.pipelines import Sampling, check_prompts, denoiser
 from ..plan import LayerPlan
@@ -143,6 +143,7 @@ def analyze(
             build = lambda _: _evaluator(trials, calibration, rule, moments)  # noqa: E731
         else:
             build = _remote(prompts, sampling, calibration, rule, moments, {"replay": replay, "budget": budget})
+            build = of_same_model(build, settings, results.fingerprint)
         with pool_of(workers, pipe, build) as pool, progress("analyzing", len(todo_now)) as bar:
             for e, result in pool.run(todo_now):
                 results.put(e.key, result)
@@ -150,6 +151,20 @@ def analyze(
         values = {e: results.results[e.key] for e in todo}
     metadata = {"prompts": len(prompts), "sampling": asdict(sampling), "method": method}
     return Sensitivity({n: _layer(trials, n, values, calibration, rule(n)) for n in trials.called()}, metadata)
+
+
+def of_same_model(build: Build, settings: Mapping[str, Any], expected: str) -> Build:
+    """``build``, for a worker: what it loaded must be the model that is analyzed. Raises SensitivityError."""
+
+    def checked(pipe: Any) -> Any:
+        if fingerprint(denoiser(pipe), settings) != expected:
+            raise SensitivityError(
+                "a worker's pipeline is not the one that is analyzed (its weights differ); make RayWorkers.load give "
+                "the same weights in the same type"
+            )
+        return build(pipe)
+
+    return checked
 
 
 def rounding_settings(roundings: Sequence[str], moments: Mapping[str, Tensor] | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ..errors import SensitivityError
 from ..layers import GroupRule
 from ..models.pipelines import Sampling, denoiser
 from ..progress import Bar, progress
-from .analyze import calibration_key, rounding_settings
+from .analyze import calibration_key, of_same_model, rounding_settings
 from .calibration import Calibration
 from .distributed import Pool, RayWorkers, pool_of
 from .probe_batch import BatchProbe, Record, batches
@@ -92,7 +92,9 @@ def probe_sensitivity(
         build = lambda _: _prober(pipe, parts, deltas, content, budget)  # noqa: E731
     else:
         build = _remote(parts, calibration, (weight_bits, act_bits, roundings), moments, content, budget)
-    with Store(store, fingerprint(model, settings)) as results, pool_of(workers, pipe, build) as pool:
+    key = fingerprint(model, settings)
+    build = build if workers is None else of_same_model(build, settings, key)
+    with Store(store, key) as results, pool_of(workers, pipe, build) as pool:
         estimates = _Runs(pool, len(parts), results).settle(probes, precision)
     metadata = {"prompts": len(prompts), "sampling": asdict(sampling), "method": "probe", "precision": precision}
     return to_sensitivity(estimates, deltas, calibration, rule, metadata)
