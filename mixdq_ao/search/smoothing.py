@@ -87,7 +87,9 @@ def smooth_(
     """Folds factors into the denoiser of ``pipe``, in place, before it is calibrated and quantized.
 
     s_j = max|x_j|^strength / max|w_j|^(1 - strength), over prompts and readers, at most 16 times its geometric mean
-    either way, rounded to a power of two. Whether it helps depends on the model.
+    either way, rounded to a power of two. Whether it helps depends on the model: the bundled pipeline, none of whose
+    channels stands out, has error powers of -2 % (8-bit activations alone), +2 % (W8A8) and 0 % (4-bit weights alone)
+    afterwards. Rotating values within heads by Hadamard matrices instead gave 0, 0 and -2 % there.
 
     Returns:
         {fold: s}, for ``apply_`` with 1 / s to take it back.
