@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 OUT ?= out/demo
 
-.PHONY: demo test check bench bench-quick bench-peers train clean
+.PHONY: demo test check bench bench-quick bench-peers train docs smoke clean
 
 demo: $(STAMP)
 	$(BIN)/mixdq demo --out $(OUT)
@@ -38,6 +38,13 @@ bench-peers:
 
 train: $(STAMP)
 	$(BIN)/python -m examples.shapes.train
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/python -m mkdocs build --strict
+
+smoke: $(STAMP)
+	$(BIN)/python tests/smoke.py
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12')"
