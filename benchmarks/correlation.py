@@ -193,9 +193,8 @@ def tables(figures: Mapping[str, Any]) -> str:
     lines += [f"| {ONE} | {single['seconds, one at a time']:.1f} | 1 |" + " |" * len(heads)]
     for name, row in single["estimates"].items():
         ranks = " | ".join(f"{row['rank'][h]:.3f}" for h in heads)
-        lines.append(
-            f"| {'1 probe' if name == '1 probes' else name} | {row['seconds']:.2f} | {row['times_faster']:.0f} | {ranks} |"
-        )
+        label = "1 probe" if name == "1 probes" else name
+        lines.append(f"| {label} | {row['seconds']:.2f} | {row['times_faster']:.0f} | {ranks} |")
     titles = [t for t in figures if "plans, " in t or "plans only" in t]
     lines += ["", "| rank correlation over whole plans | " + " | ".join(titles) + " | measured / predicted, spread |"]
     lines += ["|---" * (len(titles) + 2) + "|"]
