@@ -77,9 +77,10 @@ def read_prompts(source: str | Path) -> Prompts:
 
 def _local(source: str) -> Path:
     """The file itself; one on the hub is downloaded once."""
-    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", source) or Path(source).suffix == ".txt":
-        return Path(source)
     name, _, file = source.partition(":")
+    local = Path(source).exists() or Path(name).suffix in (".json", ".txt")
+    if local or not re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", source):
+        return Path(source)
     from huggingface_hub import hf_hub_download
 
     try:

@@ -83,9 +83,15 @@ def test_broken_files_are_named(tmp_path, content, words):
     assert "p.json" in str(error.value)
 
 
+def test_a_path_that_is_mistyped_is_not_looked_for_on_the_hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **options: pytest.fail("asked the hub"))
+    with pytest.raises(MixDQError, match="captions_val2014.json: cannot be read"):
+        read_prompts("annotation/captions_val2014.json")
+
+
 def test_files_that_are_no_text(tmp_path):
     (tmp_path / "latin.txt").write_bytes("grün".encode("latin-1"))
-    for name, words in (("latin.txt", "is not UTF-8"), ("none.txt", "cannot be read"), ("none/none.txt", "cannot be")):
+    for name, words in (("latin.txt", "is not UTF-8"), ("none.txt", "cannot be read"), ("none.json", "cannot be read")):
         with pytest.raises(MixDQError, match=words):
             read_prompts(tmp_path / name)
     (tmp_path / "empty.txt").write_text(" \n")

@@ -21,15 +21,19 @@ EXAMPLE = (
     "--metrics ssim,psnr --out out/w8a8"
 )
 METRICS = "fid,clip,imagereward,lpips,ssim,psnr"
+SOURCES = "COCO's captions_*.json, MJHQ-30K's meta_data.json, one prompt a line, or org/dataset[:file] on the hub"
 PACKAGES = ("pillow", "torch-fidelity", "torchmetrics", "torchvision")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="run|real|table", parser_class=type(parser))
+    kinds = parser.add_subparsers(
+        dest="kind", required=True, metavar="run|real|table|prompts", parser_class=type(parser)
+    )
     for name, text, add in (
         ("run", "draw and judge; a stopped run continues, shards meet in one directory", _run_arguments),
         ("real", "features of real pictures, for FID", _real_arguments),
         ("table", "runs side by side, with intervals of the differences", _table_arguments),
+        ("prompts", "write prompts one a line, for calibrate and analyze", _prompts_arguments),
     ):
         add(kinds.add_parser(name, help=text, description=text[0].upper() + text[1:] + "."))
 
@@ -78,10 +82,15 @@ def _table_arguments(parser: argparse.ArgumentParser) -> None:
     options.as_json(parser)
 
 
+def _prompts_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="FILE", help=SOURCES)
+    parser.add_argument("--last", type=at_least(1), metavar="N", help="only the last N (default: all)")
+    options.out(parser, "prompts.txt", "file to write")
+
+
 def _prompts(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    what = "COCO's captions_*.json, MJHQ-30K's meta_data.json, one a line, or org/dataset[:file] on the hub"
     why = "" if required else "; only the pictures that these name (default: all)"
-    parser.add_argument("--prompts", required=required, metavar="FILE", help=what + why)
+    parser.add_argument("--prompts", required=required, metavar="FILE", help=SOURCES + why)
     parser.add_argument("--count", type=at_least(1), metavar="N", help="the first N of them (default: all)")
 
 
@@ -92,7 +101,7 @@ def _features(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    {"run": _run, "real": _real, "table": _table}[args.kind](args)
+    {"run": _run, "real": _real, "table": _table, "prompts": _write_prompts}[args.kind](args)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -107,9 +116,12 @@ def _run(args: argparse.Namespace) -> None:
     chosen: dict[str, Any] = {name: getattr(args, name) for name in names}
     chosen["dtype"] = args.dtype or ("float32" if device.startswith("cpu") else "float16")
     chosen |= {"plan": None if plan is None else digest(plan.to_json())}
-    chosen |= {"prompts": prompts.digest, "count": len(prompts.texts), "content": content_of(args.pipeline)}
+    content = content_of(args.pipeline)
+    # A directory may lie elsewhere on another machine; what it holds says enough.
+    chosen |= {"pipeline": Path(args.pipeline).resolve().name if content else args.pipeline, "content": content}
+    chosen |= {"prompts": prompts.digest, "count": len(prompts.texts)}
     metrics = choose([n for n in args.metrics.split(",") if n not in ("", "none")], _sources(args, device))
-    settings = Settings(pipeline=args.pipeline, **chosen)
+    settings = Settings(**chosen)
     job = Run(args.out, settings, prompts, metrics, lambda: _load(args, device, plan), args.reference)
     done = job.work(shard, args.batch_size)
     figures = job.figures()
@@ -125,7 +137,7 @@ def _finish(args: argparse.Namespace, job: Run, figures: Any, device: str) -> No
 
     results = Results.of(figures, job.metrics, job.settings, **_circumstances(args, device))
     results.save(args.out)
-    _show({args.out.name: Results.load(args.out)}, args)
+    _show({args.out.resolve().name: Results.load(args.out)}, args)
 
 
 def _circumstances(args: argparse.Namespace, device: str) -> dict[str, Any]:
@@ -189,6 +201,15 @@ def _real(args: argparse.Namespace) -> None:
     sizes: dict[str, Any] = {"crop": args.crop, "batch_size": args.batch_size}
     found = measure_real(files, features, args.out, identity=identity, **sizes)
     wrote(args.out, f"{len(found.mean)} features of {counted(len(files), 'picture')}")
+
+
+def _write_prompts(args: argparse.Namespace) -> None:
+    from ...evaluate import read_prompts
+
+    texts = read_prompts(args.source).texts[-(args.last or 0) :]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text("".join(" ".join(text.split()) + "\n" for text in texts), encoding="utf-8")
+    wrote(args.out, counted(len(texts), "prompt"))
 
 
 def _table(args: argparse.Namespace) -> None:

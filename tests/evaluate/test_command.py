@@ -1,0 +1,106 @@
+"""mixdq evaluate: its errors in one line, before anything is drawn."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from mixdq_ao.app import cli
+from mixdq_ao.evaluate import Gaussian
+from mixdq_ao.evaluate.weights import package
+
+from .conftest import pictures
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    try:
+        code = cli.main([str(a) for a in arguments])
+    except SystemExit as e:
+        code = int(e.code or 0)
+    return code, *capsys.readouterr()
+
+
+def flat(images):
+    """Features for the command: [B, 3]."""
+    return images.float().mean((2, 3))
+
+
+def test_errors_are_one_line(capsys, shapes, tmp_path):
+    prompts, pipeline = tmp_path / "p.txt", shapes.PIPELINE
+    prompts.write_text("a circle\na square\n")
+    Gaussian(torch.zeros(3), torch.eye(3), 9).save(tmp_path / "real.safetensors", "others")
+    start = ("evaluate", "run", pipeline, "--prompts", prompts, "--out", tmp_path / "run")
+    real = ("--real", tmp_path / "real.safetensors")
+    own = ("--features", f"{__name__}:flat")
+    cases = [
+        ((*start, "--shard", "3/2"), "shard is '3/2', expected a part such as 2/8"),
+        ((*start, "--count", "3"), "count is 3, expected 1 to 2"),
+        ((*start,), "ssim compares with full precision"),
+        ((*start, "--metrics", "beauty"), "metric 'beauty' is unknown, expected some of fid, clip"),
+        ((*start, "--metrics", "fid"), "--real is not given; expected a file of mixdq evaluate real"),
+        ((*start, "--metrics", "fid", *real), "--inception is not given; expected weights-inception-2015-12-05"),
+        ((*start, "--metrics", "fid", *real, *own), "was made by features 'others', expected 'tests.evaluate"),
+        ((*start, "--metrics", "fid", *real, "--features", "nowhere"), "is 'nowhere', expected module:function"),
+        ((*start, "--metrics", "fid", *real, "--features", "no.where:f"), "no.where:f: cannot be imported"),
+        ((*start, "--metrics", "imagereward"), "--imagereward is not given; expected ImageReward.pt"),
+        ((*start, "--metrics", "clip", "--clip", tmp_path / "none"), "none: cannot be loaded for CLIPScore"),
+        ((*start, "--metrics", "ssim", "--reference", tmp_path / "none"), "run.json: cannot be read"),
+        ((*start, "--plan", prompts), "p.txt: not valid JSON"),
+        (("evaluate", "real", tmp_path / "none", *own), "is no directory, expected one with real pictures"),
+        (("evaluate", "real", tmp_path, *own), "holds 0 pictures, expected two at least"),
+        (("evaluate", "real", tmp_path, *own, "--prompts", prompts), "p.txt: names no pictures"),
+        (("evaluate", "table", tmp_path), "has no results.json"),
+    ]
+    for arguments, words in cases:
+        code, out, err = run(capsys, *arguments)
+        assert code == 2 and out == "" and words in err and err.count("\n") == 1, (arguments, err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_features_of_real_pictures_resume(capsys, tmp_path, monkeypatch):
+    from mixdq_ao.evaluate.resize import to_pillow
+
+    images = [*pictures(5), *pictures(2, side=30, seed=1)]
+    for i, image in enumerate(images):
+        to_pillow(image).save(tmp_path / f"{i}.png")
+    expected = Gaussian.of(torch.stack([flat(image[None])[0] for image in images]))
+    command = ("evaluate", "real", tmp_path, "--features", f"{__name__}:flat", "--batch-size", 2)
+    seen = []
+
+    def stops(images):
+        seen.append(len(images))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return honest(images)
+
+    honest = flat
+    monkeypatch.setitem(globals(), "flat", stops)
+    assert run(capsys, *command, "--out", tmp_path / "r.safetensors")[0] == 130
+    monkeypatch.undo()
+    monkeypatch.setattr("mixdq_ao.evaluate.choose._custom", lambda spec: lambda x: seen.append(len(x)) or flat(x))
+    code, _, err = run(capsys, *command, "--out", tmp_path / "r.safetensors")
+    assert code == 0, err
+    assert seen[:3] == [2, 2, 1] and sum(seen[3:]) == 3
+    found = Gaussian.load(tmp_path / "r.safetensors", f"{__name__}:flat")
+    assert found.count == 7 and torch.allclose(found.mean, expected.mean)
+    assert torch.allclose(found.covariance, expected.covariance) and not (tmp_path / "r.part").exists()
+
+
+def test_prompts_as_text(capsys, tmp_path):
+    (tmp_path / "meta_data.json").write_text(
+        json.dumps({k: {"category": "c", "prompt": f"prompt\n{k}"} for k in "abc"})
+    )
+    out = tmp_path / "deep" / "p.txt"
+    assert run(capsys, "evaluate", "prompts", tmp_path / "meta_data.json", "--last", 2, "--out", out)[0] == 0
+    assert out.read_text() == "prompt b\nprompt c\n"
+    assert run(capsys, "evaluate", "prompts", tmp_path / "meta_data.json", "--out", out)[0] == 0
+    assert out.read_text().count("\n") == 3
+
+
+def test_a_package_that_is_missing_is_named():
+    from mixdq_ao.errors import MixDQError
+
+    with pytest.raises(MixDQError, match=r"FID needs the package torch_no .*pip install .*mixdq-ao\[evaluate\]"):
+        package("torch_no.fidelity", "FID")
