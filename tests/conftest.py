@@ -36,7 +36,7 @@ def _seed() -> Iterator[None]:
 OUTLIER = 5
 
 
-def small_unet() -> UNet2DConditionModel:
+def small_unet(heads: tuple[int, int] = (1, 2)) -> UNet2DConditionModel:
     """SDXL's layout at toy size: cross attention, GEGLU, concatenated shortcuts, text_time conditioning."""
     torch.manual_seed(1)
     model = UNet2DConditionModel(
@@ -50,7 +50,7 @@ def small_unet() -> UNet2DConditionModel:
         mid_block_type="UNetMidBlock2DCrossAttn",
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=1,
-        attention_head_dim=(1, 2),
+        attention_head_dim=heads,
         use_linear_projection=True,
         cross_attention_dim=24,
         addition_embed_type="text_time",

@@ -310,4 +310,4 @@ def is_quantized(weight: object) -> bool:
     return isinstance(weight, MixDQTensor | SplitMixDQTensor)
 
 
-from . import tensor_ops  # noqa: E402, F401  (registers the operators on both classes)
+from . import fsdp, tensor_ops  # noqa: E402, F401  (register the operators on both classes)

@@ -1,0 +1,84 @@
+"""FSDP2: ``fully_shard`` divides packed weights by output rows and gathers them, still packed, for the moment of use.
+
+    fully_shard(model, ignored_params=undivided(model, world_size))
+
+What has a row per output (codes, scales, zero points, BOS outputs) is divided and gathered; activation parameters and
+the BOS embedding are a few bytes and stay whole in every process. Rows must divide evenly, as FSDP2 asks of tensors
+that gather themselves; weights that do not, and split ones, are ``undivided``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+from .tensor import MixDQTensor, SplitMixDQTensor
+
+aten = torch.ops.aten
+ROWS = ("qdata", "scale", "weight_zero_point", "weight_sum", "bos_output")
+
+
+def undivided(model: nn.Module, world_size: int) -> set[nn.Parameter]:
+    """The parameters that ``fully_shard`` cannot divide over ``world_size`` processes, for ``ignored_params``."""
+    quantized = [p for p in model.parameters() if isinstance(p, MixDQTensor | SplitMixDQTensor)]
+    return {p for p in quantized if isinstance(p, SplitMixDQTensor) or p.shape[0] % world_size}
+
+
+def _with(weight: MixDQTensor, **changed: Tensor) -> MixDQTensor:
+    tensors: dict[str, Any] = {**weight.stored_tensors(), **changed}
+    return MixDQTensor(
+        **tensors, bits=weight.bits, length=weight.length, dtype=weight.dtype, act_levels=weight.act_levels
+    )
+
+
+def _by_row(weight: MixDQTensor) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in weight.stored_tensors().items() if name in ROWS}
+
+
+@MixDQTensor.implements(aten.new_zeros.default)
+def _(func, types, args, kwargs):
+    """A weight of as many rows as asked for, everything else as in this one: what FSDP2 copies its part into."""
+    weight, size = args[:2]
+    if tuple(size[1:]) != tuple(weight.shape[1:]):
+        raise NotImplementedError(f"new_zeros({tuple(size)}) of {weight}: expected another number of rows only")
+    return _with(weight, **{n: t.new_zeros((size[0], *t.shape[1:])) for n, t in _by_row(weight).items()})
+
+
+@MixDQTensor.implements(aten.view.default)
+def _(func, types, args, kwargs):
+    """FSDP2 keeps a flat view of what it divides; here it is the weight itself, which gathers its own tensors."""
+    weight, size = args[:2]
+    if list(size) not in ([-1], [weight.numel()], list(weight.shape)):
+        raise NotImplementedError(f"view({tuple(size)}) of {weight}: a packed weight has one shape")
+    return _with(weight)
+
+
+@MixDQTensor.implements(aten.as_strided.default)
+def _(func, types, args, kwargs):
+    weight, size, stride = args[:3]
+    if list(size) != list(weight.shape) or list(stride) != list(weight.stride()):
+        raise NotImplementedError(f"as_strided({tuple(size)}) of {weight}: a packed weight has one shape")
+    return return_and_correct_aliasing(func, args, kwargs, _with(weight))
+
+
+def _pre_all_gather(self: MixDQTensor, mesh: Any) -> tuple[tuple[Tensor, ...], Any]:
+    """What is gathered, and what the other side needs to know."""
+    rows = _by_row(self)
+    return tuple(rows.values()), (list(rows), self)
+
+
+def _post_all_gather(
+    self: MixDQTensor, gathered: tuple[Tensor, ...], metadata: Any, dtype: torch.dtype, *, out: Any = None
+) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+    """The whole weight of the gathered tensors, which it holds and FSDP2 frees after use."""
+    if out is not None:
+        return None  # it holds these very tensors, which have just been filled again
+    names, part = metadata
+    return _with(part, **dict(zip(names, gathered, strict=True))), gathered
+
+
+for name, hook in (("fsdp_pre_all_gather", _pre_all_gather), ("fsdp_post_all_gather", _post_all_gather)):
+    setattr(MixDQTensor, name, hook)
