@@ -75,6 +75,19 @@ LONGEST = max(STEPS)
 SAMPLED = (1, 2, 4, LONGEST)
 LEVEL_BITS = (8.0, 6.0, 4.0, 3.0, 2.25)
 """Of the plans that TMPDiff's search puts in order."""
+ADVICE = """
+Which to pick, by these tables and those of `benchmarks.ddpm` and `benchmarks.schedule`:
+
+- Errors can be measured or probed (minutes): the additive program, per layer. Best at equal bytes, at every number of
+  steps, for both budgets and both subjects.
+- Nothing can be measured but one run in full precision: the error form of network orthogonality. Here the sizes of layers
+  alone (ones) do as well, and theta does not relate to the measured errors.
+- The published linear form only where uniform bits break down: it is 4 to 7 dB below uniform 4 bits here, and 10 dB above
+  them on the DDPM.
+- Bits per layer and step, or plans in the order TMPDiff finds: where what is read or multiplied counts, not what is held.
+  On the DDPM they gain most with activations; in the bytes that several widths of a weight take, more bits at all steps
+  are better.
+"""
 Saved = TypeVar("Saved", Calibration, Orthogonality, Sensitivity)
 Plans = dict[str, Plan | TemporalPlan]
 STRONG = 1.0
@@ -375,7 +388,7 @@ def main() -> None:
     with Store(args.store, fingerprint(subject.pipe.unet, {"prompts": settings})) as store:
         for result in measure(subject, store):
             write_document(args.out / "orthogonality.json", {**header, **result})
-            text = f"`{header['command']}`: {TEST} captions, activations 8 bits.\n\n{table(result)}"
+            text = f"`{header['command']}`: {TEST} captions, activations 8 bits.\n\n{table(result)}{ADVICE}"
             (args.out / "orthogonality.md").write_text(text)
 
 

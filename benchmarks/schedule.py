@@ -44,6 +44,8 @@ from mixdq_ao.temporal.schedule import evaluation_limit
 RESULTS = Path(__file__).parent / "results"
 MAX_COSTS = (0.1875, 0.25, 0.4)
 WORDS: dict[MetricName, str] = {"ssim": "1 - SSIM of pictures", "mse": "mean squared error of latents"}
+FORMS = ("uniform", "first", "last", "spread")
+"""Of schedules set by hand."""
 ADDED = 4
 """So many levels, from the most precise, in the random schedules."""
 SAMPLERS = {
@@ -125,7 +127,7 @@ def at_cost(measured: Measured, steps: int, cost: float, walk: bool) -> tuple[di
         "found": _figures(found)
         | {"evaluations": found.evaluations, "limit": evaluation_limit(steps, len(measured.costs))},
     }
-    for form in ("uniform", "first", "last", "spread"):
+    for form in FORMS:
         own = {n: s for n, s in rivals.items() if n.startswith(form)}
         if own:
             name = min(own, key=lambda n: own[n].error)
@@ -210,23 +212,24 @@ def held(study: Study, steps: int) -> dict[str, int]:
     return found | {name: eight.summary(study.pipe.unet).bytes}
 
 
-def across_samplers(options: argparse.Namespace, found: Iterable[Schedule], deadline: float) -> list[dict[str, Any]]:
-    """Schedules found with the pipeline's own sampler under others, beside uniform and the best set by hand there."""
-    study, rows = Study(options.work, options.samplers, options.acts), []
+def across_samplers(
+    options: argparse.Namespace, rows: Iterable[Mapping[str, Any]], deadline: float
+) -> list[dict[str, Any]]:
+    """Schedules found with the pipeline's own sampler under others, beside those of each form that were best there."""
+    study, found = Study(options.work, options.samplers, options.acts), []
     with Store(options.work / f"store_{options.steps}_samplers{suffix(options)}.jsonl", study.key) as store:
         for sampler in SAMPLERS:
-            measured = Measured(study, options.steps, "own", store, deadline, sampler)
-            for schedule in found:
-                error, cost = measured.by("ssim"), schedule.cost
-                rivals = hand_set(error, steps=options.steps, levels=study.costs, max_cost=cost)
-                best = min(rivals, key=lambda n: rivals[n].error)
-                uniform = min((n for n in rivals if n.startswith("uniform")), key=lambda n: rivals[n].error)
-                row: dict[str, Any] = {"sampler": sampler, "cost": cost, "found": error(schedule.levels)}
-                row |= {
-                    k: {"name": n, **_figures(rivals[n])} for k, n in (("uniform", uniform), ("best by hand", best))
+            error = Measured(study, options.steps, "own", store, deadline, sampler).by("ssim")
+            for row in rows:
+                errors = {n: error(tuple(row[n]["levels"].split(" "))) for n in ("found", *FORMS) if n in row}
+                best = min((n for n in errors if n != "found"), key=lambda n: errors[n])
+                figures: dict[str, Any] = {"sampler": sampler, "cost": row["found"]["cost"], "found": errors["found"]}
+                figures |= {
+                    k: {"name": row[n]["name"], "error": errors[n]}
+                    for k, n in (("uniform", "uniform"), ("best by hand", best))
                 }
-                rows.append(row)
-    return rows
+                found.append(figures)
+    return found
 
 
 def by_last_step(costs: Mapping[str, float], schedules: Iterable[Schedule], max_cost: float) -> dict[str, float]:
@@ -260,7 +263,7 @@ def measure(study: Study, options: argparse.Namespace, store: Store, deadline: f
     small = []
     for count in options.exhaustive:
         small += against_exhaustive(Measured(study, count, "own", store, deadline), count, SMALL[count])
-    others = across_samplers(options, [s[0] for s in drawn], deadline) if options.samplers else []
+    others = across_samplers(options, rows, deadline) if options.samplers else []
     timed = {n: s for n, s in shown.items() if not n.startswith(("W3", "W2"))}
     timed = seconds(study, steps, timed, store, options.seconds)
     summary = lambda a: {m: {"r_squared": v.r_squared, "measured_over_predicted": v.ratio} for m, v in a.items()}  # noqa: E731

@@ -124,7 +124,8 @@ def _samplers(metadata: Mapping[str, Any]) -> list[str]:
     ]
     head = ("sampler", "cost", "found with DDIM", "uniform", "best by hand", "found / uniform", "found / best by hand")
     intro = (
-        f"The schedules found above, not searched again, with other samplers ({metadata['samplers_prompts']} prompts):"
+        f"The schedules above with other samplers ({metadata['samplers_prompts']} prompts), none of them searched "
+        "again; by hand: the best of each form with DDIM."
     )
     return ["", intro, "", *_table(head, rows)] if rows else []
 
