@@ -80,13 +80,13 @@ Which to pick, by these tables and those of `benchmarks.ddpm` and `benchmarks.sc
 
 - Errors can be measured or probed (minutes): the additive program, per layer. Best at equal bytes, at every number of
   steps, for both budgets and both subjects.
-- Nothing can be measured but one run in full precision: the error form of network orthogonality. Here the sizes of layers
-  alone (ones) do as well, and theta does not relate to the measured errors.
-- The published linear form only where uniform bits break down: it is 4 to 7 dB below uniform 4 bits here, and 10 dB above
-  them on the DDPM.
-- Bits per layer and step, or plans in the order TMPDiff finds: where what is read or multiplied counts, not what is held.
-  On the DDPM they gain most with activations; in the bytes that several widths of a weight take, more bits at all steps
-  are better.
+- Nothing can be measured but one run in full precision: the error form of network orthogonality. Here the sizes of
+  layers alone (ones) do as well, and theta does not relate to the measured errors.
+- The published linear form only where uniform bits break down: it is 4 to 7 dB below uniform 4 bits here, and 10 dB
+  above them on the DDPM.
+- Bits per layer and step, or plans in the order TMPDiff finds: where what is read or multiplied counts, not what is
+  held. On the DDPM they gain most with activations; in the bytes that several widths of a weight take, more bits at all
+  steps are better.
 """
 Saved = TypeVar("Saved", Calibration, Orthogonality, Sensitivity)
 Plans = dict[str, Plan | TemporalPlan]
