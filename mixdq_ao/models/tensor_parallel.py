@@ -114,7 +114,7 @@ def keep_columns(layer: nn.Linear, size: int, rank: int, group: Any) -> None:
     layer.weight = nn.Parameter(part, requires_grad=False)
     layer.in_features = step
     if rank > 0:
-        layer.bias = None
+        layer.register_parameter("bias", None)
 
     def reduce(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         output = output.contiguous()

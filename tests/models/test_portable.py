@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -115,3 +116,48 @@ def test_the_command_checks_the_name_first(capsys):
 
     assert main(["compile", "nowhere", "--out", "unet.so"]) == 2
     assert "ends in .pt2" in capsys.readouterr().err
+
+
+def test_the_command_packages_what_the_pipeline_calls(_bundled, tmp_path, monkeypatch, capsys):
+    """Everything but the compiler, which takes minutes."""
+    from examples.shapes.subject import PIPELINE
+    from mixdq_ao.app.cli import main
+
+    plan = Plan.uniform(_bundled.pipe.unet, 8, 8).with_calibration(_bundled.calibration)
+    plan.save(tmp_path / "plan.json")
+    seen = {}
+
+    def fake(model, kwargs, path, *, use):
+        with torch.no_grad():
+            seen.update(shape=model(**kwargs)[0].shape, use=use, bits=model.conv_in.weight.bits)
+        path.write_bytes(b"package")
+        return False
+
+    monkeypatch.setattr("mixdq_ao.models.portable.package", fake)
+    arguments = ["--plan", str(tmp_path / "plan.json"), "--out", str(tmp_path / "a" / "u.pt2"), "--batch-size", "2"]
+    assert main(["compile", str(PIPELINE), *arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert seen == {"shape": (2, 4, 16, 16), "use": "auto", "bits": 8}
+    assert found["bytes"] == 7 and not found["needs_inductor_kernels"] and "encoder_hidden_states" in found["inputs"]
+
+
+@pytest.mark.slow
+def test_a_whole_unet_in_a_process_without_us(_bundled, tmp_path):
+    import copy
+
+    from mixdq_ao import Sampling
+    from mixdq_ao.models.pipelines import generate_all
+
+    pipe = copy.copy(_bundled.pipe)
+    object.__setattr__(pipe, "unet", copy.deepcopy(pipe.unet))
+    quantize_(pipe.unet, mixdq_config(Plan.uniform(pipe.unet, 8, 8).with_calibration(_bundled.calibration)))
+    call = captured_call(pipe.unet, lambda: generate_all(pipe, _bundled.prompts[:1], Sampling(), "latent"))
+    call = {name: value for name, value in call.items() if value is not None}
+    package(pipe.unet, call, tmp_path / "unet.pt2")
+    with torch.no_grad():
+        torch.save((call, pipe.unet(**call)[0]), tmp_path / "data")
+    code = RUN.replace("x, expected", "call, expected").replace("compiled(x=x)", "compiled(**call)[0]")
+    code = code.replace("2e-6", "0.02")  # codes at a rounding border may differ by one
+    arguments = [sys.executable, "-c", code, str(tmp_path / "unet.pt2"), str(tmp_path / "data")]
+    run = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
