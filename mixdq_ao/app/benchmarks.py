@@ -18,10 +18,10 @@ FOUND_NONE = 5  # pytest's exit code where no test was selected
 FIGURES = ("min", "median", "mean", "stddev", "rounds")
 
 
-def names_of(names: Sequence[str] = (), *, gpu: bool = False) -> list[str]:
+def names_of(names: Sequence[str] = (), *, gpu: bool = False, quick: bool = False) -> list[str]:
     """The benchmarks that ``names`` select, as "file::test"; raises MixDQError where there are none."""
     done = subprocess.run(
-        [*_command(names, gpu), "--collect-only", "-q"], cwd=_root(), capture_output=True, text=True, check=False
+        [*_command(names, gpu, quick), "--collect-only", "-q"], cwd=_root(), capture_output=True, text=True, check=False
     )
     found = [line for line in done.stdout.splitlines() if "::" in line]
     _check(done.returncode if found else FOUND_NONE, names, done.stdout + done.stderr)
@@ -32,6 +32,7 @@ def run_benchmarks(
     names: Sequence[str] = (),
     *,
     gpu: bool = False,
+    quick: bool = False,
     rounds: int | None = None,
     out: Path | None = None,
     quiet: bool = False,
@@ -39,14 +40,14 @@ def run_benchmarks(
     """Seconds (min, median, mean, stddev, rounds) of each benchmark by name, with what it recorded besides.
 
     names: parts of file or test names, any of which selects a benchmark. rounds: least of each. out: pytest-benchmark's
-    JSON is kept there. quiet: what pytest prints goes to standard error.
+    JSON is kept there. quick: only those marked so, half a minute. quiet: what pytest prints goes to standard error.
 
     Raises MixDQError without a checkout, without pytest and pytest-benchmark, where nothing matches, where one fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         kept = (out or Path(folder) / "benchmarks.json").absolute()
         kept.parent.mkdir(parents=True, exist_ok=True)
-        command = [*_command(names, gpu), "--benchmark-only", f"--benchmark-json={kept}"]
+        command = [*_command(names, gpu, quick), "-s", "--benchmark-only", f"--benchmark-json={kept}"]
         command += [] if rounds is None else [f"--benchmark-min-rounds={rounds}"]
         done = subprocess.run(command, cwd=_root(), stdout=sys.stderr if quiet else None, check=False)
         _check(done.returncode, names)
@@ -61,12 +62,13 @@ def figures_of(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _command(names: Sequence[str], gpu: bool) -> list[str]:
+def _command(names: Sequence[str], gpu: bool, quick: bool) -> list[str]:
     missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
     if missing:
         raise MixDQError(f"benchmarks need {' and '.join(missing)}: pip install 'mixdq-ao[test]'")
     command = [sys.executable, "-m", "pytest", "benchmarks", "-p", "no:cacheprovider"]
-    command += [] if gpu else ["-m", "not gpu"]
+    marks = [mark for mark, wanted in (("not gpu", not gpu), ("quick", quick)) if wanted]
+    command += ["-m", " and ".join(marks)] if marks else []
     return [*command, "-k", " or ".join(names)] if names else command
 
 

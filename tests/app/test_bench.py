@@ -15,9 +15,13 @@ from .test_cli import run
 CASE = """
 import pytest
 
+@pytest.mark.quick
 def test_quick(benchmark):
     benchmark.extra_info["bytes"] = 12
     benchmark(lambda: sum(range(10)))
+
+def test_long(benchmark):
+    benchmark(lambda: None)
 
 @pytest.mark.gpu
 def test_elsewhere(benchmark):
@@ -32,7 +36,7 @@ def checkout(tmp_path, monkeypatch) -> Path:
     folder.mkdir()
     (folder / "__init__.py").write_text("")
     (folder / "test_case.py").write_text(CASE)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: needs a GPU\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: needs a GPU\n    quick: short\n")
     monkeypatch.setattr(benchmarks, "_root", lambda: tmp_path)
     return tmp_path
 
@@ -48,7 +52,10 @@ def test_figures_of_a_run(capfd, checkout):
 
 def test_names_and_what_is_wrong(capfd, checkout):
     code, text, _ = run(capfd, "bench", "--list")
-    assert code == 0 and text.split() == ["benchmarks/test_case.py::test_quick"]
+    case = "benchmarks/test_case.py::"
+    assert code == 0 and text.split() == [case + "test_quick", case + "test_long"]
+    assert run(capfd, "bench", "--list", "--quick")[1].split() == [case + "test_quick"]
+    assert run(capfd, "bench", "--list", "--gpu", "elsewhere")[1].split() == [case + "test_elsewhere"]
     code, _, err = run(capfd, "bench", "nothing-like-it", "--list")
     assert code == 2 and "no benchmark matches nothing-like-it" in err
     (checkout / "benchmarks" / "test_case.py").write_text("def test_bad(benchmark):\n    benchmark(lambda: 1 / 0)\n")

@@ -125,3 +125,25 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch, capsys):
     quality = [float(line.split()[1]) for line in said.splitlines() if line.startswith("PSNR")]
     naive, apart, four = quality
     assert naive < 30 < four < apart + 20 and apart > 40
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "written"),
+    [
+        ("lora", ["--prompts", "1"], {"fused.png", "loaded.png"}),
+        ("recover", ["--steps", "1", "--prompts", "8"], {"full.png", "rounded.png", "recovered.png", "unet"}),
+        (
+            "schedule",
+            ["--steps", "3", "--prompts", "1", "--costs", "0.4"],
+            {"schedule_0.4.json", "schedule_results.json"},
+        ),
+    ],
+)
+def test_programs_with_little_to_do(name, arguments, written, tmp_path, monkeypatch):
+    from importlib import import_module
+
+    if name == "lora":
+        pytest.importorskip("peft", reason="LoRA is an extra")
+    monkeypatch.setattr(sys, "argv", [f"examples.{name}", "--out", str(tmp_path), *arguments])
+    import_module(f"examples.{name}").main()
+    assert written <= {path.name for path in tmp_path.iterdir()}

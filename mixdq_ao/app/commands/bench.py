@@ -18,6 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "names", nargs="*", metavar="NAME", help="part of a benchmark's file or test name (default: all)"
     )
     parser.add_argument("--list", action="store_true", help="print the names of the benchmarks, run none")
+    parser.add_argument("--quick", action="store_true", help="only the short ones, which guard against slower ratios")
     parser.add_argument("--gpu", action="store_true", help="include benchmarks that need a GPU")
     parser.add_argument(
         "--rounds", type=at_least(1), metavar="N", help="least rounds of each (default: as they choose)"
@@ -30,10 +31,11 @@ def run(args: argparse.Namespace) -> None:
     from ..benchmarks import names_of, run_benchmarks
 
     if args.list:
-        found = names_of(args.names, gpu=args.gpu)
+        found = names_of(args.names, gpu=args.gpu, quick=args.quick)
         show_json(found) if args.json else print("\n".join(found))
         return
-    figures = run_benchmarks(args.names, gpu=args.gpu, rounds=args.rounds, out=args.out, quiet=args.json)
+    options = {name: getattr(args, name) for name in ("gpu", "quick", "rounds", "out")}
+    figures = run_benchmarks(args.names, quiet=args.json, **options)
     if args.json:
         show_json(figures)
     if args.out:
