@@ -84,9 +84,7 @@ class Run:
         self.reference = None if reference is None else Reference(reference)
         for metric in metrics:
             if "reference" in metric.needs and reference is None:
-                raise MixDQError(
-                    f"{metric.name} compares with full precision; give the run of that as the reference"
-                )
+                raise MixDQError(f"{metric.name} compares with full precision; give the run of that as the reference")
         if reference is not None:
             check_reference(reference, settings_of(reference), settings)
         claim(directory, settings)
