@@ -66,13 +66,13 @@ def test_each_command_shows_an_example(capsys, command):
     assert code == 0 and f"mixdq {command}" in out.partition("example:")[2]
 
 
-NO_FIGURES = {"report", "import", "completion", "compile"}
+NO_FIGURES = {"report", "import", "completion"}
 """Commands that write a file, or print text that is no figure."""
 
 
 @pytest.mark.parametrize("command", sorted(set(cli.COMMANDS) - NO_FIGURES))
 def test_figures_can_be_had_as_json(capsys, command):
-    actions = ("search",) if command == "schedule" else ()
+    actions = {"schedule": ("search",), "evaluate": ("run",)}.get(command, ())
     assert "--json" in run(capsys, command, *actions, "--help")[1]
 
 
