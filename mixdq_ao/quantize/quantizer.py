@@ -19,6 +19,7 @@ from ..plan import Rounding, WeightRange
 from .compensate import Compensation, best_compensated
 from .eager import is_eager
 from .grid import SMALLEST_SCALE, Grid, best_grid, minmax_grid, shrunk_grids, squared_error
+from .heap import give_back_after
 
 STEPS = {"nearest": 32, "compensated": 8}
 """Ranges tried below min-max; every one of them is a whole compensated rounding where errors are compensated."""
@@ -86,6 +87,8 @@ def quantize_weight(
     if bits not in (2, 4, 8) or (bits == 8 and not symmetric):
         raise QuantizationError(f"weight_bits={bits}, symmetric={symmetric}: expected 8 (symmetric), 4 or 2 bits")
     refuse_unusable(weight)
+    if not torch.compiler.is_compiling():
+        give_back_after(weight)
     rows = weight.detach().to(torch.float32).flatten(1)
     grid = minmax_grid(rows, bits, symmetric)
     if (weight_range, rounding) == ("minmax", "nearest") or rows.is_meta:
