@@ -77,7 +77,9 @@ def _prepared(model: nn.Module, plan: Plan | None) -> tuple[Library, Flat, Plan]
         raise CheckpointError(f"{type(model).__name__} holds no quantized layer; use its save_pretrained")
     state = without_aliases(model)
     where = f"{type(model).__name__} in memory"
-    check_fit(f"{where} (fuse or unload adapters, unfuse_projections, then save)", empty_model(Path(where), library), state)
+    check_fit(
+        f"{where} (fuse or unload adapters, unfuse_projections, then save)", empty_model(Path(where), library), state
+    )
     return library, flatten(state), plan_of(model, plan or known_plan(model))
 
 
