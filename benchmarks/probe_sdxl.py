@@ -1,7 +1,7 @@
 """Sensitivities of SDXL's 794 layers from random probes, against one layer at a time: python -m benchmarks.probe_sdxl
 
-SDXL's layout at a tenth to a thirteenth of its width, random float32 weights, an 8 x 8 latent: what grows with the number of
-layers is as in the real model. All layers, weights at 2, 4, 8 bits and activations at 4, 8, by 1, 4 and 16 probes;
+SDXL's layout at a tenth to a thirteenth of its width, random float32 weights, an 8 x 8 latent: what grows with the
+number of layers is as in the real model. All layers, weights at 2, 4, 8 bits and activations at 4, 8, by 1, 4 and 16 probes;
 one at a time (with everything before the layer taken from the first run) every fifth layer, its time scaled to all.
 Seconds of one core, rank correlation over the sampled layers. Writes benchmarks/results/probe_sdxl.json.
 """
