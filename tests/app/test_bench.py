@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,8 @@ def checkout(tmp_path, monkeypatch) -> Path:
     (folder / "test_case.py").write_text(CASE)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: needs a GPU\n    quick: short\n")
     monkeypatch.setattr(benchmarks, "_root", lambda: tmp_path)
+    for name in [n for n in os.environ if n.startswith("PYTEST_")]:
+        monkeypatch.delenv(name)  # or pytest-benchmark takes its process for one of several workers
     return tmp_path
 
 

@@ -1,10 +1,8 @@
-"""The demo end to end with very few prompts, and the README's code as it is printed there."""
+"""The demo end to end with very few prompts."""
 
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ import torch
 from mixdq_ao import Plan, Sensitivity
 from mixdq_ao.app import demo
 
-README = Path(__file__).resolve().parents[2] / "README.md"
 FIGURES = {
     "agreement",
     "ssim",
@@ -60,13 +57,3 @@ def test_files(out):
     assert len(Sensitivity.load(out / "sensitivity.json").layers) == 175
     for name in ("plan_w8a8.json", "plan_w4a8.json", "plan_w3a8.json"):
         assert len(Plan.load(out / name).layers) == 175
-
-
-def test_the_readme_code_runs(bundled, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code = re.search(r"```python\n(.*?)```", README.read_text(), re.S)
-    assert code is not None
-    names = {"pipe": bundled.pipe, "prompts": bundled.prompts[:1]}
-    exec(compile(code.group(1), str(README), "exec"), names)
-    assert isinstance(names["pipe"].unet, torch._dynamo.OptimizedModule)
-    assert Plan.load(tmp_path / "plan.json") == names["plan"]
