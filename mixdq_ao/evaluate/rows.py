@@ -6,9 +6,7 @@ A line of JSON (format, version, what the rows are of, width, type), then record
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..appendfile import append, open_locked
 from ..errors import MixDQError
 from ..jsonfile import parse
 from .metric import Rows
@@ -42,19 +41,11 @@ class RowFile:
         self._dtype: np.dtype | None = None
 
     def __enter__(self) -> RowFile:
+        self._file = open_locked(self.path, MixDQError, "another process writes to it; wait, or give each its --shard")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a+b")
-        except OSError as e:
-            raise MixDQError(f"{self.path}: cannot be opened for writing: {e.strerror}") from e
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._file.seek(0)
             self._dtype, self.rows, end = _parse(self.path, self._file.read(), self.subject)
             self._file.truncate(end)
-        except BlockingIOError as e:
-            self._file.close()
-            raise MixDQError(f"{self.path}: another process writes to it; wait, or give each its --shard") from e
         except BaseException:
             self._file.close()
             raise
@@ -71,19 +62,17 @@ class RowFile:
         """Stores rows [B, width]; they are on disk when this returns. Raises MixDQError on a full disk: what was
         stored before stays readable."""
         assert self._file is not None
-        end = self._file.seek(0, os.SEEK_END)
+        dtype, header = self._dtype, b""
+        if dtype is None:
+            dtype = _record(rows.shape[1], rows.dtype.newbyteorder("<").str)
+            header = _header(self.subject, rows.shape[1], dtype["row"].base.str)
         try:
-            if self._dtype is None:
-                self._dtype = _record(rows.shape[1], rows.dtype.newbyteorder("<").str)
-                self._file.write(_header(self.subject, rows.shape[1], self._dtype["row"].base.str))
-            self._file.write(_pack(self._dtype, numbers, rows))
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            append(self._file, header + _pack(dtype, numbers, rows))
         except OSError as e:
-            os.ftruncate(self._file.fileno(), end)
             raise MixDQError(
                 f"{self.path}: cannot be written: {e.strerror}; run the same command again once there is room"
             ) from e
+        self._dtype = dtype
         self.rows.update(zip(numbers, rows, strict=True))
 
 

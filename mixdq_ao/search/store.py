@@ -6,7 +6,6 @@ depend on. A torn last line (power cut, full disk, kill -9) is dropped by the re
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
+from ..appendfile import append, open_locked
 from ..errors import SensitivityError
 
 FORMAT, VERSION = "mixdq-store", 1
@@ -55,18 +55,9 @@ class Store:
             return self
         if self.path.exists() and not self.path.is_file():
             raise SensitivityError(f"{self.path}: is not a regular file, expected a path for a store")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a+b")
-        except OSError as e:
-            raise SensitivityError(f"{self.path}: cannot be opened for writing: {e.strerror}") from e
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            self._file.close()
-            raise SensitivityError(
-                f"{self.path}: another process is writing to this store; wait or use another file"
-            ) from e
+        self._file = open_locked(
+            self.path, SensitivityError, "another process is writing to this store; wait or use another file"
+        )
         try:
             self._load(self._file)
         except BaseException:
@@ -121,25 +112,13 @@ class Store:
     def _append(self, record: Mapping[str, Any]) -> None:
         if self._file is None:
             return
-        end = self._file.seek(0, os.SEEK_END)
         try:
-            self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            append(self._file, json.dumps(record, allow_nan=False).encode() + b"\n")
         except OSError as e:
-            _cut(self._file, end)
             raise SensitivityError(
                 f"{self.path}: cannot be written: {e.strerror}; {len(self.results)} results are safe, "
                 "run the same command again once there is room"
             ) from e
-
-
-def _cut(file: BinaryIO, end: int) -> None:
-    """Drops what a failed write left behind; the reader would drop it as well."""
-    try:
-        os.ftruncate(file.fileno(), end)
-    except OSError:
-        pass
 
 
 def _parse(line: bytes, path: Path | None, number: int) -> dict[str, Any]:
