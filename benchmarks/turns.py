@@ -7,11 +7,12 @@ resampled rounds.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+
+from mixdq_ao.app.measure import one_round
 
 RESAMPLES = 2000
 
@@ -33,13 +34,7 @@ def in_turn(
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
 
-    def one_round() -> None:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(1e3 * (time.perf_counter() - start))
-
-    benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=warmup)
+    benchmark.pedantic(one_round, args=(calls, times), rounds=rounds, warmup_rounds=warmup)
     timed = {name: found[-rounds:] for name, found in times.items()}
     reference = next(iter(timed.values()))
     found = {n: {"ms": float(np.median(t))} | speedup(reference, t) for n, t in timed.items()}

@@ -83,13 +83,17 @@ def rounds_of(
     """Milliseconds of each call in every round, all measured in turn, so that a machine whose speed drifts slows all
     of them alike."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(warmup + rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if i >= warmup:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return times
+    for _ in range(warmup + rounds):
+        one_round(calls, times)
+    return {name: found[warmup:] for name, found in times.items()}
+
+
+def one_round(calls: Mapping[str, Callable[[], object]], times: Mapping[str, list[float]]) -> None:
+    """Calls each once and appends its milliseconds to ``times``."""
+    for name, call in calls.items():
+        start = time.perf_counter()
+        call()
+        times[name].append(1e3 * (time.perf_counter() - start))
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 2) -> dict[str, float]:
