@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mixdq_ao import bos_aware, mixdq_config, quantize_
 from mixdq_ao.models.pipelines import denoiser
 from mixdq_ao.plan import Plan
+from mixdq_ao.quantize.bos_encoder import bos_embedding_of
 
 
 def apply_plan(pipe: Any, plan: Plan) -> None:
@@ -20,6 +21,17 @@ def apply_plan(pipe: Any, plan: Plan) -> None:
     quantize_(denoiser(pipe), mixdq_config(plan))
     if any(layer.bos for layer in plan.layers.values()):
         bos_aware(pipe)
+
+
+def make_ready(pipe: Any, plan: Plan | None, *, compiled: bool) -> None:
+    """A loaded pipeline becomes what is asked for: quantized by ``plan``, or, saved quantized, with its text encoders
+    checked; then compiled if so asked."""
+    if plan is not None:
+        apply_plan(pipe, plan)
+    elif bos_embedding_of(denoiser(pipe)) is not None:
+        bos_aware(pipe)
+    if compiled:
+        compile_denoiser(pipe)
 
 
 def compile_denoiser(pipe: Any) -> None:

@@ -157,18 +157,9 @@ def _circumstances(args: argparse.Namespace, device: str) -> dict[str, Any]:
 
 def _load(args: argparse.Namespace, device: str, plan: Plan | None) -> Any:
     pipe = load_pipeline(args.pipeline, device=device, dtype=args.dtype)
-    from mixdq_ao import bos_aware
-    from mixdq_ao.models.pipelines import denoiser
-    from mixdq_ao.quantize.bos_encoder import bos_embedding_of
+    from ..quantized import make_ready
 
-    from ..quantized import apply_plan, compile_denoiser
-
-    if plan is not None:
-        apply_plan(pipe, plan)
-    elif bos_embedding_of(denoiser(pipe)) is not None:  # a pipeline that was saved quantized
-        bos_aware(pipe)
-    if args.compile:
-        compile_denoiser(pipe)
+    make_ready(pipe, plan, compiled=args.compile)
     return pipe
 
 

@@ -33,21 +33,14 @@ def run(args: argparse.Namespace) -> None:
     prompts = args.prompt or read_prompts(args.prompts)
     plan = load_plan(args.plan, args.calibration) if args.plan else None
     args.out.mkdir(parents=True, exist_ok=True)
-    from mixdq_ao import bos_aware
-    from mixdq_ao.models.pipelines import Sampling, check_prompts, denoiser, generate
-    from mixdq_ao.quantize.bos_encoder import bos_embedding_of
+    from mixdq_ao.models.pipelines import Sampling, check_prompts, generate
 
     pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
     from ...progress import progress
-    from ..quantized import apply_plan, compile_denoiser, save_png
+    from ..quantized import make_ready, save_png
 
     check_prompts(prompts)
-    if plan is not None:
-        apply_plan(pipe, plan)
-    elif bos_embedding_of(denoiser(pipe)) is not None:  # a pipeline that was saved quantized
-        bos_aware(pipe)
-    if args.compile:
-        compile_denoiser(pipe)
+    make_ready(pipe, plan, compiled=args.compile)
     names = ("steps", "guidance_scale", "seed", "batch_size")
     sampling = Sampling(**{name: getattr(args, name) for name in names})
     drawn: list[Path] = []
