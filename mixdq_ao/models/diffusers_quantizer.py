@@ -212,12 +212,17 @@ class MixDQQuantizer(DiffusersQuantizer):
         return True
 
     def _dequantize(self, model: Any) -> Any:
-        for module in find_layers(model).values():
-            if isinstance(module.weight, TorchAOBaseTensor):
-                weight: Any = module.weight
-                module.weight = nn.Parameter(weight.dequantize())
+        dequantize_layers(model)
         model._internal_dict = type(model.config)({k: v for k, v in model.config.items() if k != "quantization_config"})
         return model
+
+
+def dequantize_layers(model: nn.Module, *dtype: Any) -> None:
+    """Weights of torchao's kind become floating-point ones, of ``dtype`` where one is given."""
+    for module in find_layers(model).values():
+        if isinstance(module.weight, TorchAOBaseTensor):
+            weight: Any = module.weight
+            module.weight = nn.Parameter(weight.dequantize(*dtype))
 
 
 def attach_quantizer(model: nn.Module, plan: Plan | None = None, quantizer: MixDQQuantizer | None = None) -> None:

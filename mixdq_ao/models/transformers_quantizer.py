@@ -15,17 +15,15 @@ from typing import Any
 from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import quantize_
-from torchao.utils import TorchAOBaseTensor
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
 from ..errors import CheckpointError
-from ..layers import find_layers
 from ..quantize.config import check_model, mixdq_config
 from ..quantize.tensor import MixDQTensor
 from .checkpoint import Checkpoint
-from .diffusers_quantizer import METHOD, MixDQConfig, remember, resolve
+from .diffusers_quantizer import METHOD, MixDQConfig, dequantize_layers, remember, resolve
 from .flatten import flatten
 from .plan_of import plan_of
 from .skeleton import without_aliases
@@ -87,10 +85,7 @@ class MixDQTransformersQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        for module in find_layers(model).values():
-            if isinstance(module.weight, TorchAOBaseTensor):
-                weight: Any = module.weight
-                module.weight = nn.Parameter(weight.dequantize(dtype))
+        dequantize_layers(model, dtype)
         return model
 
 
