@@ -1,8 +1,9 @@
 """Sensitivities of SDXL's 794 layers from random probes, against one layer at a time: python -m benchmarks.probe_sdxl
 
 SDXL's layout at a tenth to a thirteenth of its width, random float32 weights, an 8 x 8 latent: what grows with the
-number of layers is as in the real model. All layers, weights at 2, 4, 8 bits and activations at 4, 8, by 1, 4 and 16 probes;
-one at a time (with everything before the layer taken from the first run) every fifth layer, its time scaled to all.
+number of layers is as in the real model. All layers, weights at 2, 4, 8 bits and activations at 4, 8, by 1, 4 and 16
+probes; one at a time (with everything before the layer taken from the first run) every fifth layer, its time scaled
+to all.
 Seconds of one core, rank correlation over the sampled layers. Writes benchmarks/results/probe_sdxl.json.
 """
 
@@ -19,7 +20,8 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 
-from benchmarks.sdxl import SDXL, TOKENS
+from benchmarks.layouts import SDXL
+from benchmarks.sdxl import TOKENS
 from mixdq_ao import Calibration, Sampling, Sensitivity, analyze, calibrate
 from mixdq_ao.app.environment import environment
 from mixdq_ao.jsonfile import write_document

@@ -29,6 +29,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.layouts import SDXL
 from benchmarks.memory import Peak, anonymous
 from inductor_kernels import weights
 from mixdq_ao import Plan, calibrate, mixdq_config, quantize_
@@ -40,19 +41,6 @@ from mixdq_ao.layers import find_layers
 from mixdq_ao.search.metrics import sqnr
 
 RESULTS = Path(__file__).parent / "results"
-SDXL: dict[str, Any] = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 LATENT, TOKENS, OUTLIER = 64, 77, 823.0
 """The outlier is the largest value of SDXL's first text row (section 3.2 of arXiv 2405.17873)."""
 

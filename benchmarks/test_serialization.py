@@ -17,22 +17,10 @@ from mixdq_ao import LayerPlan, Plan, load_quantized, mixdq_config, quantize_, s
 from mixdq_ao.layers import find_layers, reads_text
 from mixdq_ao.models.flatten import flatten
 
+from .layouts import NARROW_SDXL
+
 MEBI = 2**20
 ROUNDS = 5
-# SDXL's layout at three tenths of its width: 233 million weights, 794 layers.
-NARROW_SDXL = {
-    "sample_size": 32,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (96, 192, 384),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (3, 6, 12),
-    "cross_attention_dim": 640,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 # Run in a process of its own: the most anonymous memory (not file pages) beyond what the imports took.
 MEASURE = """
 import json, re, sys, threading, time

@@ -21,22 +21,8 @@ from mixdq_ao.app.latency import unet_inputs
 from mixdq_ao.app.subject import bundled
 from mixdq_ao.search.metrics import psnr
 
+from .layouts import MID
 from .turns import in_turn
-
-MID = {  # SDXL's layout and channels with fewer blocks: 284 million weights
-    "sample_size": 64,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "layers_per_block": 1,
-    "transformer_layers_per_block": (1, 1, 1),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 
 
 def torchao_dynamic(unet: nn.Module) -> nn.Module:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from benchmarks.layouts import SDXL
+
 MOST_WORKERS = 4  # each holds torch, diffusers and a compiler: more would fill a laptop's memory
 
 
@@ -88,21 +90,6 @@ def unet_inputs(batch: int = 2) -> dict[str, object]:
         },
         "return_dict": False,
     }
-
-
-SDXL = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 
 
 @pytest.fixture(scope="session")

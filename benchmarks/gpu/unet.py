@@ -8,24 +8,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from ..held import model_bytes
+from ..layouts import SDXL, TINY
 from .timing import interleaved
-
-SDXL = dict(
-    sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2, attention_head_dim=(5, 10, 20),
-    transformer_layers_per_block=(1, 2, 10), cross_attention_dim=2048, addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816, norm_num_groups=32,
-)  # fmt: skip
-TINY = SDXL | dict(
-    sample_size=16, block_out_channels=(32, 64), layers_per_block=1, attention_head_dim=(2, 4),
-    transformer_layers_per_block=(1, 1), cross_attention_dim=32, addition_time_embed_dim=8,
-    projection_class_embeddings_input_dim=64, norm_num_groups=8,
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-)  # fmt: skip
-LAYOUT = dict(
-    in_channels=4, out_channels=4, use_linear_projection=True, addition_embed_type="text_time",
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-)  # fmt: skip
 
 
 def build(*, dry: bool, device: str, dtype: torch.dtype) -> nn.Module:
@@ -34,7 +19,7 @@ def build(*, dry: bool, device: str, dtype: torch.dtype) -> nn.Module:
 
     torch.manual_seed(0)
     with torch.device(device):
-        unet = UNet2DConditionModel(**(LAYOUT | (TINY if dry else SDXL)))
+        unet = UNet2DConditionModel(**(TINY if dry else SDXL))
     return unet.to(dtype).eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -84,22 +69,6 @@ VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-def _bytes(module: nn.Module) -> int:
-    """Storage of the state, tensor subclasses opened, shared memory counted once."""
-    seen: dict[int, int] = {}
-
-    def visit(tensor: torch.Tensor) -> None:
-        if hasattr(tensor, "__tensor_flatten__"):
-            for name in tensor.__tensor_flatten__()[0]:
-                visit(getattr(tensor, name))
-        else:
-            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-
-    for tensor in (*module.parameters(), *module.buffers()):
-        visit(tensor)
-    return sum(seen.values())
-
-
 def _profile(step: Callable[[], object]) -> str:
     """The five kernels that take the most time, with their share."""
     from torch.profiler import ProfilerActivity, profile
@@ -128,7 +97,7 @@ def _measure(name: str, unet: nn.Module, call: dict, mode: str, *, dry: bool) ->
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     row["ms"] = interleaved({"step": lambda: run(**call)}, 2 if dry else 10)["step"]
-    row["weight bytes"] = _bytes(unet)
+    row["weight bytes"] = model_bytes(unet)
     if cuda:
         row["peak bytes"] = torch.cuda.max_memory_allocated()
         row["most time"] = _profile(lambda: run(**call))

@@ -29,9 +29,10 @@ from mixdq_ao.app.environment import environment
 from mixdq_ao.app.measure import rounds_of, speedup
 from mixdq_ao.jsonfile import write_document
 
+from ..held import model_bytes
 from .contenders import PEERS, Contender
 from .ours import Ours
-from .subject import Subject, bytes_of, estimated_bytes, latency_inputs
+from .subject import Subject, estimated_bytes, latency_inputs
 
 RESULTS = Path(__file__).parents[1] / "results"
 ROUNDS, BATCH = 7, 32
@@ -50,7 +51,7 @@ def peer(subject: Subject, contender: Contender, inputs: dict[str, Any]) -> dict
     start = time.perf_counter()
     unet = contender.quantize(copy.deepcopy(subject.pipe.unet), subject)
     seconds = time.perf_counter() - start
-    size = bytes_of(unet) if contender.stored else estimated_bytes(subject.pipe.unet, contender.bits or 32)
+    size = model_bytes(unet) if contender.stored else estimated_bytes(subject.pipe.unet, contender.bits or 32)
     with torch.no_grad():
         return {"seconds": seconds} | measured(subject, unet, size, inputs)
 
@@ -61,7 +62,7 @@ def ours(subject: Subject, method: Ours, size: int, inputs: dict[str, Any]) -> d
     unet = method.quantize(copy.deepcopy(subject.pipe.unet), plan)
     seconds = time.perf_counter() - start + method.seconds
     bits = plan.summary(subject.pipe.unet).average_weight_bits
-    return {"seconds": seconds, "average_weight_bits": bits} | measured(subject, unet, bytes_of(unet), inputs)
+    return {"seconds": seconds, "average_weight_bits": bits} | measured(subject, unet, model_bytes(unet), inputs)
 
 
 class Rows:
@@ -142,7 +143,7 @@ def main() -> None:
             "command": shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]]),
             "rows": shown,
             "peers": {package: installed(package) for package in packages},
-            "full": {"bytes": bytes_of(subject.pipe.unet)},
+            "full": {"bytes": model_bytes(subject.pipe.unet)},
             "environment": environment() | {"prompts": options.prompts, "latency_batch": BATCH},
         },
     )

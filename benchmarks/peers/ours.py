@@ -9,7 +9,8 @@ from torch import nn
 
 from mixdq_ao import Plan, allocate, analyze, calibrate, input_moments, mixdq_config, quantize_
 
-from .subject import STEPS, Subject, bytes_of
+from ..held import model_bytes
+from .subject import STEPS, Subject
 
 ROUNDINGS = ("minmax nearest", "output nearest", "output compensated")
 
@@ -29,7 +30,7 @@ class Ours:
         self.seconds = time.perf_counter() - start
         unet = subject.pipe.unet
         layers = (m for m in unet.modules() if isinstance(m, nn.Linear | nn.Conv2d))
-        self.rest = bytes_of(unet) - sum(4 * m.weight.numel() for m in layers)
+        self.rest = model_bytes(unet) - sum(4 * m.weight.numel() for m in layers)
 
     def plan(self, size: int) -> Plan:
         """The plan of the least predicted error whose model holds at most ``size`` bytes."""

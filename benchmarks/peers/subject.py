@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mixdq_ao.app.measure import Exam
 from mixdq_ao.app.quiet import silence_loading_bars
@@ -61,23 +60,6 @@ class Subject:
     def grade(self, unet: nn.Module) -> dict[str, dict[str, float | None]]:
         """Figures of pictures against full precision, by number of steps."""
         return {str(s): exam.grade(self._pictures(unet, s), self.references[s]) for s, exam in self.exams.items()}
-
-
-def bytes_of(model: nn.Module) -> int:
-    """Bytes of every parameter and buffer as held, tensor subclasses opened, shared memory counted once."""
-    held: dict[int, int] = {}
-
-    def add(tensor: Tensor) -> None:
-        if is_traceable_wrapper_subclass(tensor):
-            for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
-                add(getattr(tensor, name))
-            return
-        storage = tensor.untyped_storage()
-        held[storage.data_ptr()] = max(held.get(storage.data_ptr(), 0), tensor.numel() * tensor.element_size())
-
-    for tensor in (*model.parameters(), *model.buffers()):
-        add(tensor)
-    return sum(held.values())
 
 
 def estimated_bytes(model: nn.Module, bits: float) -> int:
