@@ -10,8 +10,7 @@ import pytest
 
 from mixdq_ao.app import benchmarks
 from mixdq_ao.errors import MixDQError
-
-from .test_cli import run
+from tests.command import run
 
 CASE = """
 import pytest

@@ -14,6 +14,7 @@ import pytest
 from mixdq_ao.app import cli
 from mixdq_ao.plan import LayerPlan, Plan
 from mixdq_ao.search.sensitivity import Sensitivity
+from tests.command import run
 
 from .synthetic import sensitivity
 
@@ -24,16 +25,6 @@ def mixdq(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
     """The command in its own process."""
     command = [sys.executable, "-m", "mixdq_ao.app.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60, **options)
-
-
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    """The command in this process: exit code, standard output, standard error."""
-    try:
-        code = cli.main([str(a) for a in arguments])
-    except SystemExit as e:
-        code = int(e.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from mixdq_ao.app import cli
-
-from .test_cli import run
+from tests.command import run
 
 BASH = shutil.which("bash")
 ASK = 'source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); {name}; printf "%s\\n" "${{COMPREPLY[@]}}"'

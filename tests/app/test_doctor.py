@@ -10,8 +10,7 @@ import torch
 from mixdq_ao.app.pace import KINDS, Pace, as_measured, kind_of, paces, plan_paces
 from mixdq_ao.app.speed import Layer, _calls, speedups
 from mixdq_ao.plan import LayerPlan, Plan
-
-from .test_cli import run
+from tests.command import run
 
 ROUTES = {f"{bits}-bit weights": "onednn-int8" for bits in (8, 4, 2)}
 

@@ -8,18 +8,10 @@ import numpy as np
 import pytest
 
 from mixdq_ao import Orthogonality, Plan, allocate_orthogonal, orthogonality
-from mixdq_ao.app import cli
+from tests.command import run
 
 from ..search.test_orthogonality_allocate import measured
 from .synthetic import sensitivity
-
-
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    try:
-        code = cli.main([str(a) for a in arguments])
-    except SystemExit as e:
-        code = int(e.code or 0)
-    return code, *capsys.readouterr()
 
 
 @pytest.fixture

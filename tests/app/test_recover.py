@@ -7,16 +7,8 @@ import json
 import pytest
 
 from mixdq_ao import Plan, load_quantized
-from mixdq_ao.app import cli
 from mixdq_ao.quantize.tensor import is_quantized
-
-
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    try:
-        code = cli.main([str(a) for a in arguments])
-    except SystemExit as e:
-        code = int(e.code or 0)
-    return code, *capsys.readouterr()
+from tests.command import run
 
 
 @pytest.fixture

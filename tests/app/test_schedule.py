@@ -7,19 +7,11 @@ import json
 import pytest
 
 from mixdq_ao import LayerPlan, Plan, TemporalPlan
-from mixdq_ao.app import cli
 from mixdq_ao.temporal.results import ScheduleResults
+from tests.command import run
 
 NATIVE = Plan({"conv_in": LayerPlan(weight_bits=8, act_bits=8, act_range=(-1.0, 1.0))})
 COSTS = {"16": 1.0, "W8A8": 0.5}
-
-
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    try:
-        code = cli.main([str(a) for a in arguments])
-    except SystemExit as e:
-        code = int(e.code or 0)
-    return code, *capsys.readouterr()
 
 
 @pytest.fixture

@@ -7,19 +7,11 @@ import json
 import pytest
 import torch
 
-from mixdq_ao.app import cli
 from mixdq_ao.evaluate import Gaussian
 from mixdq_ao.evaluate.weights import package
+from tests.command import run
 
 from .conftest import pictures
-
-
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    try:
-        code = cli.main([str(a) for a in arguments])
-    except SystemExit as e:
-        code = int(e.code or 0)
-    return code, *capsys.readouterr()
 
 
 def flat(images):
