@@ -39,15 +39,21 @@ if TYPE_CHECKING:
     from .search.analyze import analyze
     from .search.calibrate import Calibrator, calibrate
     from .search.calibration import Calibration
+    from .search.distributed import RayWorkers
+    from .search.joint import allocate_jointly
+    from .search.latency import layer_latencies
+    from .search.limits import Limits
     from .search.moments import Moments, input_moments
     from .search.orthogonality import Orthogonality, orthogonality
     from .search.orthogonality_allocate import allocate_orthogonal
-    from .search.pareto import pareto
+    from .search.pareto import pareto, pareto_jointly
     from .search.sensitivity import LayerSensitivity, Sensitivity
+    from .search.smoothing import smooth_
     from .temporal.plan import TemporalPlan
     from .temporal.runtime import LevelRuntime, prepare
     from .temporal.schedule import Schedule, search_schedule
     from .temporal.step_allocation import allocate_steps
+    from .temporal.step_probe import probe_steps
     from .training.optim import MemoryEfficientAdamW, MemoryEfficientSGD
     from .training.recover import Recovery, recover
 
@@ -84,20 +90,27 @@ _HOME = {
     "Calibrator": "search.calibrate",
     "calibrate": "search.calibrate",
     "Calibration": "search.calibration",
+    "RayWorkers": "search.distributed",
+    "allocate_jointly": "search.joint",
+    "layer_latencies": "search.latency",
+    "Limits": "search.limits",
     "Moments": "search.moments",
     "input_moments": "search.moments",
     "Orthogonality": "search.orthogonality",
     "orthogonality": "search.orthogonality",
     "allocate_orthogonal": "search.orthogonality_allocate",
     "pareto": "search.pareto",
+    "pareto_jointly": "search.pareto",
     "LayerSensitivity": "search.sensitivity",
     "Sensitivity": "search.sensitivity",
+    "smooth_": "search.smoothing",
     "TemporalPlan": "temporal.plan",
     "LevelRuntime": "temporal.runtime",
     "prepare": "temporal.runtime",
     "Schedule": "temporal.schedule",
     "search_schedule": "temporal.schedule",
     "allocate_steps": "temporal.step_allocation",
+    "probe_steps": "temporal.step_probe",
     "MemoryEfficientAdamW": "training.optim",
     "MemoryEfficientSGD": "training.optim",
     "Recovery": "training.recover",
