@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from .quantize.bos_encoder import BOSAwareTextEncoder, bos_aware
     from .quantize.config import MixDQLayerConfig, mixdq_config, quantize_
     from .quantize.tensor import MixDQTensor
-    from .search.allocate import Allocation, allocate
+    from .search.allocate import allocate
+    from .search.allocation import Allocation
     from .search.analyze import analyze
     from .search.calibrate import Calibrator, calibrate
     from .search.calibration import Calibration
@@ -84,7 +85,7 @@ _HOME = {
     "mixdq_config": "quantize.config",
     "quantize_": "quantize.config",
     "MixDQTensor": "quantize.tensor",
-    "Allocation": "search.allocate",
+    "Allocation": "search.allocation",
     "allocate": "search.allocate",
     "analyze": "search.analyze",
     "Calibrator": "search.calibrate",

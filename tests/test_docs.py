@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mixdq_ao
 from mixdq_ao.app.cli import COMMANDS, parser
 
 from .notebook import is_clean
@@ -39,6 +40,12 @@ def found(dotted: str) -> bool:
 def test_names_in_the_api_pages_exist(page):
     for name in re.findall(r"^::: (\S+)|\]\[((?:mixdq_ao|inductor_kernels)\.\S+?)\]", TEXTS[page], re.M):
         assert found(next(filter(None, name))), name
+
+
+def test_every_public_name_is_in_an_api_page():
+    shown = set(re.findall(r"^::: (\S+)", "\n".join(TEXTS.values()), re.M))
+    homes = {name: f"mixdq_ao.{home}" for name, home in mixdq_ao._HOME.items()}
+    assert [name for name, home in homes.items() if not {home, f"{home}.{name}"} & shown] == []
 
 
 @pytest.mark.parametrize("page", TEXTS)
