@@ -117,7 +117,7 @@ def _scaled(total: Tensor, scale: Tensor, row_scale: Tensor | None, bias: Tensor
     if bias is None:
         total.mul_(scale)
     else:
-        torch.addcmul(_float(bias), total, scale, out=total)
+        torch.addcmul(bias.float(), total, scale, out=total)
     return total if dtype == torch.float32 else total.to(dtype)
 
 

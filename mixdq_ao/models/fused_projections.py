@@ -6,6 +6,9 @@ attention with joint projections is used here with joint quantized weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import nn
@@ -35,39 +38,55 @@ def fuse_projections(model: nn.Module) -> tuple[str, ...]:
 def unfuse_projections(model: nn.Module) -> None:
     """The layers compute by themselves again."""
     for attention in model.modules():
-        if isinstance(attention, Attention) and getattr(attention, "fused_projections", False):
-            for name in JOINT:
-                if hasattr(attention, name):
-                    delattr(attention, name)
-            attention.fused_projections = False
-            attention.set_processor(AttnProcessor2_0())
+        if isinstance(attention, Attention):
+            unfuse_attention(attention)
+
+
+def unfuse_attention(attention: Attention) -> None:
+    """The same for one attention; one that is not fused stays as it is."""
+    if getattr(attention, "fused_projections", False):
+        for name in JOINT:
+            if hasattr(attention, name):
+                delattr(attention, name)
+        attention.fused_projections = False
+        _process(attention, AttnProcessor2_0())
+
+
+def _process(attention: Attention, processor: Any) -> None:
+    """diffusers annotates the union of its processors without these two."""
+    attention.set_processor(processor)
 
 
 def _fuse(attention: Attention) -> bool:
     joint = "to_kv" if attention.is_cross_attention else "to_qkv"
     layers = [getattr(attention, name, None) for name in JOINT[joint]]
-    if not all(type(layer) is nn.Linear and isinstance(layer.weight, MixDQTensor) for layer in layers):
+    if len({layer.weight.shape[0] for layer in layers if isinstance(layer, nn.Linear)}) > 1:
         return False
-    weights = [layer.weight for layer in layers]  # type: ignore[union-attr]
-    sizes = {weight.shape[0] for weight in weights}
-    biases = [layer.bias for layer in layers]  # type: ignore[union-attr]
-    alike = len(sizes) == 1 and not any(difference(weights[0], weight) for weight in weights[1:])
-    if not alike or len({bias is None for bias in biases}) > 1:
+    if not all(alike(layers[0], layer) for layer in layers):
         return False
-    setattr(attention, joint, _layer(weights, biases))
-    rows = sizes.pop()
-    for i, layer in enumerate(layers):
-        part = getattr(attention, joint).weight[i * rows : (i + 1) * rows]
-        layer.weight = nn.Parameter(part, requires_grad=False)  # type: ignore[union-attr]
+    setattr(attention, joint, join_layers(layers))
     attention.fused_projections = True
-    attention.set_processor(FusedAttnProcessor2_0())
+    _process(attention, FusedAttnProcessor2_0())
     return True
 
 
-def _layer(weights: list[MixDQTensor], biases: list[torch.Tensor | None]) -> nn.Linear:
-    weight = joined(weights)
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=biases[0] is not None, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    if biases[0] is not None:
-        layer.bias = nn.Parameter(torch.cat([b for b in biases if b is not None]), requires_grad=False)
-    return layer.eval()
+def alike(a: Any, b: Any) -> bool:
+    """Whether two modules are quantized linear layers that :func:`join_layers` takes together."""
+    if not all(type(layer) is nn.Linear and isinstance(layer.weight, MixDQTensor) for layer in (a, b)):
+        return False
+    return (a.bias is None) == (b.bias is None) and not difference(a.weight, b.weight)
+
+
+def join_layers(layers: Sequence[Any]) -> nn.Linear:
+    """One layer that gives the outputs of ``layers`` side by side; their own weights become views of its weight."""
+    weight = joined([layer.weight for layer in layers])
+    whole = nn.Linear(weight.shape[1], weight.shape[0], bias=layers[0].bias is not None, device="meta")
+    whole.weight = nn.Parameter(weight, requires_grad=False)
+    if layers[0].bias is not None:
+        whole.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)
+    start = 0
+    for layer in layers:
+        end = start + layer.weight.shape[0]
+        layer.weight = nn.Parameter(weight[start:end], requires_grad=False)
+        start = end
+    return whole.eval()

@@ -8,33 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from ..errors import MixDQError
-from ..layers import reads_text
-
-
-class TextProjection(nn.Module):
-    """A projection of the text that returns what it stored of the text at hand."""
-
-    value: Tensor | None
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-        self.register_buffer("value", None, persistent=False)
-
-    def forward(self, text: Tensor, *args: Any) -> Tensor:
-        return self.layer(text, *args) if self.value is None else self.value
-
-    def store(self, value: Tensor) -> None:
-        """Keeps ``value`` where the last one of its shape was: compiled code and CUDA graphs go on reading there."""
-        held = self.value
-        if held is not None and (held.shape, held.dtype, held.device) == (value.shape, value.dtype, value.device):
-            held.copy_(value)
-        else:
-            self.value = value.clone()
+from .text_layers import inner_unet, project, restore, text_projections
 
 
 class TextReuse(nn.Module):
@@ -47,26 +23,14 @@ class TextReuse(nn.Module):
     def __init__(self, unet: nn.Module) -> None:
         """Raises MixDQError unless ``unet`` is a UNet2DConditionModel whose projections get the text as it is."""
         super().__init__()
-        inner = getattr(unet, "_orig_mod", unet)
-        if not isinstance(inner, UNet2DConditionModel):
-            raise MixDQError(f"the denoiser is a {type(inner).__name__}, expected a UNet2DConditionModel")
-        if inner.encoder_hid_proj is not None:
-            raise MixDQError(
-                "the UNet changes the text before its projections (encoder_hid_proj, as for IP-Adapter); "
-                "its keys and values cannot be kept"
-            )
-        names = [n for n, m in inner.named_modules() if reads_text(n) and not isinstance(m, TextProjection)]
-        if not names:
-            raise MixDQError("the UNet has no cross-attention projections (attn2.to_k, attn2.to_v) to keep")
-        self.unet, self.projections = unet, [TextProjection(inner.get_submodule(n)) for n in names]
-        for name, projection in zip(names, self.projections, strict=True):
-            inner.set_submodule(name, projection)
+        inner = inner_unet(unet)
+        self.unet, self.projections = unet, text_projections(inner)
         compiled = inner is not unet
         self._project = torch.compile(self._products, fullgraph=True) if compiled else self._products
         self._known: tuple[Tensor, int] | None = None
 
     def _products(self, text: Tensor) -> list[Tensor]:
-        return [projection.layer(text) for projection in self.projections]
+        return project(self._inner(), self.projections, text)
 
     def forget(self) -> None:
         """Has the next call compute the projections again."""
@@ -74,24 +38,27 @@ class TextReuse(nn.Module):
 
     def undo(self) -> nn.Module:
         """Puts the layers back and returns the UNet."""
-        inner = getattr(self.unet, "_orig_mod", self.unet)
-        for name, module in list(inner.named_modules()):
-            if isinstance(module, TextProjection):
-                inner.set_submodule(name, module.layer)
+        restore(self._inner())
         return self.unet
+
+    def _inner(self) -> nn.Module:
+        return getattr(self.unet, "_orig_mod", self.unet)
 
     def forward(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         text = encoder_hidden_states
         if not self._unchanged(text):
+            self.projections = text_projections(self._inner())
             for projection, value in zip(self.projections, self._project(text), strict=True):
                 projection.store(value)
             self._known = None if text.is_inference() else (text, text._version)
         return self.unet(sample, timestep, text, *args, **kwargs)
 
     def _unchanged(self, text: Tensor) -> bool:
-        """An inference tensor does not tell when it is written to, so it is never known."""
+        """An inference tensor does not tell when it is written to, so it is never known. Nothing is stored where
+        projections were joined or taken apart meanwhile."""
         known = self._known
-        return known is not None and known[0] is text and known[1] == text._version
+        same = known is not None and known[0] is text and known[1] == text._version
+        return same and all(projection.value is not None for projection in self.projections)
 
     def __getattr__(self, name: str) -> Any:
         """``config``, ``dtype`` and whatever else a pipeline asks its UNet for."""

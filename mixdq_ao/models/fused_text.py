@@ -1,0 +1,88 @@
+"""Keys and values of the text for all cross attentions as one product for each precision, when the first of them asks.
+
+SDXL's 140 projections read the same 77 rows: apart they are 140 small launches (70 with ``fuse_projections``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from .fused_projections import alike, join_layers, unfuse_attention
+from .text_layers import JOINT, TextProjection, inner_unet, restore, text_projections
+
+
+class TextProjections(nn.Module):
+    """Projections of one text, those of one precision as one product each.
+
+    Attributes:
+        layers: one joint linear layer for each precision, [sum of outputs, K].
+        readers: the projections, in the order of what ``forward`` returns.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[TextProjection]]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(join_layers([p.layer for p in group]) for group in groups)
+        self.sizes = [[p.layer.weight.shape[0] for p in group] for group in groups]
+        self.readers = tuple(p for group in groups for p in group)
+        for position, reader in enumerate(self.readers):
+            reader.joint = self, position
+
+    def forward(self, text: Tensor) -> list[Tensor]:
+        """text [B, T, K] -> [B, T, N_i] of each reader, views of one tensor for each precision."""
+        parts = zip(self.layers, self.sizes, strict=True)
+        return [value for layer, sizes in parts for value in layer(text).split(sizes, -1)]
+
+    def hand_out(self, text: Tensor) -> None:
+        """Every reader has its part when it asks."""
+        for reader, value in zip(self.readers, self(text), strict=True):
+            reader.at_hand.text, reader.at_hand.value = text, value
+
+
+def fuse_text_projections(unet: Any) -> tuple[int, ...]:
+    """Computes the keys and values of the text for all cross attentions of a UNet where the first of them asks, before
+    or after ``torch.compile``; with ``fuse_projections`` and ``reuse_text_projections`` in any order.
+
+    Projections of one bit width and one input range (a plan ties those that read one tensor) become one product, BOS
+    rows included: the same bits as before, and the same bytes, for the layers' own weights become views of the joint
+    one. Others stay where they are. Fuse last: adapters want the layers apart, and a fused model is not saved
+    (``unfuse_text_projections``).
+
+    Returns how many projections each product computes. Raises MixDQError for a denoiser without such projections.
+    """
+    inner = inner_unet(getattr(unet, "unet", unet))
+    unfuse_text_projections(inner)
+    for attention in inner.modules():
+        if isinstance(attention, Attention) and attention.is_cross_attention:
+            unfuse_attention(attention)  # the joint product takes its pair apart
+    groups = _grouped(text_projections(inner))
+    if groups:
+        inner.add_module(JOINT, TextProjections(groups))
+    else:
+        restore(inner)
+    return tuple(len(group) for group in groups)
+
+
+def unfuse_text_projections(unet: Any) -> None:
+    """The projections compute by themselves again."""
+    inner = inner_unet(getattr(unet, "unet", unet))
+    if hasattr(inner, JOINT):
+        for reader in getattr(inner, JOINT).readers:
+            reader.joint = None
+        delattr(inner, JOINT)
+    restore(inner)
+
+
+def _grouped(projections: list[TextProjection]) -> list[list[TextProjection]]:
+    """Projections that can be joined, the largest group first."""
+    groups: list[list[TextProjection]] = []
+    for projection in projections:
+        group = next((g for g in groups if alike(g[0].layer, projection.layer)), None)
+        if group is not None:
+            group.append(projection)
+        elif alike(projection.layer, projection.layer):
+            groups.append([projection])
+    return sorted((g for g in groups if len(g) > 1), key=len, reverse=True)
