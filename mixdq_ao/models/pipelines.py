@@ -22,6 +22,7 @@ class Sampling:
         seed: prompt i of a list starts from the noise of generator seed + i, whatever the batch size.
         batch_size: prompts at once.
         height, width: pixels; None for the model's own.
+        frames: of a video; None for the pipeline's own number, and for pictures.
     """
 
     steps: int = 1
@@ -30,6 +31,7 @@ class Sampling:
     batch_size: int = 16
     height: int | None = None
     width: int | None = None
+    frames: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
@@ -68,20 +70,43 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
 def generate(
     pipe: Any, prompts: Sequence[str], sampling: Sampling, output: Literal["latent", "pt"] = "pt"
 ) -> Iterator[Tensor]:
-    """Batches of pictures ([B, 3, H, W], float in [0, 1]) or final latents ([B, C, h, w]), on the CPU in float32."""
+    """Batches of pictures ([B, 3, H, W], float in [0, 1]) or final latents ([B, C, h, w]), on the CPU in float32.
+
+    Of a pipeline of videos (one that gives ``frames``, as WanPipeline): [B, F, 3, H, W], or latents [B, C, f, h, w].
+    """
     prompts = check_prompts(prompts)
-    size = {n: v for n, v in (("height", sampling.height), ("width", sampling.width)) if v is not None}
+    sizes = {"height": sampling.height, "width": sampling.width, "num_frames": sampling.frames}
+    size = {name: value for name, value in sizes.items() if value is not None}
     for start in range(0, len(prompts), sampling.batch_size):
         batch = prompts[start : start + sampling.batch_size]
-        images = pipe(
+        result = pipe(
             prompt=batch,
             num_inference_steps=sampling.steps,
             guidance_scale=sampling.guidance_scale,
             generator=[torch.Generator("cpu").manual_seed(sampling.seed + start + i) for i in range(len(batch))],
             output_type=output,
             **size,
-        ).images
-        yield images.detach().float().cpu()
+        )
+        yield drawn(result).detach().float().cpu()
+
+
+def drawn(result: Any) -> Tensor:
+    """What a pipeline drew: its ``images``, or the ``frames`` of a video.
+
+    Raises MixDQError where it gives neither, or no tensor of them.
+    """
+    found = next((getattr(result, name) for name in ("images", "frames") if hasattr(result, name)), None)
+    if not isinstance(found, Tensor):
+        raise MixDQError(
+            f"the pipeline gave {type(result).__name__} with {type(found).__name__}, expected images or frames as a "
+            "tensor for output_type 'pt' and 'latent'"
+        )
+    return found
+
+
+def each_frame(images: Tensor) -> Tensor:
+    """Pictures [B, 3, H, W] as they are, the frames of videos [B, F, 3, H, W] one by one: [B F, 3, H, W]."""
+    return images.flatten(0, 1) if images.dim() == 5 else images
 
 
 def generate_all(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import SensitivityError
-from ..models.pipelines import Sampling, denoiser, generate
+from ..models.pipelines import Sampling, denoiser, drawn, generate
 from .probe_tape import first_output, frozen
 
 
@@ -68,7 +68,7 @@ class _Differentiable:
     def __call__(self, **kwargs: Any) -> Any:
         with torch.enable_grad():
             result = inspect.unwrap(type(self.pipe).__call__)(self.pipe, **kwargs)
-        self.images = result.images
+        self.images = drawn(result)
         return result
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import find_layers
-from ..models.pipelines import Sampling, check_prompts, denoiser, generate_all, text_encoders
+from ..models.pipelines import Sampling, check_prompts, denoiser, each_frame, generate_all, text_encoders
 from ..plan import LayerPlan
 from ..quantize.config import MixDQLayerConfig, fake_quantizer
 from ..quantize.fake import with_fake_quantizer, without_fake_quantizer
@@ -21,7 +21,8 @@ from .replay import Recorder, replayable
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What one batch gave: the denoiser's outputs of every step [steps, B, ...], pictures [B, 3, H, W] or None."""
+    """What one batch gave: the denoiser's outputs of every step [steps, B, ...], pictures [B, 3, H, W] (videos
+    [B, F, 3, H, W]) or None."""
 
     denoised: Tensor
     images: Tensor | None
@@ -101,7 +102,8 @@ class Trials:
                 noise += error_power(batch.reference.denoised, output.denoised) * signal
                 power += signal
                 if output.images is not None and batch.reference.images is not None:
-                    similarity += ssim(output.images, batch.reference.images).sum().item()
+                    alike = ssim(each_frame(output.images), each_frame(batch.reference.images))
+                    similarity += alike.sum().item() * (len(batch.prompts) / len(alike))
         result = {"error": noise / power}
         if images:
             result["ssim"] = similarity / sum(len(b.prompts) for b in self.batches)
