@@ -40,14 +40,13 @@ def signs(like: Tensor, *key: object) -> Tensor:
 class _Tally:
     """One probe's answers: of the outputs, already summed; of the pictures, still to be summed over steps."""
 
-    sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    sums: dict[str, _Moments] = field(default_factory=dict)
     pictures: dict[str, Tensor] = field(default_factory=dict)
 
     def see_outputs(self, answers: Mapping[str, Tensor]) -> None:
         for name, p in answers.items():
-            second, fourth = _moments(p)
-            before = self.sums.get(name)
-            self.sums[name] = (second, fourth) if before is None else (before[0] + second, before[1] + fourth)
+            found, before = _Moments.of(p), self.sums.get(name)
+            self.sums[name] = found if before is None else before + found
 
     def see_pictures(self, answers: Mapping[str, Tensor], count: int) -> None:
         for name, p in answers.items():
@@ -55,9 +54,21 @@ class _Tally:
             self.pictures[name] = add(self.pictures.get(name), one.sum(0))
 
 
-def _moments(p: Tensor) -> tuple[Tensor, Tensor]:
-    p = p.double()
-    return p.square().sum(0), p.pow(4).sum(0)
+@dataclass(frozen=True, slots=True)
+class _Moments:
+    """Sums of p^2 and p^4 [choices], and how many p there were of each."""
+
+    second: Tensor
+    fourth: Tensor
+    rows: int
+
+    @classmethod
+    def of(cls, p: Tensor) -> _Moments:
+        p = p.double()
+        return cls(p.square().sum(0), p.pow(4).sum(0), len(p))
+
+    def __add__(self, other: _Moments) -> _Moments:
+        return _Moments(self.second + other.second, self.fourth + other.fourth, self.rows + other.rows)
 
 
 class BatchProbe:
@@ -90,14 +101,16 @@ class BatchProbe:
         with frozen_pipeline(pipe):
             self.trace: Trace = trace(pipe, prompts, sampling, pictures=bool(content))
         self._tape: tuple[int, Tape] | None = None
+        self.changes: dict[int, dict[str, Tensor]] = {}
         self.order: dict[str, None] = {}
         self.power = sum(s.output.detach().double().square().sum().item() for s in self.trace.steps)
         if not (math.isfinite(self.power) and self.power > 0):
             raise SensitivityError(f"the denoiser's output has power {self.power}, expected finite and above 0")
 
     def run(self, probes: Sequence[int]) -> list[Record]:
-        """One record per probe number: {"layer|kind|bits|output": sum of p^2, "...|output|4th": sum of p^4, the same
-        with "picture"} and "power" (of the outputs), "pixels" (number of picture values)."""
+        """One record per probe number: {"layer|kind|bits|output": sum of p^2, "...|output|4th": sum of p^4,
+        "...|output|rows": how many p, "...|output|change": sum of squares of the layer's own change, the same with
+        "picture"} and "power" (of the outputs), "pixels" (number of picture values)."""
         tallies = {k: _Tally() for k in probes}
         images, steps = self.trace.images, self.trace.steps
         pictures = {}
@@ -111,6 +124,7 @@ class BatchProbe:
                     tally.see_outputs(tape.pull(v, set(self.deltas))[0])
                     if images is not None:
                         self._see_pictures(s, tape, tally, pictures[k])
+                    self.changes.setdefault(s, tape.sink.changes)
         return [self._record(tally) for tally in tallies.values()]
 
     def scores(self, probe: int, contract: Contract) -> dict[str, Tensor]:
@@ -147,13 +161,15 @@ class BatchProbe:
         for name in self.order:
             self._write(record, name, "output", tally.sums[name], self.power)
             if name in tally.pictures:
-                self._write(record, name, "picture", _moments(tally.pictures[name]), float(pixels))
+                self._write(record, name, "picture", _Moments.of(tally.pictures[name]), float(pixels))
         return record
 
-    def _write(self, record: Record, name: str, target: str, moments: tuple[Tensor, Tensor], reference: float) -> None:
-        for choice, second, fourth in zip(
-            self.deltas[name].choices, moments[0].tolist(), moments[1].tolist(), strict=True
-        ):
-            finite = math.isfinite(second) and math.isfinite(fourth)
-            record[f"{choice.key}|{target}"] = second if finite else OVERFLOW * reference
-            record[f"{choice.key}|{target}|4th"] = fourth if finite else 0.0
+    def _write(self, record: Record, name: str, target: str, moments: _Moments, reference: float) -> None:
+        changes: Any = sum(of[name] for of in self.changes.values() if name in of)
+        figures = (moments.second.tolist(), moments.fourth.tolist(), changes.tolist())
+        for choice, second, fourth, change in zip(self.deltas[name].choices, *figures, strict=True):
+            key, finite = f"{choice.key}|{target}", math.isfinite(second) and math.isfinite(fourth)
+            record[key] = second if finite else OVERFLOW * reference
+            record[f"{key}|4th"] = fourth if finite else 0.0
+            record[f"{key}|rows"] = float(moments.rows)
+            record[f"{key}|change"] = change if finite and math.isfinite(change) else 0.0

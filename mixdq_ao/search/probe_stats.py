@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .probe_batch import Record
+from .probe_shrink import shrunk
 
 Array = NDArray[np.float64]
 Key = tuple[str, str, str, str]
@@ -24,12 +25,15 @@ class Estimates:
     Attributes:
         keys: (layer, kind, label of an Evaluation, "output" or "picture"), in order of the layers' first calls.
         second, fourth: [probes, keys] sums of p^2 and p^4 over samples, steps and batches.
+        change, rows: [keys] sum of squares of the layer's own change, and how many p^2 one probe has.
         power, pixels: sum of squares of the outputs, number of picture values.
     """
 
     keys: list[Key]
     second: Array
     fourth: Array
+    change: Array
+    rows: Array
     power: float
     pixels: float
 
@@ -38,13 +42,14 @@ class Estimates:
         """From [probe][batch] records; a layer a batch never called counts as without error there."""
         names = list(dict.fromkeys(k for r in records[0] for k in r if k.endswith(("|output", "|picture"))))
 
-        def total(suffix: str) -> Array:
-            return np.array([[sum(r.get(n + suffix, 0.0) for r in batch) for n in names] for batch in records])
+        def total(suffix: str, probes: Sequence[Sequence[Record]] = records) -> Array:
+            return np.array([[sum(r.get(n + suffix, 0.0) for r in batch) for n in names] for batch in probes])
 
         split = [n.rsplit("|", 3) for n in names]
         keys = [(name, kind, label, target) for name, kind, label, target in split]
         power, pixels = (sum(r[n] for r in records[0]) for n in ("power", "pixels"))
-        return cls(keys, total(""), total("|4th"), power, pixels)
+        change, rows = (total(suffix, records[:1])[0] for suffix in ("|change", "|rows"))
+        return cls(keys, total(""), total("|4th"), change, rows, power, pixels)
 
     @cached_property
     def scale(self) -> Array:
@@ -53,17 +58,46 @@ class Estimates:
 
     @cached_property
     def values(self) -> Array:
-        """[keys] the estimates: mean over probes."""
-        return self.second.mean(0) / self.scale
+        """[keys] the estimates: mean over probes, then drawn to what layers and bit widths have in common (``shrunk``)
+        where there are layers enough to know."""
+        return self._posterior[0] / self.scale
 
     @cached_property
     def standard_errors(self) -> Array:
         """[keys] standard errors of ``values`` over the draw of the signs, for these prompts.
 
-        For u = J dY, p is a sum of |u| many random signs: E p^2 = |u|^2 and E p^4 = 3 |u|^4 - 2 sum u_j^4, so the
-        variance of p^2, 2 |u|^4 - 2 sum u_j^4, is at most 2/3 of E p^4. That bound needs a single probe only.
+        Those of the posterior; where there is none, of the mean: for u = J dY, p is a sum of |u| many random signs:
+        E p^2 = |u|^2 and E p^4 = 3 |u|^4 - 2 sum u_j^4, so the variance of p^2, 2 |u|^4 - 2 sum u_j^4, is at most 2/3
+        of E p^4. That bound needs a single probe only.
         """
-        return np.sqrt(self.fourth.sum(0) * 2 / 3) / len(self.second) / self.scale
+        means, deviations = self._posterior
+        plain = np.sqrt(self.fourth.sum(0) * 2 / 3) / len(self.second)
+        return np.where(np.isnan(deviations), plain, deviations * means) / self.scale
+
+    @cached_property
+    def _posterior(self) -> tuple[Array, Array]:
+        return self._shrunk(self.second)
+
+    def _shrunk(self, second: Array) -> tuple[Array, Array]:
+        """Sums of p^2 a probe [keys] from some probes, and their deviations, of all layers with the same choices at
+        once."""
+        means, deviations = second.mean(0), np.full(len(self.keys), np.nan)
+        for table in self._tables:
+            mean = means[table] / np.maximum(self.rows[table], 1)
+            found = shrunk(mean, self.change[table] / np.maximum(self.rows[table], 1), len(second) * self.rows[table])
+            means[table], deviations[table] = found[0] * np.maximum(self.rows[table], 1), found[1]
+        return means, deviations
+
+    @cached_property
+    def _tables(self) -> list[NDArray[np.intp]]:
+        """Indices of keys [layers, columns]: for each target, of the layers that have the same kinds and labels."""
+        own: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for i, (name, _, _, target) in enumerate(self.keys):
+            own[name, target].append(i)
+        alike: dict[tuple[object, ...], list[list[int]]] = defaultdict(list)
+        for (_, target), indices in own.items():
+            alike[target, *(self.keys[i][1:3] for i in indices)].append(indices)
+        return [np.array(rows) for rows in alike.values()]
 
     @cached_property
     def settled(self) -> dict[tuple[str, str, str], float]:
@@ -76,13 +110,15 @@ class Estimates:
         columns: dict[tuple[str, str, str], list[int]] = defaultdict(list)
         for i, (_, kind, label, target) in enumerate(self.keys):
             columns[kind, label, target].append(i)
-        return {key: self._reliability(of) for key, of in columns.items()}
-
-    def _reliability(self, columns: list[int]) -> float:
         if len(self.second) < 2:
-            return 0.0
-        r = rank_correlation(self.second[::2, columns].mean(0), self.second[1::2, columns].mean(0))
-        return math.sqrt(2 * r / (1 + r)) if r > 0 else 0.0
+            return dict.fromkeys(columns, 0.0)
+        halves = [self._shrunk(self.second[start::2])[0] for start in (0, 1)]
+        return {key: _reliability(halves[0][of], halves[1][of]) for key, of in columns.items()}
+
+
+def _reliability(a: Array, b: Array) -> float:
+    r = rank_correlation(a, b)
+    return math.sqrt(2 * r / (1 + r)) if r > 0 else 0.0
 
 
 def rank_correlation(a: Array, b: Array) -> float:

@@ -38,17 +38,22 @@ class _Seen:
     groups: int
     x: Tensor | None
     deltas: Tensor | None = None
+    counted: bool = False
 
 
 @dataclass(slots=True)
 class _Sink:
-    """Where gradients go. Holds no part of the graph, whose hooks refer to it: the graph dies with its tape."""
+    """Where gradients go. Holds no part of the graph, whose hooks refer to it: the graph dies with its tape.
+
+    ``changes``: {layer: sum of squares of its deltas [choices], over samples}, of layers whose gradient was asked for.
+    """
 
     deltas: Mapping[str, LayerDeltas]
     room: int
     rows: int = 1
     seen: list[_Seen] = field(default_factory=list)
     results: dict[str, Tensor] = field(default_factory=dict)
+    changes: dict[str, Tensor] = field(default_factory=dict)
     reached: set[str] = field(default_factory=set)
     names: Set[str] = frozenset()
     contract: Contract = inner
@@ -73,6 +78,10 @@ class _Sink:
         if deltas is None:
             assert call.x is not None
             deltas = self.deltas[call.name].stack(call.x, call.groups)
+        if not call.counted:
+            call.counted = True
+            power = torch.linalg.vector_norm(deltas, dim=2).double().square().sum(0)
+            self.changes[call.name] = self.changes.get(call.name, 0) + power
         result = self.contract(deltas, gradient.reshape(call.groups, -1).float())
         self.results[call.name] = add(self.results.get(call.name), result)
 
