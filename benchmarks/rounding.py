@@ -2,10 +2,11 @@
 
 PSNR against the full-precision pictures of the same noise, 1 and 4 denoising steps, captions the pipeline never saw.
 Uniform plans with each rounding; plans allocated for the least sum of error powers (objective "additive", sensitivities
-from random probes) with plain rounding, and with the rounding of each layer chosen by its output error. Activations 8
-bit. "Error" is the relative error power of the denoiser's output at 1 step, as predicted by the sum over layers and as
-measured. Writes benchmarks/results/rounding.json and rounding.md. Figures are kept in a store (--store) as soon as they
-are measured; a stopped run continues from it.
+from random probes) with plain rounding, and with the rounding of each layer chosen by its output error. "Smoothed" and
+"rotated": the same with inputs smoothed (strength 0.5) or attention's values rotated, folded into the weights.
+Activations 8 bit. "Error" is the relative error power of the denoiser's output at 1 step, as predicted by the sum over
+layers and as measured. Writes benchmarks/results/rounding.json and rounding.md. Figures are kept in a store (--store)
+as soon as they are measured; a stopped run continues from it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -51,6 +52,8 @@ from mixdq_ao.search.trial import run
 RESULTS = Path(__file__).parent / "results"
 BITS = (2.1, 2.25, 2.5, 2.75, 3.0, 4.0, 6.0, 8.0)
 OFFERED = (PLAIN, "output nearest", "output compensated")
+FOLDED: dict[str, dict[str, Any]] = {"smoothed": {"smoothing": 0.5}, "rotated": {"rotation": True}}
+FOLDED_BITS = (2.25, 3.0, 4.0)
 CALIBRATION, ANALYSIS, PROBES, TEST, STEPS = 32, 8, 8, 64, (1, 4)
 
 
@@ -67,33 +70,44 @@ class Subject:
         self.references = {steps: generate_all(self.pipe, self.test, s) for steps, s in self.samplings.items()}
         self.output = self.denoised(self.pipe)
         self.calibration: Calibration = calibrate(self.pipe, self.texts, steps=STEPS)
+        self.folded = {name: calibrate(self.pipe, self.texts, steps=STEPS, **how) for name, how in FOLDED.items()}
         self.moments: Moments = input_moments(self.pipe, self.texts, calibration=self.calibration, steps=STEPS)
         self.rounded: dict[tuple[str, LayerPlan], nn.Parameter] = {}
 
-    def sensitivity(self, roundings: tuple[str, ...], store: Path) -> Sensitivity:
-        options: dict[str, Any] = {"calibration": self.calibration, "batch_size": ANALYSIS, "probes": PROBES}
+    def calibration_of(self, folded: str | None) -> Calibration:
+        return self.calibration if folded is None else self.folded[folded]
+
+    def sensitivity(self, roundings: tuple[str, ...], store: Path, folded: str | None = None) -> Sensitivity:
+        options: dict[str, Any] = {"calibration": self.calibration_of(folded), "batch_size": ANALYSIS, "probes": PROBES}
         ways: dict[str, Any] = {"roundings": roundings, "moments": self.moments, "act_bits": (8,), "store": store}
         return analyze(self.pipe, self.texts[:ANALYSIS], method="probe", **options, **ways)
 
     def denoised(self, pipe: Any) -> Tensor:
         return run(pipe, self.test, self.samplings[1], images=False).denoised
 
-    def quantized(self, plan: Plan) -> tuple[Any, float]:
-        """A copy in real mode, and seconds it took; weights that an earlier plan rounded the same way are taken."""
+    def quantized(self, plan: Plan, folded: str | None) -> tuple[Any, float]:
+        """A copy in real mode, and seconds it took; weights that an earlier plan rounded the same way are taken where
+        nothing is folded into them."""
         clone, start = copy.copy(self.pipe), time.process_time()
         unet = copy.deepcopy(self.pipe.unet)
-        plan = plan.with_calibration(self.calibration)
+        plan = plan.with_calibration(self.calibration_of(folded))
+        if folded is not None:
+            quantize_(unet, mixdq_config(plan, moments=self.moments))
+        else:
+            self.reuse(unet, plan)
+        object.__setattr__(clone, "unet", unet)
+        return clone, time.process_time() - start
+
+    def reuse(self, unet: nn.Module, plan: Plan) -> None:
         new = {n: layer for n, layer in plan.layers.items() if (n, layer) not in self.rounded}
         quantize_(unet, mixdq_config(Plan(new, plan.metadata, plan.bos_embedding), moments=self.moments))
         layers = find_layers(unet)
         for name, layer in plan.layers.items():
             weight: Any = layers[name].weight
             layers[name].weight = self.rounded.setdefault((name, layer), weight)
-        object.__setattr__(clone, "unet", unet)
-        return clone, time.process_time() - start
 
-    def judge(self, plan: Plan) -> dict[str, float]:
-        clone, seconds = self.quantized(plan)
+    def judge(self, plan: Plan, folded: str | None) -> dict[str, float]:
+        clone, seconds = self.quantized(plan, folded)
         row = {"weight_bytes": held_bytes(clone.unet), "seconds": seconds}
         row["error"] = error_power(self.output, self.denoised(clone))
         for steps, sampling in self.samplings.items():
@@ -107,35 +121,57 @@ def uniform(subject: Subject, bits: int, rounding: str) -> Plan:
     return plan.with_layers({n: rounded_as(layer, rounding) for n, layer in plan.layers.items()})
 
 
-def plans(subject: Subject, store: Path) -> Iterator[tuple[str, float, float | None, Callable[[], Plan], Any]]:
-    """(name, bits, predicted error, plan, layers by rounding)."""
+class Planned(NamedTuple):
+    """A plan to judge: what it is called, its bits, the predicted error, and how its inputs are folded."""
+
+    name: str
+    bits: float
+    make: Callable[[], Plan]
+    predicted: float | None = None
+    folded: str | None = None
+    ways: dict[str, dict[str, int]] | None = None
+    """{bits: {rounding: layers}} of the sensitivity."""
+
+
+def allocated(subject: Subject, store: Path, folded: str | None, widths: Sequence[float]) -> Iterator[Planned]:
     for name, roundings in (("plain", (PLAIN,)), ("chosen", OFFERED)):
-        start = time.process_time()
-        sensitivity = subject.sensitivity(roundings, store.with_suffix(f".{name}.jsonl"))
-        print(f"sensitivity, {name}: {time.process_time() - start:.0f} s", flush=True)
+        start, suffix = time.process_time(), name if folded is None else f"{name}.{folded}"
+        sensitivity = subject.sensitivity(roundings, store.with_suffix(f".{suffix}.jsonl"), folded)
+        print(f"sensitivity, {suffix}: {time.process_time() - start:.0f} s", flush=True)
         ways = {str(b): dict(Counter(v.rounding(b) for v in sensitivity.layers.values())) for b in (2, 4, 8)}
-        for bits in BITS:
+        title = f"allocated, {name}" + ("" if folded is None else f", {folded}")
+        for bits in widths:
             found = allocate(sensitivity, weight_bits=bits, act_bits=8, objective="additive")
-            yield f"allocated, {name}", bits, found.predicted_error, lambda p=found.plan: p, ways
+            yield Planned(title, bits, lambda p=found.plan: p, found.predicted_error, folded, ways)
+
+
+def plans(subject: Subject, store: Path) -> Iterator[Planned]:
+    yield from allocated(subject, store, None, BITS)
     for bits, ways in ((8, (PLAIN, "output compensated")), (2, ROUNDINGS), (4, ROUNDINGS)):
         for rounding in ways:
-            yield f"uniform, {rounding}", bits, None, lambda b=bits, r=rounding: uniform(subject, b, r), None
+            yield Planned(f"uniform, {rounding}", bits, lambda b=bits, r=rounding: uniform(subject, b, r))
+    for folded in FOLDED:
+        yield from allocated(subject, store, folded, FOLDED_BITS)
+        for rounding in (PLAIN, "output compensated"):
+            for bits in (2, 4):
+                name = f"uniform, {rounding}, {folded}"
+                yield Planned(name, bits, lambda b=bits, r=rounding: uniform(subject, b, r), folded=folded)
 
 
 def measure(subject: Subject, store: Store, path: Path) -> Iterator[dict[str, Any]]:
     """The results so far, after each plan."""
     result: dict[str, Any] = {"rows": [], "layers_by_rounding": {}}
-    for name, bits, predicted, make, ways in plans(subject, path):
-        plan = make()
+    for planned in plans(subject, path):
+        plan, name, bits = planned.make(), planned.name, planned.bits
         digest = hashlib.blake2b(json.dumps(plan.to_json()["layers"]).encode(), digest_size=6).hexdigest()
         key = f"{name}|{bits:g}|{digest}"
         if store.get(key) is None:
-            store.put(key, subject.judge(plan))
-        row = {"plan": name, "weight_bits": bits, "predicted_error": predicted, **store.results[key]}
+            store.put(key, subject.judge(plan, planned.folded))
+        row = {"plan": name, "weight_bits": bits, "predicted_error": planned.predicted, **store.results[key]}
         print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()), flush=True)
         result["rows"].append(row)
-        if ways is not None:
-            result["layers_by_rounding"][name] = ways
+        if planned.ways is not None:
+            result["layers_by_rounding"][name] = planned.ways
         yield result
 
 
@@ -163,6 +199,7 @@ def main() -> None:
     args = parser.parse_args()
     settings = {"calibration": CALIBRATION, "analysis": ANALYSIS, "probes": PROBES, "test": TEST, "steps": list(STEPS)}
     header = {"command": "python -m benchmarks.rounding", "prompts": settings, "offered": list(OFFERED)}
+    header["folded"] = FOLDED
     header["environment"] = environment()
     title = (__doc__ or "").split("\n\n")[1].replace("\n", " ").split(" Writes")[0]
     subject = Subject()

@@ -22,6 +22,8 @@ ACT_BITS = (4, 8, 16)
 Range = tuple[float, float]
 WeightRange = Literal["minmax", "mse", "output"]
 Rounding = Literal["nearest", "compensated"]
+SMOOTHING = "ihgfedcba0123456789"
+"""A channel's power of two: "0" leaves it, "1" to "9" make it smaller by 2 to 2^9, "a" to "i" larger."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +44,12 @@ class LayerPlan:
             error of the weights; "output", the least squared error of the layer's output. Same bytes, same speed.
         rounding: "nearest", or "compensated": weights not yet rounded make up for the error of those that are. This
             and "output" need the second moments of the layer's input when quantizing (``input_moments``).
+        smoothing: a character of SMOOTHING for each channel of the input: what makes the input gives that much less,
+            and the weight that reads it is made larger. Full precision computes the same. From
+            ``calibrate(smoothing=)``.
+        rotation: channels of the input are rotated in blocks of so many by a Hadamard matrix, within the heads of
+            attention: what makes the values is rotated, and so is the weight that reads them. From
+            ``calibrate(rotation=True)``. Ranges are those of the input after both.
     """
 
     weight_bits: int = 16
@@ -53,6 +61,8 @@ class LayerPlan:
     bos: bool = False
     weight_range: WeightRange = "minmax"
     rounding: Rounding = "nearest"
+    smoothing: str | None = None
+    rotation: int | None = None
 
     def __post_init__(self) -> None:
         _expect(
@@ -97,6 +107,7 @@ class LayerPlan:
             self.rounding if self.weight_range == "minmax" else self.weight_range,
             "'nearest' and 'minmax' at 16 bits",
         )
+        check_folding(self.smoothing, self.rotation)
 
     @property
     def quantized(self) -> bool:
@@ -114,6 +125,11 @@ class LayerPlan:
         """The weight cannot be rounded without the second moment of the layer's input."""
         return self.weight_range == "output" or self.rounding == "compensated"
 
+    @property
+    def folds_input(self) -> bool:
+        """Planned for another input than the original model gives the layer: ``quantize_`` changes what makes it."""
+        return self.smoothing is not None or self.rotation is not None
+
     def to_json(self) -> dict[str, Any]:
         """All fields, ranges as lists; fields at their default are left out to keep the file readable."""
         defaults = LayerPlan(weight_bits=self.weight_bits, act_bits=self.act_bits)
@@ -128,6 +144,22 @@ def _expect(condition: bool, name: str, value: object, expected: str) -> None:
 
 def _expect_one_of(name: str, value: object, offered: tuple[str, ...]) -> None:
     _expect(isinstance(value, str) and value in offered, name, value, f"one of {', '.join(map(repr, offered))}")
+
+
+def check_folding(smoothing: object, rotation: object) -> None:
+    """Raises PlanError unless both are what a LayerPlan can hold."""
+    _expect(
+        smoothing is None or (isinstance(smoothing, str) and smoothing != "" and not set(smoothing) - set(SMOOTHING)),
+        "smoothing",
+        smoothing,
+        "a character a channel, 0 to 9 or a to i, or null",
+    )
+    _expect(
+        rotation is None or (type(rotation) is int and rotation > 1),
+        "rotation",
+        rotation,
+        "the order of a Hadamard matrix, or null",
+    )
 
 
 def parse_range(name: str, value: object) -> Range:

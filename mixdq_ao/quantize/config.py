@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +21,7 @@ from ..errors import PlanError, QuantizationError
 from ..layers import check_layer, check_plan, find_layers
 from ..plan import LayerPlan, Plan
 from .fake import FakeQuantizer, with_fake_quantizer, without_fake_quantizer
+from .folds import Fold, Folding, fold_, folded, folded_moments, foldings_of, planned_folds
 from .planned import check_moment, check_moment_fits, quantize_planned
 from .quantizer import ActQuant, act_params, refuse_unusable
 from .tensor import MixDQTensor, SplitMixDQTensor, bos_row, is_quantized
@@ -29,10 +32,11 @@ Mode = Literal["real", "fake"]
 @dataclass
 class MixDQLayerConfig(AOBaseConfig):
     """What one layer becomes: its LayerPlan, the mode, and what its plan asks for: the BOS embedding [K], the second
-    moment of its input [K, K].
+    moment of its input [K, K] (after smoothing and rotation).
 
     ``mode="real"``: packed integers and integer products. ``mode="fake"``: the same rounding in floating point,
-    differentiable, the weight stays a parameter.
+    differentiable, the weight stays a parameter. ``folded``: the layer's smoothing and rotation have been folded into
+    the weights around it, which is ``quantize_``'s to do and say.
     """
 
     layer: LayerPlan
@@ -40,6 +44,7 @@ class MixDQLayerConfig(AOBaseConfig):
     bos_embedding: Tensor | None = None
     name: str = ""
     moment: Tensor | None = None
+    folded: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in ("real", "fake"):
@@ -70,6 +75,20 @@ class MixDQConfig(FqnToConfig):
     plan: Plan
     overrides: dict[str, AOBaseConfig | None]
 
+    def after_folding(self) -> MixDQConfig:
+        """A copy for a model that the plan's smoothing and rotation have been folded into."""
+        config = MixDQConfig(OrderedDict((n, _after_folding(c)) for n, c in self.fqn_to_config.items()))
+        config.plan, config.overrides = self.plan, self.overrides
+        return config
+
+
+def _after_folding(config: AOBaseConfig | None) -> AOBaseConfig | None:
+    if not isinstance(config, MixDQLayerConfig) or not config.layer.folds_input:
+        return config
+    config = copy.copy(config)
+    config.folded = True
+    return config
+
 
 def mixdq_config(
     plan: Plan,
@@ -86,7 +105,8 @@ def mixdq_config(
         overrides: {layer name, or "re:" and a regular expression: any torchao config, or None to leave the
             layer alone}; they win over the plan, so other torchao features combine with it.
         moments: {layer: second moment of its input [K, K]}, from ``input_moments``: needed by layers whose rounding
-            is "compensated" or whose weight_range is "output".
+            is "compensated" or whose weight_range is "output". Always those of the model before any smoothing or
+            rotation, which are applied to them here.
 
     Raises:
         PlanError: a layer lacks its range or its moment, or cannot be quantized as asked.
@@ -96,6 +116,9 @@ def mixdq_config(
     overrides = dict(overrides or {})
     patterns = [re.compile(k[3:]) for k in overrides if k.startswith("re:")]
     bos = None if plan.bos_embedding is None else torch.tensor(plan.bos_embedding, dtype=torch.float32)
+    if moments is not None:
+        needing = {n: Folding.of(v) for n, v in plan.layers.items() if v.needs_moment and v.folds_input}
+        moments = folded_moments(moments, needing) if needing else moments
     configs: OrderedDict[str, AOBaseConfig | None] = OrderedDict(overrides)
     for name, layer in plan.layers.items():
         if name in overrides or any(p.fullmatch(name) for p in patterns) or not layer.quantized:
@@ -121,6 +144,7 @@ def _quantize_layer(module: nn.Module, config: MixDQLayerConfig) -> nn.Module:
     if is_quantized(module.weight):
         raise QuantizationError(f"layer {config.name!r} is quantized already; load the original model to quantize anew")
     try:
+        _check_folded(config)
         check_layer(module, config.layer)
         check_moment_fits(config.moment, config.layer, module.weight)
         if config.mode == "fake":
@@ -134,12 +158,14 @@ def _quantize_layer(module: nn.Module, config: MixDQLayerConfig) -> nn.Module:
 
 
 def fake_quantizer(config: MixDQLayerConfig) -> FakeQuantizer:
-    """The rounding a config asks for, in fake mode."""
+    """The rounding a config asks for, in fake mode. Raises QuantizationError where the model must be folded first."""
+    _check_folded(config)
     return FakeQuantizer(config.layer, config.acts(), config.bos_embedding, config.moment)
 
 
 def quantized_weight(weight: Tensor, config: MixDQLayerConfig) -> MixDQTensor | SplitMixDQTensor:
-    """The quantized form of a layer's weight."""
+    """The quantized form of a layer's weight. Raises QuantizationError where the model must be folded first."""
+    _check_folded(config)
     layer, embedding = config.layer, config.bos_embedding
     acts = config.acts() or (None, None)
     quants = quantize_planned(weight, layer, config.moment)
@@ -157,20 +183,38 @@ def quantized_weight(weight: Tensor, config: MixDQLayerConfig) -> MixDQTensor | 
     )
 
 
+def _check_folded(config: MixDQLayerConfig) -> None:
+    if config.layer.folds_input and not config.folded:
+        raise QuantizationError(
+            "its plan has smoothing or rotation, which changes other layers too; quantize the whole model with "
+            "mixdq_ao.quantize_(model, mixdq_config(plan))"
+        )
+
+
+@contextmanager
+def folded_as_planned(model: nn.Module, config: MixDQConfig) -> Iterator[MixDQConfig]:
+    """Inside the block ``model`` is folded as the plan says, and the config given is for it; then it is as it was."""
+    with folded(model, planned_folds(model, foldings_of(config.plan.layers))):
+        yield config.after_folding()
+
+
 def quantize_(model: nn.Module, config: AOBaseConfig, **kwargs: object) -> None:
-    """torchao's ``quantize_``, in place, with three differences.
+    """torchao's ``quantize_``, in place, with four differences.
 
     A ``FqnToConfig`` is passed with ``filter_fn=None``, as torchao demands. For a config made by
     ``mixdq_config`` the whole model is checked first (names, ranges, shapes, finite weights), so that an error
     leaves it unchanged, and afterwards every planned layer is known to be quantized: torchao ignores names it
-    does not find. A model of diffusers' or transformers' then knows what it holds: its ``save_pretrained``, and that of
-    its pipeline, write the packed weights and the plan, and ``from_pretrained`` reads them.
+    does not find. Smoothing and rotation, where the plan has them, are folded into the weights first, also into those
+    of norms and layers that stay as they are. A model of diffusers' or transformers' then knows what it holds: its
+    ``save_pretrained``, and that of its pipeline, write the packed weights and the plan, and ``from_pretrained`` reads
+    them.
 
     Raises:
         PlanError, QuantizationError: naming the layer, before anything is changed.
     """
     if isinstance(config, MixDQConfig):
-        check_model(model, config)
+        fold_(model, check_model(model, config))
+        config = config.after_folding()
     if isinstance(config, FqnToConfig):
         kwargs.setdefault("filter_fn", None)
     torchao_quantize_(model, config, **kwargs)  # type: ignore[arg-type]
@@ -180,8 +224,9 @@ def quantize_(model: nn.Module, config: AOBaseConfig, **kwargs: object) -> None:
         attach_quantizer(model, config.plan if isinstance(config, MixDQConfig) else None)
 
 
-def check_model(model: nn.Module, config: MixDQConfig) -> None:
-    """Raises PlanError or QuantizationError, naming the layer, where ``model`` cannot be quantized so."""
+def check_model(model: nn.Module, config: MixDQConfig) -> dict[Fold, Folding]:
+    """Raises PlanError or QuantizationError, naming the layer, where ``model`` cannot be quantized so. Returns what is
+    to be folded into its weights first."""
     check_plan(config.plan, model, need_ranges=False)
     layers = find_layers(model)
     names = {n for n, _ in model.named_modules()} | {n for n, _ in model.named_parameters()}
@@ -199,3 +244,11 @@ def check_model(model: nn.Module, config: MixDQConfig) -> None:
             refuse_unusable(layers[name].weight)
         except (PlanError, QuantizationError) as e:
             raise type(e)(f"layer {name!r}: {e}") from e
+    folds = planned_folds(model, foldings_of(config.plan.layers))
+    for fold in folds:
+        if any(p.is_meta for p in model.get_submodule(fold.source).parameters()):
+            raise PlanError(
+                f"layer {fold.readers[0]!r}: its smoothing or rotation changes {fold.source!r} too, which has no "
+                "values yet; load the whole model first, then call quantize_"
+            )
+    return folds

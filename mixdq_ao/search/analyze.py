@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,12 +16,14 @@ from ..layers import Group, GroupRule, LayerShape, check_layer, group_of, stored
 from ..models.pipelines import Sampling, check_prompts, denoiser
 from ..plan import LayerPlan
 from ..progress import progress
+from ..quantize.folds import Folding, fold_, folded_moments, foldings_of, planned_folds
 from .calibrate import calibrate
-from .calibration import Calibration
+from .calibration import Calibration, layer_to_json
 from .distributed import Build, RayWorkers, pool_of
 from .moments_file import fingerprint_of
 from .roundings import PLAIN, best_of, check_roundings, rounded_as, usable
 from .sensitivity import LayerSensitivity, Sensitivity, sqnr_from_error
+from .smoothing import as_calibrated
 from .store import Store, fingerprint
 from .trial import Trials
 
@@ -89,7 +91,8 @@ def analyze(
         store: a file that results are appended to after each evaluation; the same call continues from it.
         method: "one_at_a_time", or "probe": estimated to first order from a few backward passes, tens of times
             faster; content layers then score in dB of the pictures (see ``probe_sensitivity``).
-        calibration: ranges of the activations; calibrated on the same prompts and steps when None.
+        calibration: ranges of the activations; calibrated on the same prompts and steps when None. Its smoothing and
+            rotation are in the weights while this runs, and taken out again.
         steps, guidance_scale, seed, batch_size: see Sampling.
         rule: layer name -> "content" or "quality".
         roundings: ways to round a weight that are tried at every bit width, as "weight_range rounding" of a LayerPlan
@@ -116,14 +119,49 @@ def analyze(
         calibration = calibrate(
             pipe, prompts, steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size
         )
-    if method == "probe":
-        from .probe import probe_sensitivity
+    foldings = foldings_of(calibration.layers)
+    moments = None if moments is None else folded_moments(moments, foldings)
+    own: dict[str, Any] = {"weight_bits": weight_bits, "act_bits": act_bits, "roundings": roundings, "moments": moments}
+    own |= {"store": store, "rule": rule, "budget": budget, "workers": _folding_workers(workers, foldings)}
+    with as_calibrated(denoiser(pipe), calibration) as calibration:
+        if method == "probe":
+            from .probe import probe_sensitivity
 
-        bits = {"weight_bits": weight_bits, "act_bits": act_bits}
-        limits = {"probes": probes, "precision": precision, "budget": budget}
-        ways = {"roundings": roundings, "moments": moments}
-        limits |= {"workers": workers}
-        return probe_sensitivity(pipe, prompts, sampling, calibration, store=store, rule=rule, **bits, **ways, **limits)
+            return probe_sensitivity(pipe, prompts, sampling, calibration, probes=probes, precision=precision, **own)
+        return _one_at_a_time(pipe, prompts, sampling, calibration, replay=replay, **own)
+
+
+def _folding_workers(workers: RayWorkers | None, foldings: Mapping[str, Folding]) -> RayWorkers | None:
+    """Workers that fold what they load, as the model here is."""
+    if workers is None or workers.load is None or not any(foldings.values()):
+        return workers
+    load = workers.load
+
+    def folding() -> Any:
+        pipe = load()
+        fold_(denoiser(pipe), planned_folds(denoiser(pipe), foldings))
+        return pipe
+
+    return replace(workers, load=folding)
+
+
+def _one_at_a_time(
+    pipe: Any,
+    prompts: list[str],
+    sampling: Sampling,
+    calibration: Calibration,
+    *,
+    store: str | os.PathLike[str] | None,
+    weight_bits: Sequence[int],
+    act_bits: Sequence[int],
+    roundings: Sequence[str],
+    moments: Mapping[str, Tensor] | None,
+    rule: GroupRule,
+    replay: bool,
+    budget: int,
+    workers: RayWorkers | None,
+) -> Sensitivity:
+    """``analyze`` of a model that is as it was calibrated."""
     settings = {"prompts": prompts, "sampling": asdict(sampling), "calibration": calibration_key(calibration)}
     settings |= rounding_settings(roundings, moments)
     with Store(store, fingerprint(denoiser(pipe), settings)) as results, torch.no_grad():
@@ -149,7 +187,7 @@ def analyze(
                 results.put(e.key, result)
                 bar.advance(note=e.key)
         values = {e: results.results[e.key] for e in todo}
-    metadata = {"prompts": len(prompts), "sampling": asdict(sampling), "method": method}
+    metadata = {"prompts": len(prompts), "sampling": asdict(sampling), "method": "one_at_a_time"}
     return Sensitivity({n: _layer(trials, n, values, calibration, rule(n)) for n in trials.called()}, metadata)
 
 
@@ -175,7 +213,7 @@ def rounding_settings(roundings: Sequence[str], moments: Mapping[str, Tensor] | 
 
 def calibration_key(calibration: Calibration) -> dict[str, Any]:
     """What results depend on, for a store's fingerprint."""
-    return {"layers": {n: asdict(v) for n, v in calibration.layers.items()}, "bos": calibration.bos_embedding}
+    return {"layers": {n: layer_to_json(v) for n, v in calibration.layers.items()}, "bos": calibration.bos_embedding}
 
 
 def _evaluator(

@@ -17,8 +17,10 @@ from ..models.pipelines import Sampling, check_prompts, denoiser, generate
 from ..plan import Range
 from ..progress import progress
 from ..quantize.bos import bos_mask
+from ..quantize.folds import Fold, Folding, folded
 from .calibration import Calibration, LayerCalibration
 from .observe import RangeMethod, RangeObserver
+from .smoothing import choose_folds, rotation_note
 from .ties import Ties
 
 # A first row is handled as BOS when it is the same for every prompt and this many times larger than all other rows.
@@ -173,6 +175,8 @@ def calibrate(
     guidance_scale: float = 0.0,
     batch_size: int = 16,
     seed: int = 0,
+    smoothing: float | None = None,
+    rotation: bool = False,
 ) -> Calibration:
     """Runs a model over prompts and records the range of every layer's input.
 
@@ -185,23 +189,64 @@ def calibrate(
         bos: True or False, or None to find out: the first text row is the same for every prompt and at least
             four times larger than all others.
         guidance_scale, batch_size, seed: see Sampling.
+        smoothing: 0 to 1, or None for none: channels that stand out in inputs of transformer blocks are made smaller by
+            powers of two, and the weights that read them larger; this is the share of the difference that weights take
+            over (0.5 is usual). Plans with this calibration say so, and ``quantize_`` does it to the original model.
+        rotation: values of attention are rotated within heads by Hadamard matrices, likewise.
+
+        Either runs everything twice: once to look at the channels, once with the weights changed (they are put back).
 
     Raises:
         CalibrationError: nothing ran, or an input holds NaN or infinity. MixDQError: prompts are empty.
+        QuantizationError: the model computes something else when smoothed or rotated.
     """
     model = pipe if isinstance(pipe, nn.Module) else denoiser(pipe)
+    options = {"guidance_scale": guidance_scale, "batch_size": batch_size, "seed": seed}
+    go, metadata = _runs(pipe, prompts, steps, run, options)
+    folds = _folds(model, go, smoothing, rotation)
     calibrator = Calibrator(model, method, bos)
+    with folded(model, folds), calibrator.watch(), torch.no_grad():
+        go()
+    metadata |= {"method": method} | ({} if smoothing is None else {"smoothing": smoothing})
+    metadata |= {"rotation": rotation_note(model, folds)} if rotation else {}
+    return _with_folds(calibrator.result(metadata), folds)
+
+
+def _runs(
+    pipe: Any,
+    prompts: Sequence[str] | None,
+    steps: int | Sequence[int],
+    run: Callable[[], object] | None,
+    options: Mapping[str, Any],
+) -> tuple[Callable[[], object], dict[str, Any]]:
+    """What runs the model over everything, and what a calibration says of it."""
     if run is not None:
-        with calibrator.watch(), torch.no_grad():
-            run()
-        return calibrator.result({"method": method})
+        return run, {}
     if isinstance(pipe, nn.Module) or prompts is None:
         raise CalibrationError("expected a diffusers pipeline and prompts, or a module and run=")
-    counts = [steps] if isinstance(steps, int) else list(steps)
-    prompts = check_prompts(prompts)
-    with calibrator.watch(), progress("calibrating", len(counts) * len(prompts)) as bar:
-        for count in counts:
-            sampling = Sampling(steps=count, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size)
-            for batch in generate(pipe, prompts, sampling, "latent"):
-                bar.advance(len(batch))
-    return calibrator.result({"prompts": len(prompts), "steps": counts, "method": method, "seed": seed})
+    counts, texts = [steps] if isinstance(steps, int) else list(steps), check_prompts(prompts)
+
+    def go() -> None:
+        with progress("calibrating", len(counts) * len(texts)) as bar:
+            for count in counts:
+                for batch in generate(pipe, texts, Sampling(steps=count, **options), "latent"):
+                    bar.advance(len(batch))
+
+    return go, {"prompts": len(texts), "steps": counts, "seed": options["seed"]}
+
+
+def _folds(model: nn.Module, go: Callable[[], object], smoothing: float | None, rotation: bool) -> dict[Fold, Folding]:
+    if smoothing is None and not rotation:
+        return {}
+    return choose_folds(model, go, strength=smoothing, rotation=rotation)
+
+
+def _with_folds(calibration: Calibration, folds: Mapping[Fold, Folding]) -> Calibration:
+    readers = {reader: folding for fold, folding in folds.items() for reader in fold.readers}
+    layers = {
+        name: replace(layer, smoothing=readers[name].smoothing, rotation=readers[name].rotation)
+        if name in readers
+        else layer
+        for name, layer in calibration.layers.items()
+    }
+    return replace(calibration, layers=layers)

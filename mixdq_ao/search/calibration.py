@@ -9,9 +9,11 @@ from typing import Any
 
 from ..errors import CalibrationError, PlanError
 from ..jsonfile import read_document, write_document
-from ..plan import LayerPlan, Plan, Range, parse_embedding, parse_range
+from ..plan import LayerPlan, Plan, Range, check_folding, parse_embedding, parse_range
 
 FORMAT, VERSION = "mixdq-calibration", 1
+FOLDING = ("smoothing", "rotation")
+"""Fields that only files of calibrations that asked for them hold."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +25,7 @@ class LayerCalibration:
         act_size: input elements of one sample; macs: multiply-adds of one sample.
         split, first_range, second_range: channels of the first half of a concatenated input, and the halves' ranges.
         prompt_range: (lo, hi) over the rows that are not BOS, where the layer reads the text embedding.
+        smoothing, rotation: what was done to the input before it was observed (see LayerPlan).
     """
 
     act_range: Range
@@ -32,11 +35,14 @@ class LayerCalibration:
     first_range: Range | None = None
     second_range: Range | None = None
     prompt_range: Range | None = None
+    smoothing: str | None = None
+    rotation: int | None = None
 
     def plan(self, layer: LayerPlan, *, bos: bool, split: bool) -> LayerPlan:
-        """``layer`` with its ranges, split and BOS treatment."""
+        """``layer`` with its ranges, split, BOS treatment, smoothing and rotation."""
         if not layer.quantized:
             return layer
+        layer = replace(layer, smoothing=self.smoothing, rotation=self.rotation)
         quantized = layer.act_bits < 16
         if split and self.split is not None and layer.weight_bits < 16:
             first, second = (self.first_range, self.second_range) if quantized else (None, None)
@@ -77,6 +83,11 @@ class Calibration:
         metadata = {**plan.metadata, "calibration": dict(self.metadata), "act_sizes": sizes}
         return Plan(layers, metadata, self.bos_embedding if bos else None)
 
+    def of_folded_model(self) -> Calibration:
+        """The same for a model whose weights smoothing and rotation have been folded into."""
+        layers = {n: replace(v, smoothing=None, rotation=None) for n, v in self.layers.items()}
+        return replace(self, layers=layers)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the calibration as JSON, atomically."""
         write_document(
@@ -87,7 +98,7 @@ class Calibration:
                 "metadata": dict(self.metadata),
                 "bos_embedding": None if self.bos_embedding is None else list(self.bos_embedding),
                 "ties": [list(t) for t in self.ties],
-                "layers": {n: asdict(v) for n, v in self.layers.items()},
+                "layers": {n: layer_to_json(v) for n, v in self.layers.items()},
             },
         )
 
@@ -101,6 +112,11 @@ class Calibration:
             return cls(layers, ties, parse_embedding(document.get("bos_embedding")), _mapping(document, "metadata"))
         except (PlanError, CalibrationError, TypeError) as e:
             raise CalibrationError(f"{os.fspath(path)}: {e}") from e
+
+
+def layer_to_json(layer: LayerCalibration) -> dict[str, Any]:
+    """All fields; those of FOLDING only where they say something."""
+    return {n: v for n, v in asdict(layer).items() if v is not None or n not in FOLDING}
 
 
 def _mapping(document: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -117,9 +133,14 @@ def _tie(tie: object, layers: Mapping[str, object]) -> tuple[str, ...]:
 
 def _layer(name: str, value: object) -> LayerCalibration:
     known = {f.name for f in fields(LayerCalibration)}
-    if not isinstance(value, dict) or set(value) != known:
-        raise CalibrationError(f"layer {name!r}: expected an object with exactly {', '.join(sorted(known))}")
+    needed = known - set(FOLDING)
+    if not isinstance(value, dict) or not needed <= set(value) <= known:
+        raise CalibrationError(
+            f"layer {name!r}: expected an object with {', '.join(sorted(needed))}, maybe {' and '.join(FOLDING)}, "
+            "and no more"
+        )
     try:
+        check_folding(value.get("smoothing"), value.get("rotation"))
         ranges = {n: None if v is None else parse_range(n, v) for n, v in value.items() if n.endswith("_range")}
     except PlanError as e:
         raise CalibrationError(f"layer {name!r}: {e}") from e
@@ -130,4 +151,5 @@ def _layer(name: str, value: object) -> LayerCalibration:
         raise CalibrationError(f"layer {name!r}: act_range, act_size and macs are needed, sizes as whole numbers")
     if (sizes["split"] is None) != (ranges["first_range"] is None or ranges["second_range"] is None):
         raise CalibrationError(f"layer {name!r}: split, first_range and second_range come together")
-    return LayerCalibration(**sizes, **ranges)  # type: ignore[arg-type]
+    folding = {n: value.get(n) for n in FOLDING}
+    return LayerCalibration(**sizes, **ranges, **folding)  # type: ignore[arg-type]

@@ -1,126 +1,104 @@
-"""Channels of a layer's input brought nearer to one size, by factors that fold into the weights around it for nothing.
+"""How much each channel of a layer's input is made smaller before it is quantized, and which inputs are rotated.
 
 SmoothQuant (Xiao et al. 2022, arXiv 2211.10438): what makes channel j of an input smaller by s_j, and the weights that
 read it larger by s_j, leaves the product as it was. Here s_j are powers of two, so full precision stays the same to the
-bit and any of it can be taken back. Three places of a transformer block fold: a LayerNorm and the layers that read it,
-values and the output projection of attention (attention mixes rows, never channels), and the linear half of a GEGLU
-and the layer after it.
+bit. ``quantize.folds`` says where this costs nothing, and does it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import QuantizationError
-from ..models.pipelines import Sampling, check_prompts, denoiser
+from ..errors import CalibrationError, QuantizationError
+from ..models.pipelines import Sampling, check_prompts, denoiser, generate
+from ..quantize.folds import Fold, Folding, as_smoothing, find_folds, fold_, folded, foldings_of, planned_folds
+from ..quantize.hadamard import hadamard
+from .calibration import Calibration
 from .metrics import error_power
-from .probe_batch import batches
-from .trial import run
 
-LARGEST = 16.0
+LARGEST = 4
+"""Largest power of two, either way."""
 SAME = 1e-8
-"""Relative error power of the output above which folding has changed the model."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fold:
-    """A tensor that only ``readers`` read, and ``source``, whose weight (rows, or elements of a norm) and bias make it.
-
-    ``rows``: only so many first rows of the source do; None: all.
-    """
-
-    source: str
-    readers: tuple[str, ...]
-    rows: int | None = None
-
-
-def find_folds(model: nn.Module) -> list[Fold]:
-    """Every place in diffusers' plain transformer blocks, attention and GEGLU feed-forward modules."""
-    folds: list[Fold] = []
-    for name, module in model.named_modules():
-        if type(module).__name__ == "BasicTransformerBlock":
-            folds += _norms(name, module)
-        to_v, to_out = getattr(module, "to_v", None), getattr(module, "to_out", None)
-        if isinstance(to_v, nn.Linear) and isinstance(to_out, nn.ModuleList) and isinstance(to_out[0], nn.Linear):
-            joint = getattr(module, "add_v_proj", None) is not None
-            if not joint and to_v.out_features == to_out[0].in_features:
-                folds.append(Fold(f"{name}.to_v", (f"{name}.to_out.0",)))
-        net: Any = getattr(module, "net", None)
-        if isinstance(net, nn.ModuleList) and type(net[0]).__name__ == "GEGLU":
-            reader: Any = net[-1]
-            if isinstance(reader, nn.Linear):
-                folds.append(Fold(f"{name}.net.0.proj", (f"{name}.net.{len(net) - 1}",), reader.in_features))
-    return folds
-
-
-def _norms(name: str, block: Any) -> list[Fold]:
-    """norm1 feeds self-attention, norm2 the queries of cross attention, norm3 the feed-forward."""
-    reading = {
-        "norm1": ("attn1.to_q", "attn1.to_k", "attn1.to_v") if not block.only_cross_attention else (),
-        "norm2": ("attn2.to_q",),
-        "norm3": ("ff.net.0.proj",),
-    }
-    folds = []
-    for norm, readers in reading.items():
-        affine = isinstance(getattr(block, norm, None), nn.LayerNorm) and getattr(block, norm).weight is not None
-        layers = dict(block.named_modules())
-        if affine and block.norm_type == "layer_norm" and readers and all(r in layers for r in readers):
-            folds.append(Fold(f"{name}.{norm}", tuple(f"{name}.{r}" for r in readers)))
-    return folds
+"""Relative error power of the output above which folding has changed the model, in float32 and wider types."""
 
 
 @torch.no_grad()
-def smooth_(
-    pipe: Any,
-    prompts: Sequence[str],
+def choose_folds(
+    model: nn.Module,
+    go: Callable[[], object],
     *,
-    strength: float = 0.5,
-    sampling: Sampling | None = None,
+    strength: float | None,
+    rotation: bool = False,
     folds: Sequence[Fold] | None = None,
-) -> dict[Fold, Tensor]:
-    """Folds factors into the denoiser of ``pipe``, in place, before it is calibrated and quantized.
+) -> dict[Fold, Folding]:
+    """What to do to the inputs of the layers that ``go`` calls.
 
-    s_j = max|x_j|^strength / max|w_j|^(1 - strength), over prompts and readers, at most 16 times its geometric mean
-    either way, rounded to a power of two. Whether it helps depends on the model: the bundled pipeline, none of whose
-    channels stands out, has error powers of -2 % (8-bit activations alone), +2 % (W8A8) and 0 % (4-bit weights alone)
-    afterwards. Rotating values within heads by Hadamard matrices instead gave 0, 0 and -2 % there.
+    s_j = max|x_j|^strength / max|w_j|^(1 - strength), over the calls and the readers, at most 16 times its geometric
+    mean either way, rounded to a power of two. None: no smoothing. ``rotation``: values are rotated within heads where
+    a Hadamard matrix of a head's size is known.
 
-    Returns:
-        {fold: s}, for ``apply_`` with 1 / s to take it back.
+    Args:
+        go: runs ``model`` on representative data.
+        folds: the places; None for all that are found.
 
     Raises:
-        QuantizationError: the model computed something else afterwards (a module is wired as ``find_folds`` does not
-        expect); everything is taken back.
+        CalibrationError: strength is not between 0 and 1, or ``go`` does not call the model itself.
+        QuantizationError: the model computes something else with them (a module is wired as ``find_folds`` does not
+            expect). Its weights are as they were.
     """
-    if not 0 <= strength <= 1:
-        raise QuantizationError(f"strength is {strength}, expected 0 to 1")
-    model = denoiser(pipe)
-    folds = find_folds(model) if folds is None else list(folds)
-    parts = list(batches(check_prompts(prompts), sampling or Sampling()))
+    if strength is not None and not 0 <= strength <= 1:
+        raise CalibrationError(f"smoothing is {strength}, expected 0 to 1, or None")
     peaks: dict[str, Tensor] = {}
+    call: list[Any] = []
     with ExitStack() as stack:
-        for fold in folds:
-            handle = model.get_submodule(fold.readers[0]).register_forward_pre_hook(_peaks(peaks, fold.readers[0]))
+        stack.enter_context(_first_call(model, call))
+        folds = find_folds(model) if folds is None else list(folds)
+        for name in {fold.readers[0] for fold in folds}:
+            handle = model.get_submodule(name).register_forward_pre_hook(_peaks(peaks, name))
             stack.callback(handle.remove)
-        outputs = [run(pipe, part, drawn, images=False).denoised for part, drawn in parts]
-    scales = {f: _scale(model, f, peaks[f.readers[0]], strength) for f in folds if f.readers[0] in peaks}
-    for fold, scale in scales.items():
-        apply_(model, fold, scale)
-    error = error_power(outputs[0], run(pipe, *parts[0], images=False).denoised)
-    if error > SAME:
-        for fold, scale in scales.items():
-            apply_(model, fold, 1 / scale)
+        go()
+    if not call:
+        raise CalibrationError(f"run= did not call {type(model).__name__} itself, which smoothing and rotation need")
+    chosen = {f: _folding(model, f, peaks[f.readers[0]], strength, rotation) for f in folds if f.readers[0] in peaks}
+    chosen = {fold: folding for fold, folding in chosen.items() if folding}
+    _check_same(model, chosen, *call)
+    return chosen
+
+
+@contextmanager
+def _first_call(model: nn.Module, call: list[Any]) -> Iterator[None]:
+    """Keeps arguments and output of the model's first call."""
+
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not call:
+            call.extend((copy.deepcopy(args), copy.deepcopy(kwargs), _tensor(output).clone()))
+
+    handle = model.register_forward_hook(see, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _tensor(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else output.sample
+
+
+def _check_same(model: nn.Module, folds: Mapping[Fold, Folding], args: Any, kwargs: Any, before: Tensor) -> None:
+    with folded(model, folds):
+        error = error_power(before, _tensor(model(*args, **kwargs)))
+    if not error <= max(SAME, (4 * torch.finfo(before.dtype).eps) ** 2):
         raise QuantizationError(
-            f"smoothing changed the output of {type(model).__name__} by {error:.1e} of its power, expected none; leave "
-            "out the folds that do not hold for this model: smooth_(..., folds=[...])"
+            f"smoothing or rotation changed the output of {type(model).__name__} by {error:.1e} of its power, expected "
+            "none; this model's blocks are wired in another way than diffusers' own: calibrate without"
         )
-    return scales
 
 
 def _peaks(peaks: dict[str, Tensor], name: str) -> Callable[..., None]:
@@ -131,28 +109,62 @@ def _peaks(peaks: dict[str, Tensor], name: str) -> Callable[..., None]:
     return see
 
 
-def _scale(model: nn.Module, fold: Fold, peak: Tensor, strength: float) -> Tensor:
-    """[channels] powers of two; 1 where a channel or its weights are all zero."""
+def _folding(model: nn.Module, fold: Fold, peak: Tensor, strength: float | None, rotation: bool) -> Folding:
+    powers = [] if strength is None else _powers(model, fold, peak, strength)
+    rotates = rotation and fold.head is not None and fold.head > 1 and hadamard(fold.head) is not None
+    return Folding(as_smoothing(powers) if any(powers) else None, fold.head if rotates else None)
+
+
+def rotation_note(model: nn.Module, folds: Mapping[Fold, Folding]) -> str:
+    """Which attentions are rotated, and why others are not, in words."""
+    heads = Counter(fold.head for fold in find_folds(model) if fold.head is not None)
+    done = Counter(folding.rotation for folding in folds.values())
+    notes = []
+    for size, count in sorted(heads.items()):
+        known = size > 1 and hadamard(size) is not None
+        why = "" if known else " (no Hadamard matrix of that order is known)"
+        notes.append(f"{done[size]} of {count} attentions with heads of {size} channels{why}")
+    return "rotated: " + ("; ".join(notes) or "nothing, for no attention's values allow it")
+
+
+def _powers(model: nn.Module, fold: Fold, peak: Tensor, strength: float) -> list[int]:
+    """Of two, for each channel; 0 where a channel or its weights are all zero."""
     weights: list[Any] = [model.get_submodule(r).weight for r in fold.readers]
     weight = torch.stack([w.detach().abs().amax(0).float() for w in weights]).amax(0)
     wanted = strength * peak.log2() - (1 - strength) * weight.log2()
     known = torch.isfinite(wanted)
     if not bool(known.any()):
-        return torch.ones_like(peak)
-    limit = torch.tensor(LARGEST).log2()
-    wanted = (wanted - wanted[known].mean()).clamp(-limit, limit)
-    return torch.where(known, wanted, 0.0).round().exp2()
+        return [0] * len(peak)
+    wanted = (wanted - wanted[known].mean()).clamp(-LARGEST, LARGEST)
+    return torch.where(known, wanted, 0.0).round().int().tolist()
 
 
-@torch.no_grad()
-def apply_(model: nn.Module, fold: Fold, scale: Tensor) -> None:
-    """Divides the source's channels by ``scale`` [channels] and multiplies the readers' columns with it."""
-    source: Any = model.get_submodule(fold.source)
-    for parameter in (source.weight, source.bias):
-        if parameter is not None:
-            part = parameter[: fold.rows]
-            factor = (1 / scale).to(parameter.dtype)
-            part.mul_(factor[:, None] if parameter.dim() == 2 else factor)
-    for reader in fold.readers:
-        weight: Any = model.get_submodule(reader).weight
-        weight.mul_(scale.to(weight.dtype))
+@contextmanager
+def as_calibrated(model: nn.Module, calibration: Calibration) -> Iterator[Calibration]:
+    """Inside the block ``model`` is folded as its layers were when they were calibrated, and the calibration given is
+    one of that model; afterwards the weights are what they were.
+
+    Raises PlanError, QuantizationError where the model cannot be folded so.
+    """
+    with folded(model, planned_folds(model, foldings_of(calibration.layers))):
+        yield calibration.of_folded_model()
+
+
+def smooth_(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    strength: float = 0.5,
+    sampling: Sampling | None = None,
+    folds: Sequence[Fold] | None = None,
+) -> dict[Fold, Folding]:
+    """Folds factors into the denoiser of ``pipe``, in place and for good: from now on it is another model with the same
+    output. Where a plan is to say it, and to do it to the original model, use ``calibrate(smoothing=)``.
+
+    ``strength`` and errors: see ``choose_folds``. Returns what was done.
+    """
+    model = denoiser(pipe)
+    texts, drawn = check_prompts(prompts), sampling or Sampling()
+    chosen = choose_folds(model, lambda: list(generate(pipe, texts, drawn, "latent")), strength=strength, folds=folds)
+    fold_(model, chosen)
+    return chosen
