@@ -7,6 +7,10 @@ Projections into heads and hidden features are divided by output rows, those bac
 the processes ends each attention and each feed-forward (Megatron-LM, arXiv 1909.08053, section 3). Integer codes,
 scales, zero points and BOS rows are cut where the weight is cut; the activation ranges stay, so that every process
 quantizes its part as one process would, and the result differs by the rounding of that sum alone.
+
+Layers chosen by hand take torch's own way: ``parallelize_module`` with ``ColwiseParallel`` and ``RowwiseParallel``
+makes DTensors of quantized weights (see ``quantize.collectives``). It cuts rows into consecutive parts; here the halves
+of a gated feed-forward are each cut, and attention gets its number of heads.
 """
 
 from __future__ import annotations
@@ -94,13 +98,7 @@ def _rows(weight: Any, rows: Tensor) -> Tensor:
         if isinstance(weight, SplitMixDQTensor):
             raise QuantizationError("a split weight is one of a convolution and cannot be divided")
         return weight.detach()[rows].clone()
-    parts: dict[str, Any] = weight.stored_tensors()
-    for name in ("qdata", "scale", "weight_zero_point", "weight_sum", "bos_output"):
-        if name in parts:
-            parts[name] = parts[name][rows].contiguous()
-    return MixDQTensor(
-        **parts, bits=weight.bits, length=weight.length, dtype=weight.dtype, act_levels=weight.act_levels
-    )
+    return weight.with_tensors(**{name: tensor[rows].contiguous() for name, tensor in weight.by_row().items()})
 
 
 def keep_columns(layer: nn.Linear, size: int, rank: int, group: Any) -> None:
@@ -108,7 +106,7 @@ def keep_columns(layer: nn.Linear, size: int, rank: int, group: Any) -> None:
     step = layer.in_features // size
     weight: Any = layer.weight
     if isinstance(weight, MixDQTensor):
-        part: Any = sliced(weight, 1, rank * step, (rank + 1) * step)
+        part: Any = sliced(weight, 1, rank * step, (rank + 1) * step).clone()
     else:
         part = weight.detach()[:, rank * step : (rank + 1) * step].clone()
     layer.weight = nn.Parameter(part, requires_grad=False)

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from .tensor import MixDQTensor, SplitMixDQTensor
 
 aten = torch.ops.aten
-ROWS = ("qdata", "scale", "weight_zero_point", "weight_sum", "bos_output")
 
 
 def undivided(model: nn.Module, world_size: int) -> set[nn.Parameter]:
@@ -27,24 +26,13 @@ def undivided(model: nn.Module, world_size: int) -> set[nn.Parameter]:
     return {p for p in quantized if isinstance(p, SplitMixDQTensor) or p.shape[0] % world_size}
 
 
-def _with(weight: MixDQTensor, **changed: Tensor) -> MixDQTensor:
-    tensors: dict[str, Any] = {**weight.stored_tensors(), **changed}
-    return MixDQTensor(
-        **tensors, bits=weight.bits, length=weight.length, dtype=weight.dtype, act_levels=weight.act_levels
-    )
-
-
-def _by_row(weight: MixDQTensor) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in weight.stored_tensors().items() if name in ROWS}
-
-
 @MixDQTensor.implements(aten.new_zeros.default)
 def _(func, types, args, kwargs):
     """A weight of as many rows as asked for, everything else as in this one: what FSDP2 copies its part into."""
     weight, size = args[:2]
     if tuple(size[1:]) != tuple(weight.shape[1:]):
         raise NotImplementedError(f"new_zeros({tuple(size)}) of {weight}: expected another number of rows only")
-    return _with(weight, **{n: t.new_zeros((size[0], *t.shape[1:])) for n, t in _by_row(weight).items()})
+    return weight.with_tensors(**{n: t.new_zeros((size[0], *t.shape[1:])) for n, t in weight.by_row().items()})
 
 
 @MixDQTensor.implements(aten.view.default)
@@ -53,7 +41,13 @@ def _(func, types, args, kwargs):
     weight, size = args[:2]
     if list(size) not in ([-1], [weight.numel()], list(weight.shape)):
         raise NotImplementedError(f"view({tuple(size)}) of {weight}: a packed weight has one shape")
-    return _with(weight)
+    return weight.with_tensors()
+
+
+@MixDQTensor.implements(aten.view_as.default)
+def _(func, types, args, kwargs):
+    """Inference mode does not take this apart into the above."""
+    return args[0].view(args[1].shape)
 
 
 @MixDQTensor.implements(aten.as_strided.default)
@@ -61,12 +55,12 @@ def _(func, types, args, kwargs):
     weight, size, stride = args[:3]
     if list(size) != list(weight.shape) or list(stride) != list(weight.stride()):
         raise NotImplementedError(f"as_strided({tuple(size)}) of {weight}: a packed weight has one shape")
-    return return_and_correct_aliasing(func, args, kwargs, _with(weight))
+    return return_and_correct_aliasing(func, args, kwargs, weight.with_tensors())
 
 
 def _pre_all_gather(self: MixDQTensor, mesh: Any) -> tuple[tuple[Tensor, ...], Any]:
     """What is gathered, and what the other side needs to know."""
-    rows = _by_row(self)
+    rows = self.by_row()
     return tuple(rows.values()), (list(rows), self)
 
 
@@ -77,7 +71,7 @@ def _post_all_gather(
     if out is not None:
         return None  # it holds these very tensors, which have just been filled again
     names, part = metadata
-    return _with(part, **dict(zip(names, gathered, strict=True))), gathered
+    return part.with_tensors(**dict(zip(names, gathered, strict=True))), gathered
 
 
 for name, hook in (("fsdp_pre_all_gather", _pre_all_gather), ("fsdp_post_all_gather", _post_all_gather)):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
 from inductor_kernels import ops as _ops  # noqa: F401  (registers torch.ops.inductor_kernels)
-from inductor_kernels.packing import pack, unpack_weight
+from inductor_kernels.packing import pack, unpack, unpack_weight
 
 from .quantizer import ActQuant, WeightQuant, quantize_weight
 from .shared import key, share
@@ -60,6 +60,7 @@ class MixDQTensor(TorchAOBaseTensor, metaclass=_Parameters):
     ]
     optional_tensor_attribute_names = ["act_levels", "shared_key"]
     shared_tensors = ("act_scale", "act_inv_scale", "act_zero_point", "bos_embedding")
+    row_tensors = ("qdata", "scale", "weight_zero_point", "weight_sum", "bos_output")
 
     qdata: Tensor
     scale: Tensor
@@ -206,6 +207,10 @@ class MixDQTensor(TorchAOBaseTensor, metaclass=_Parameters):
             return None
         return self.act_inv_scale, self.act_zero_point, self.act_levels
 
+    def codes(self) -> Tensor:
+        """What is stored, a code for each element, shaped like ``qdata`` before packing: int8 at 8 bits, else uint8."""
+        return self.qdata if self.bits == 8 else unpack(self.qdata, self.bits, self.length)
+
     def integers(self) -> Tensor:
         """Signed int8 weight values in the logical shape: codes minus zero point."""
         values = (
@@ -226,6 +231,16 @@ class MixDQTensor(TorchAOBaseTensor, metaclass=_Parameters):
     def stored_tensors(self) -> dict[str, Tensor]:
         """The plain tensors this weight holds, by attribute name."""
         return {name: getattr(self, name) for name in self.__tensor_flatten__()[0]}
+
+    def by_row(self) -> dict[str, Tensor]:
+        """Those of ``stored_tensors`` that have a row for each output feature."""
+        return {name: tensor for name, tensor in self.stored_tensors().items() if name in self.row_tensors}
+
+    def with_tensors(self, *, length: int | None = None, **changed: Tensor) -> MixDQTensor:
+        """A weight like this one that holds other tensors; ``length`` where it has other input features too."""
+        tensors: dict[str, Any] = {**self.stored_tensors(), **changed}
+        length = self.length if length is None else length
+        return MixDQTensor(**tensors, bits=self.bits, length=length, dtype=self.dtype, act_levels=self.act_levels)
 
     def _stable_hash_for_caching(self) -> str:
         """Everything compiled code depends on: two processes that quantize alike share a compilation.
@@ -310,4 +325,4 @@ def is_quantized(weight: object) -> bool:
     return isinstance(weight, MixDQTensor | SplitMixDQTensor)
 
 
-from . import fsdp, tensor_ops  # noqa: E402, F401  (register the operators on both classes)
+from . import collectives, fsdp, tensor_ops, transposed  # noqa: E402, F401  (register the operators)

@@ -104,7 +104,7 @@ def _(func, types, args, kwargs):
     return split_conv2d(*args, **kwargs)
 
 
-@MixDQTensor.implements([aten.t.default, aten.transpose.int, aten.permute.default])
+@MixDQTensor.implements([aten.transpose.int, aten.permute.default])
 @SplitMixDQTensor.implements([aten.t.default, aten.transpose.int, aten.permute.default])
 def _(func, types, args, kwargs):
     """A packed weight has no transposed storage: the result is a plain floating-point tensor of its values."""
@@ -119,18 +119,14 @@ def sliced(weight: MixDQTensor, dim: int, start: int, end: int) -> MixDQTensor:
     if dim == 1:
         if bos is not None:
             raise NotImplementedError(
-                "slicing the input features of a weight with BOS handling: its BOS row is one sum"
+                f"dividing the input features of {weight}: its BOS row is one sum; divide it by rows (ColwiseParallel)"
             )
         per_byte, length = 8 // weight.bits, end - start
-        integers = weight.integers()[:, start:end]
         if start % per_byte == 0 and end % per_byte == 0:
             qdata = qdata[..., start // per_byte : end // per_byte]
         else:
-            codes = integers.movedim(1, -1)
-            if weight.weight_zero_point is not None:
-                codes = codes + weight.weight_zero_point.reshape(-1, *[1] * (qdata.dim() - 1))
-            qdata = pack(codes.to(torch.uint8).contiguous(), weight.bits)
-        sums = None if sums is None else _row_sums(integers)
+            qdata = pack(weight.codes()[..., start:end].contiguous(), weight.bits)
+        sums = None if sums is None else _row_sums(weight.integers()[:, start:end])
     return MixDQTensor(
         qdata,
         weight.scale[rows],
@@ -159,15 +155,24 @@ def _(func, types, args, kwargs):
     return return_and_correct_aliasing(func, args, kwargs, sliced(weight, dim, start, max(start, end)))
 
 
-@MixDQTensor.implements([aten.split.Tensor, aten.split_with_sizes.default])
-def _(func, types, args, kwargs):
-    weight: MixDQTensor = args[0]
-    sizes, dim = (*args[1:], 0)[:2]
-    total = weight.shape[dim]
+def _parts(weight: MixDQTensor, sizes: int | Sequence[int], dim: int) -> list[MixDQTensor]:
+    total, dim = weight.shape[dim], dim % weight.dim()
     if isinstance(sizes, int):
         sizes = [min(sizes, total - i) for i in range(0, total, sizes)]
     edges = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-    return [sliced(weight, dim % weight.dim(), a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [sliced(weight, dim, a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+@MixDQTensor.implements([aten.split.Tensor, aten.split_with_sizes.default])
+def _(func, types, args, kwargs):
+    return _parts(*(*args, *kwargs.values(), 0)[:3])
+
+
+@MixDQTensor.implements(aten.chunk.default)
+def _(func, types, args, kwargs):
+    """Inference mode does not take this apart into the above."""
+    weight, count, dim = (*args, *kwargs.values(), 0)[:3]
+    return _parts(weight, -(-weight.shape[dim] // count), dim)
 
 
 @MixDQTensor.implements(aten._to_copy.default)

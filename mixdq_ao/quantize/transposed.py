@@ -1,0 +1,127 @@
+"""``weight.t()`` of a quantized linear weight: still packed while it is only multiplied with, its values for the rest.
+
+``x @ weight.t()`` and ``addmm(bias, x, weight.t())`` are what torch makes of ``F.linear`` where it takes it apart, as
+DTensor does; they are the same integer products, with the same quantization of ``x``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_map_only
+
+from .tensor import MixDQTensor
+from .tensor_ops import linear
+
+aten = torch.ops.aten
+
+
+class TransposedMixDQTensor(Tensor):
+    """[K, N], or [B, K, N] repeated over a batch, of a weight [N, K]. Made by ``weight.t()``."""
+
+    weight: MixDQTensor
+
+    @staticmethod
+    def __new__(cls, weight: MixDQTensor, batch: tuple[int, ...] = ()):
+        rows, columns = weight.shape
+        with torch.inference_mode(weight.is_inference()):  # a view is an inference tensor where its base is one
+            return torch.Tensor._make_wrapper_subclass(
+                cls,
+                (*batch, columns, rows),
+                strides=(*[0] * len(batch), 1, columns),
+                dtype=weight.dtype,
+                device=weight.device,
+                requires_grad=False,
+            )
+
+    def __init__(self, weight: MixDQTensor, batch: tuple[int, ...] = ()):
+        super().__init__()
+        self.weight = weight
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[int, ...]]:
+        return ["weight"], tuple(self.shape[:-2])
+
+    @classmethod
+    def __tensor_unflatten__(cls, tensors: dict[str, Any], batch: tuple[int, ...], size: Any, stride: Any):
+        return cls(tensors["weight"], batch)
+
+    def dequantize(self) -> Tensor:
+        """The values, in the layer's type."""
+        return self.weight.dequantize().t().expand(self.shape)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"{self.weight!r}.t()" + (f".expand{tuple(self.shape)}" if self.dim() > 2 else "")
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        handler = _HANDLERS.get(func)
+        found = NotImplemented if handler is None else handler(func, args, kwargs or {})
+        if found is NotImplemented:  # any other use is one of its values
+            args, kwargs = tree_map_only(cls, lambda t: t.dequantize(), (args, kwargs or {}))
+            return func(*args, **kwargs)
+        return found
+
+
+def _plain(x: object) -> bool:
+    return not isinstance(x, TransposedMixDQTensor | MixDQTensor)
+
+
+def _product(func: Any, args: Any, kwargs: Any) -> Any:
+    """x [..., K] @ [K, N], batched or not; the weight is the same for the whole batch."""
+    x, transposed = args[:2]
+    batched = isinstance(transposed, TransposedMixDQTensor) and transposed.shape[:-2] in ((), x.shape[:-2])
+    return linear(x, transposed.weight) if batched and _plain(x) and not kwargs else NotImplemented
+
+
+def _added_product(func: Any, args: Any, kwargs: Any) -> Any:
+    """bias [N] + x [M, K] @ [K, N], as a layer computes it."""
+    bias, x, transposed = args[:3]
+    if kwargs or not _plain(x) or _plain(transposed) or bias.shape != transposed.shape[-1:]:
+        return NotImplemented
+    return linear(x, transposed.weight, bias)
+
+
+def _back(func: Any, args: Any, kwargs: Any) -> Any:
+    return args[0].weight.detach() if args[0].dim() == 2 else NotImplemented
+
+
+def _same(func: Any, args: Any, kwargs: Any) -> Any:
+    if set(kwargs) - {"memory_format"}:
+        return NotImplemented
+    transposed = args[0]
+    found = TransposedMixDQTensor(func(transposed.weight), tuple(transposed.shape[:-2]))
+    return return_and_correct_aliasing(func, args, kwargs, found)
+
+
+def _repeated(func: Any, args: Any, kwargs: Any) -> Any:
+    """Over a batch, or a batch of another shape, as a product of three dimensions asks for it."""
+    transposed, size = args[0], list(args[1])
+    if len(size) < 2 or tuple(size[-2:]) != tuple(transposed.shape[-2:]) or -1 in size:
+        return NotImplemented
+    return TransposedMixDQTensor(transposed.weight, tuple(size[:-2]))
+
+
+_HANDLERS: dict[Any, Any] = {
+    aten.mm.default: _product,
+    aten.bmm.default: _product,
+    aten.matmul.default: _product,
+    aten.addmm.default: _added_product,
+    aten.t.default: _back,
+    aten.detach.default: _same,
+    aten.alias.default: _same,
+    aten.expand.default: _repeated,
+    aten.view.default: _repeated,
+    aten._unsafe_view.default: _repeated,
+    aten.reshape.default: _repeated,
+}
+
+
+@MixDQTensor.implements(aten.t.default)
+def _(func, types, args, kwargs):
+    weight: MixDQTensor = args[0]
+    return TransposedMixDQTensor(weight) if weight.dim() == 2 else func(weight.dequantize())
