@@ -62,10 +62,18 @@ def _adapters(module: ModuleType) -> None:
     module.dispatch_torchao = dispatch_torchao  # type: ignore[attr-defined]
 
 
+def _adapted(kind: str) -> Callable[[ModuleType], None]:
+    """Pipelines find the adapters of models that ``torch.compile`` has wrapped; models refuse useless ones."""
+    return lambda module: getattr(import_module(".models.lora_compiled", __package__), f"watch_{kind}")(module)
+
+
 WATCHED: dict[str, Callable[[ModuleType], None]] = {
     "diffusers.quantizers.auto": _tables("models.diffusers_quantizer", "MixDQQuantizer"),
     "transformers.quantizers.auto": _tables("models.transformers_quantizer", "MixDQTransformersQuantizer"),
     "peft.tuners.lora.model": _adapters,
+    "diffusers.loaders.lora_base": _adapted("pipelines"),
+    "diffusers.loaders.lora_pipeline": _adapted("pipelines"),
+    "diffusers.loaders.peft": _adapted("models"),
 }
 
 

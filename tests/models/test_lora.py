@@ -6,18 +6,22 @@ import copy
 import warnings
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch._dynamo.testing import CompileCounter
 
 from mixdq_ao import LayerPlan, Plan, QuantizationError, calibrate, mixdq_config, quantize_
 from mixdq_ao.layers import find_layers
+from mixdq_ao.models.fused_projections import fuse_projections, unfuse_projections
 from mixdq_ao.models.lora import MixDQLoraConv2d, MixDQLoraLinear, requantized
+from mixdq_ao.models.lora_compiled import unwrapped
 from mixdq_ao.models.plan_of import layer_plan_of, same_layer
+from mixdq_ao.models.text_reuse import reuse_text_projections
 from mixdq_ao.quantize.tensor import MixDQTensor, is_quantized
 
 from ..conftest import bos_row, small_unet, unet_inputs
@@ -167,12 +171,12 @@ def test_two_adapters_fused_one_after_the_other_are_the_two_at_once(fine):
     assert torch.equal(output(together), output(apart))
 
 
-def one_block() -> UNet2DConditionModel:
+def one_block(down: str = "CrossAttnDownBlock2D") -> UNet2DConditionModel:
     """A UNet that is traced in seconds."""
     torch.manual_seed(1)
     return UNet2DConditionModel(
         sample_size=8, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4, cross_attention_dim=24,
-        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",), mid_block_type=None,
+        down_block_types=(down,), up_block_types=("UpBlock2D",), mid_block_type=None,
         attention_head_dim=2, use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 12,
     ).eval()  # fmt: skip
@@ -252,3 +256,100 @@ def test_a_text_encoder_takes_adapters_too():
     assert not torch.equal(encoder(IDS).last_hidden_state, before)
     encoder.disable_adapters()
     assert torch.equal(encoder(IDS).last_hidden_state, before)
+
+
+@pytest.fixture(params=["DownBlock2D"])
+def drawn_by(request):
+    """A pipeline of one small quantized UNet, another such UNet, and adapters for it."""
+    full = one_block(request.param)
+    calibration = calibrate(full, run=lambda: output(full))
+    fine = copy.deepcopy(full)
+    quantize_(fine, mixdq_config(Plan.uniform(fine, 8, 8).with_calibration(calibration)))
+    pipe = StableDiffusionXLPipeline(
+        vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=fine,
+        scheduler=DDIMScheduler(), add_watermarker=False,
+    )  # fmt: skip
+    torch._dynamo.reset()
+    yield SimpleNamespace(pipe=pipe, fine=copy.deepcopy(fine), state=partial(random_adapter, full))
+    torch._dynamo.reset()
+
+
+def prefixed(state):
+    return {f"unet.{name}": tensor.clone() for name, tensor in state.items()}  # swapping writes into what was loaded
+
+
+def test_a_pipeline_finds_the_adapters_of_a_unet_that_was_compiled_before(drawn_by):
+    """pipe.unet = torch.compile(pipe.unet), of which diffusers' pipelines see a class that is not theirs."""
+    pipe, counter = drawn_by.pipe, CompileCounter()
+    compiled = pipe.unet = torch.compile(pipe.unet, backend=counter, fullgraph=True)
+    plain = output(pipe.unet)
+    one = drawn_by.state(seed=5)
+    expected = {scale: output(scaled(drawn_by.fine, one, scale)) for scale in (1.0, 0.5)}
+    pipe.load_lora_weights(prefixed(one), adapter_name="one")
+    assert pipe.unet is compiled and pipe.get_list_adapters() == {"unet": ["one"]}
+    assert torch.equal(output(pipe.unet), expected[1.0])
+    frames = counter.frame_count
+    for scale in (0.5, 1.0):
+        pipe.set_adapters("one", scale)
+        assert torch.equal(output(pipe.unet), expected[scale])
+    pipe.load_lora_weights(prefixed(drawn_by.state(seed=6)), adapter_name="one", hotswap=True)
+    assert relative(output(pipe.unet), expected[1.0]) > 1e-3
+    assert counter.frame_count == frames == 2
+    pipe.load_lora_weights(prefixed(one), adapter_name="one", hotswap=True)
+    pipe.fuse_lora(components=["unet"])
+    assert pipe.num_fused_loras == 1
+    fused = scaled(drawn_by.fine, one, 1.0)
+    fused.fuse_lora()
+    assert torch.equal(output(pipe.unet), output(fused)) and not torch.equal(output(fused), expected[1.0])
+    pipe.unfuse_lora(components=["unet"])
+    assert torch.equal(output(pipe.unet), expected[1.0])
+    pipe.unload_lora_weights()
+    assert pipe.unet is compiled and torch.equal(output(pipe.unet), plain)
+
+
+def scaled(model, state, scale):
+    model = load(copy.deepcopy(model), state)
+    model.set_adapters("one", scale)
+    return model
+
+
+def test_a_unet_compiled_in_place_takes_adapters(drawn_by):
+    pipe, counter = drawn_by.pipe, CompileCounter()
+    pipe.unet.compile(backend=counter, fullgraph=True)
+    output(pipe.unet)
+    one = drawn_by.state(seed=5)
+    pipe.load_lora_weights(prefixed(one), adapter_name="one")
+    assert torch.equal(output(pipe.unet), output(scaled(drawn_by.fine, one, 1.0))) and counter.frame_count == 2
+
+
+def test_hot_swaps_are_asked_for_before_compiling(drawn_by):
+    pipe = drawn_by.pipe
+    pipe.unet.compile(backend="eager")
+    pipe.enable_lora_hotswap(target_rank=8)
+    with pytest.raises(ValueError, match="before.* compiling the model"):
+        pipe.load_lora_weights(prefixed(drawn_by.state(seed=5)), adapter_name="one")
+    assert not any(pipe.get_list_adapters().values())
+
+
+@pytest.mark.parametrize("drawn_by", ["CrossAttnDownBlock2D"], indirect=True)
+def test_where_an_adapter_would_do_nothing_it_is_refused(drawn_by):
+    pipe, state = drawn_by.pipe, prefixed(drawn_by.state(seed=5))
+    assert fuse_projections(pipe.unet)
+    with pytest.raises(QuantizationError, match=r"attn1.*unfuse_projections\(model\) before"):
+        pipe.load_lora_weights(state)
+    unfuse_projections(pipe.unet)
+    reuse_text_projections(pipe)
+    with pytest.raises(QuantizationError, match=r"pipe\.unet = pipe\.unet\.undo\(\) first"):
+        pipe.load_lora_weights(state)
+    with pytest.raises(QuantizationError, match="undo"):
+        pipe.unet.load_lora_adapter(state, prefix="unet")
+    pipe.unet = pipe.unet.undo()
+    pipe.load_lora_weights(state, adapter_name="one")
+    assert pipe.get_list_adapters() == {"unet": ["one"]}
+
+
+def test_pipelines_without_quantized_models_are_as_diffusers_has_them():
+    pipe = SimpleNamespace(_lora_loadable_modules=["unet"], unet=torch.compile(one_block(), backend="eager"))
+    held = pipe.unet
+    with unwrapped(pipe):
+        assert pipe.unet is held

@@ -1,0 +1,113 @@
+"""Adapters in a pipeline whose denoiser ``torch.compile`` has wrapped, and where adapters would do nothing.
+
+diffusers' pipelines look for adapters in components of diffusers' and transformers' classes. After
+``pipe.unet = torch.compile(pipe.unet)`` there is another class: adapters are loaded into the model inside, but
+``set_adapters`` says that there are none, and ``fuse_lora``, ``unload_lora_weights`` and ``delete_adapters`` do
+nothing, without a word. While one of these methods runs, the quantized model stands where its wrapper stood. What is
+compiled stays, and is compiled again where adapters came or went.
+
+Used by ``registration.py`` when diffusers' loaders are imported, so classes are told by name: nothing more is imported.
+Pipelines without quantized models are as before.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from ..errors import QuantizationError
+
+OF_PIPELINES = (
+    "load_lora_weights",
+    "unload_lora_weights",
+    "fuse_lora",
+    "unfuse_lora",
+    "set_adapters",
+    "disable_lora",
+    "enable_lora",
+    "delete_adapters",
+    "get_active_adapters",
+    "get_list_adapters",
+)
+OF_MODELS = ("load_lora_adapter", "add_adapter")
+
+
+def watch_pipelines(module: ModuleType) -> None:
+    """Has the LoRA methods of the pipelines' classes that ``module`` defines see through ``torch.compile``."""
+    _replace(module, OF_PIPELINES, unwrapped)
+
+
+def watch_models(module: ModuleType) -> None:
+    """Has models refuse adapters where they would do nothing."""
+    _replace(module, OF_MODELS, checked)
+
+
+def _replace(module: ModuleType, names: tuple[str, ...], around: Callable[[Any], Any]) -> None:
+    for cls in vars(module).values():
+        if isinstance(cls, type) and cls.__module__ == module.__name__:
+            for name in names:
+                if name in vars(cls):
+                    setattr(cls, name, _inside(around, getattr(cls, name)))
+
+
+def _inside(around: Callable[[Any], Any], method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with around(self):
+            return method(self, *args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def unwrapped(pipe: Any) -> Iterator[None]:
+    """``pipe`` with the quantized models inside ``torch.compile``'s wrappers instead of these.
+
+    Raises:
+        QuantizationError: a component keeps keys and values of the text.
+    """
+    held: dict[str, Any] = {}
+    for name in getattr(pipe, "_lora_loadable_modules", ()):
+        component = getattr(pipe, name, None)
+        if type(component).__name__ == "TextReuse":
+            raise _kept(f"pipe.{name}")
+        wrapper = type(component).__name__ == "OptimizedModule"
+        if wrapper and not hasattr(component, "_hf_hook") and _quantized(component):
+            held[name] = component
+    try:
+        for name, component in held.items():
+            object.__setattr__(pipe, name, component._orig_mod)  # past the pipeline's record of classes
+        yield
+    finally:
+        for name, component in held.items():
+            object.__setattr__(pipe, name, component)
+
+
+@contextmanager
+def checked(model: Any) -> Iterator[None]:
+    """Raises QuantizationError where layers that take adapters are not asked for their outputs."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "TextProjection":
+            raise _kept("pipe.unet")
+        if getattr(module, "fused_projections", False) and _quantized(module):
+            raise QuantizationError(
+                f"the projections of {name!r} are computed as one, past which adapters would do nothing; "
+                "unfuse_projections(model) before adapters are loaded"
+            )
+    yield
+
+
+def _kept(where: str) -> QuantizationError:
+    return QuantizationError(
+        f"{where} keeps keys and values of the text, which adapters change; {where} = {where}.undo() first, and "
+        "reuse_text_projections(pipe) again when the adapters are as they are to stay"
+    )
+
+
+def _quantized(model: nn.Module) -> bool:
+    return any(type(p).__name__ in ("MixDQTensor", "SplitMixDQTensor") for p in model.parameters())
