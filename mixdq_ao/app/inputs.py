@@ -39,11 +39,12 @@ def load_plan(path: Path, calibration: Path | None) -> Plan:
     return plan if calibration is None else plan.with_calibration(Calibration.load(calibration))
 
 
-def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = None) -> Any:
+def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = None, quantizing: Any = None) -> Any:
     """The diffusers pipeline in a directory, or by its name on a hub.
 
     device: "cpu", "cuda", ...; None for a GPU where there is one. dtype: "float32", "float16" or "bfloat16"; None for
-    float32 on a CPU and float16 elsewhere. Raises MixDQError naming the pipeline.
+    float32 on a CPU and float16 elsewhere. quantizing: a MixDQConfig; the denoiser's weights are then quantized as each
+    is read, so that it is never there in full precision. Raises MixDQError naming the pipeline.
     """
     if looks_local(name) and not (Path(name) / "model_index.json").is_file():
         raise MixDQError(
@@ -59,13 +60,28 @@ def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = N
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted = getattr(torch, dtype or ("float32" if device.startswith("cpu") else "float16"))
     try:
-        pipe = DiffusionPipeline.from_pretrained(name, dtype=wanted).to(device=device, dtype=wanted)
+        how = {} if quantizing is None else {"quantization_config": _for_denoiser(name, quantizing)}
+        pipe = DiffusionPipeline.from_pretrained(name, dtype=wanted, **how).to(device=device, dtype=wanted)
+    except MixDQError:
+        raise
     except (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError) as e:
         raise MixDQError(f"{name}: cannot be loaded as a diffusers pipeline: {first_line(e)}") from e
     if getattr(pipe, "watermark", None) is not None:
         pipe.watermark = None  # it would be measured as an error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _for_denoiser(name: str, config: Any) -> Any:
+    """A quantization config of a pipeline that is for its denoiser alone. Raises MixDQError where it has none."""
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from diffusers.quantizers import PipelineQuantizationConfig
+
+    parts: Any = DiffusionPipeline.load_config(name)
+    part = next((n for n in ("unet", "transformer") if isinstance(parts.get(n), list) and parts[n][0]), None)
+    if part is None:
+        raise MixDQError(f"{name}: has neither a unet nor a transformer, which is what is quantized")
+    return PipelineQuantizationConfig(quant_mapping={part: config})
 
 
 def looks_local(name: str) -> bool:

@@ -10,17 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixdq_ao import bos_aware, mixdq_config, quantize_
+from mixdq_ao import Moments, QuantizationError, bos_aware, mixdq_config, quantize_
 from mixdq_ao.models.pipelines import denoiser
 from mixdq_ao.plan import Plan
 from mixdq_ao.quantize.bos_encoder import bos_embedding_of
 
 
-def apply_plan(pipe: Any, plan: Plan) -> None:
-    """Quantizes the denoiser of ``pipe`` in place; its text encoders check their BOS row where the plan needs it."""
-    quantize_(denoiser(pipe), mixdq_config(plan))
+def apply_plan(pipe: Any, plan: Plan, moments: Path | None = None) -> None:
+    """Quantizes the denoiser of ``pipe`` in place; its text encoders check their BOS row where the plan needs it.
+
+    ``moments``: a file of ``Moments.save``, for a plan with compensated rounding.
+    """
+    quantize_(denoiser(pipe), mixdq_config(plan, moments=None if moments is None else Moments.load(moments)))
+    check_text_encoders(pipe, plan)
+
+
+def check_text_encoders(pipe: Any, plan: Plan) -> None:
+    """Text encoders check their BOS row from here on, where the plan handles it apart."""
     if any(layer.bos for layer in plan.layers.values()):
         bos_aware(pipe)
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """Raises QuantizationError for a model that was saved quantized: what was to be done to it while it was read was
+    not done."""
+    if getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False):
+        raise QuantizationError(
+            f"{type(model).__name__} is quantized already; give the original pipeline to quantize it anew"
+        )
 
 
 def make_ready(pipe: Any, plan: Plan | None, *, compiled: bool) -> None:

@@ -54,14 +54,51 @@ class MixDQConfig(QuantizationConfigMixin):
     Attributes:
         plan: what each layer becomes (a Plan, or the path of a plan file).
         overrides: as in ``mixdq_config``; used while quantizing, and stored with the tensors they made.
+        moments: as in ``mixdq_config``, or the path of a file of ``Moments.save`` (each matrix is read when its layer
+            is): needed to quantize by a plan whose rounding is "compensated" or whose weight_range is "output". Not
+            stored.
     """
 
     def __init__(
-        self, plan: Plan | str | os.PathLike[str], *, overrides: Mapping[str, AOBaseConfig | None] | None = None
+        self,
+        plan: Plan | str | os.PathLike[str],
+        *,
+        overrides: Mapping[str, AOBaseConfig | None] | None = None,
+        moments: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
     ) -> None:
         self.quant_method: Any = Method.MIXDQ
         self.plan = plan if isinstance(plan, Plan) else Plan.load(plan)
         self.overrides = dict(overrides or {})
+        self.moments = _loaded(moments)
+
+    def layer_configs(self, model: nn.Module) -> Mapping[str, AOBaseConfig | None]:
+        """What torchao is to make of each layer of ``model``, whose weights are not there yet.
+
+        Raises PlanError or QuantizationError naming a layer that the plan does not fit, or whose moment is missing.
+        """
+        self._check_plan()
+        config = mixdq_config(self.plan, overrides=self.overrides, moments=self.moments)
+        check_model(model, config)
+        return config.fqn_to_config
+
+    def _check_plan(self) -> None:
+        folding = next((n for n, layer in self.plan.layers.items() if layer.folds_input), None)
+        if folding is not None:
+            raise PlanError(
+                f"layer {folding!r}: its plan has smoothing or rotation, which changes other layers too and cannot be "
+                "done weight by weight; load the model, then quantize_(model, mixdq_config(plan))"
+            )
+        needed = [n for n, layer in self.plan.layers.items() if layer.quantized and layer.needs_moment]
+        for name in needed:
+            if name in (self.moments or {}) or _named(self.overrides, name):
+                continue
+            layer = self.plan.layers[name]
+            count = "" if len(needed) == 1 else f" (and {len(needed) - 1} more)"
+            raise PlanError(
+                f"layer {name!r}{count}: weight_range is {layer.weight_range!r} and rounding {layer.rounding!r}, but "
+                "there is no second moment of its input; give MixDQConfig(plan, moments=...) what input_moments() "
+                "collected of this model, or the file it was saved to"
+            )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -114,9 +151,7 @@ class MixDQQuantizer(DiffusersQuantizer):
                 )
             _take_types(model, self.checkpoint)
         else:
-            config = mixdq_config(self.quantization_config.plan, overrides=self.quantization_config.overrides)
-            check_model(model, config)
-            self.configs = config.fqn_to_config
+            self.configs = self.quantization_config.layer_configs(model)
         model.register_to_config(quantization_config=self.quantization_config)
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
@@ -290,6 +325,19 @@ def _take_types(model: nn.Module, checkpoint: Checkpoint) -> None:
                 module._parameters[key] = nn.Parameter(empty, requires_grad=slot.requires_grad)
             else:
                 module._buffers[key] = empty
+
+
+def _loaded(moments: Mapping[str, Tensor] | str | os.PathLike[str] | None) -> Mapping[str, Tensor] | None:
+    if moments is None or isinstance(moments, Mapping):
+        return moments
+    from ..search.moments_file import read_moments
+
+    return read_moments(moments)[0]
+
+
+def _named(overrides: Mapping[str, Any], layer: str) -> bool:
+    """Whether ``overrides`` say what becomes of a layer."""
+    return any(re.fullmatch(k[3:], layer) if k.startswith("re:") else k == layer for k in overrides)
 
 
 def resolve(configs: Mapping[str, AOBaseConfig | None], parameter: str) -> tuple[str, AOBaseConfig | None]:

@@ -20,7 +20,6 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from ..errors import CheckpointError
-from ..quantize.config import check_model, mixdq_config
 from ..quantize.tensor import MixDQTensor
 from .checkpoint import Checkpoint
 from .diffusers_quantizer import METHOD, MixDQConfig, dequantize_layers, remember, resolve
@@ -41,9 +40,7 @@ class MixDQTransformersQuantizer(HfQuantizer):
         if self.pre_quantized:
             self.checkpoint = Checkpoint(Path(file) for file in checkpoint_files or ())
             return
-        config = mixdq_config(self.quantization_config.plan, overrides=self.quantization_config.overrides)
-        check_model(model, config)
-        self.configs = dict(config.fqn_to_config)
+        self.configs = dict(self.quantization_config.layer_configs(model))
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return not self.pre_quantized and resolve(self.configs, param_name)[1] is not None

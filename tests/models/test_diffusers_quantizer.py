@@ -14,12 +14,15 @@ from diffusers.quantizers import PipelineQuantizationConfig
 from torchao.quantization import Int8WeightOnlyConfig
 
 from mixdq_ao import (
+    CalibrationError,
     CheckpointError,
     LayerPlan,
+    Moments,
     Plan,
     PlanError,
     QuantizationError,
     Sampling,
+    input_moments,
     load_quantized,
     mixdq_config,
     quantize_,
@@ -31,6 +34,7 @@ from mixdq_ao.models import MixDQConfig, attach_quantizer, save_pipeline
 from mixdq_ao.models.pipelines import generate_all
 from mixdq_ao.quantize.tensor import is_quantized
 
+from ..conftest import unet_inputs
 from .memory import model_bytes, peak_allocated
 from .same import assert_same
 
@@ -70,6 +74,48 @@ def test_overrides_are_followed_while_loading(full, plan, unet):
     assert_same(unet, streamed)
     assert not is_quantized(streamed.conv_out.weight)
     assert streamed.hf_quantizer.quantization_config.plan.layers["conv_out"] == LayerPlan()
+
+
+@pytest.fixture(scope="session")
+def compensated(plan, _unet, calibration) -> tuple[Plan, Moments]:
+    """A few layers rounded with compensation, and moments of the inputs of two of them and more."""
+    names = [n for n, layer in plan.layers.items() if layer.quantized and layer.weight_bits < 8 and not layer.split][:2]
+    changed = {n: replace(plan.layers[n], weight_range="output", rounding="compensated") for n in names}
+    torch.manual_seed(7)
+    run = lambda: _unet(**unet_inputs())  # noqa: E731
+    return plan.with_layers(changed), input_moments(
+        _unet, run=run, calibration=calibration, layers=[*names, "conv_out"]
+    )
+
+
+@pytest.mark.parametrize("source", ["one", "shards"])
+def test_compensated_rounding_while_loading(full, compensated, tmp_path, unet, source):
+    """From moments in memory, and from a file, what ``quantize_`` makes of the same plan."""
+    plan, moments = compensated
+    moments.save(tmp_path / "moments.safetensors")
+    quantize_(unet, mixdq_config(plan, moments=moments))
+    for given in (moments, tmp_path / "moments.safetensors"):
+        config = MixDQConfig(plan, moments=given)
+        streamed = UNet2DConditionModel.from_pretrained(full / source, quantization_config=config)
+        assert_same(unet, streamed)
+        assert streamed.hf_quantizer.quantization_config.moments is None
+        assert streamed.hf_quantizer.quantization_config.plan == plan
+
+
+def test_a_missing_moment_is_named_before_weights_are_read(full, compensated, tmp_path):
+    plan, moments = compensated
+    first, second = [n for n, layer in plan.layers.items() if layer.needs_moment]
+    load = lambda **options: UNet2DConditionModel.from_pretrained(  # noqa: E731
+        full / "one", quantization_config=MixDQConfig(plan, **options)
+    )
+    with pytest.raises(PlanError, match=rf"layer '{first}' \(and 1 more\).*MixDQConfig\(plan, moments=...\)"):
+        load()
+    with pytest.raises(PlanError, match=f"layer '{second}'"):
+        load(moments={first: moments[first]})
+    with pytest.raises(CalibrationError, match="nowhere"):
+        load(moments=tmp_path / "nowhere")
+    model = load(overrides={first: None, f"re:{second}": None})
+    assert not is_quantized(model.get_submodule(first).weight)
 
 
 def test_a_plan_in_a_file(full, plan, tmp_path):
@@ -225,6 +271,26 @@ def test_the_command_line_saves_and_draws(tmp_path, bundled_plan, capsys):
     assert main(["generate", str(PIPELINE), "--plan", plan, *prompt, "--out", str(tmp_path / "b")]) == 0
     (a,), (b,) = list((tmp_path / "a").iterdir()), list((tmp_path / "b").iterdir())
     assert a.read_bytes() == b.read_bytes()
+
+
+def test_the_command_line_quantizes_weight_by_weight(tmp_path, bundled_plan, loaded, capsys, monkeypatch):
+    """Its denoiser is never quantized as a whole; a pipeline saved quantized is refused."""
+    from examples.shapes.subject import PIPELINE
+
+    bundled_plan.save(tmp_path / "plan.json")
+    options = ["--plan", str(tmp_path / "plan.json"), "--json"]
+    monkeypatch.setattr("mixdq_ao.app.quantized.apply_plan", None)
+    assert main(["quantize", str(PIPELINE), *options]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    layers = find_layers(loaded.unet).values()
+    assert figures["bytes_before"] == sum(4 * p.numel() for m in layers for p in m.parameters())
+    assert figures["bytes_after"] < 0.3 * figures["bytes_before"]
+    save_pipeline(loaded, tmp_path / "saved")
+    assert main(["quantize", str(tmp_path / "saved"), *options]) == 2
+    assert "quantized already" in capsys.readouterr().err
+    Plan({"decoder": LayerPlan(weight_bits=4)}).save(tmp_path / "plan.json")
+    assert main(["quantize", str(PIPELINE), *options]) == 2
+    assert "'decoder' is not a linear or convolution layer" in capsys.readouterr().err
 
 
 def test_a_diffusers_without_the_hooks_says_so(tmp_path, quantized, monkeypatch):

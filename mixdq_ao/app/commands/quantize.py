@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .. import options
 from ..inputs import load_pipeline, load_plan
 from ..output import mebibytes, show, show_json, wrote
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...plan import Plan
 
 HELP = "check a plan on a pipeline, quantize, say what it saves, and store the quantized pipeline"
 EXAMPLE = "mixdq quantize examples/shapes/pipeline --plan plan.json --out quantized"
@@ -18,6 +24,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.plan(parser, required=True)
     options.calibration(parser, "ranges for a plan without them")
     parser.add_argument(
+        "--moments", type=Path, metavar="FILE", help="saved input_moments(...), for a plan with compensated rounding"
+    )
+    parser.add_argument(
         "--out", type=Path, metavar="DIR", help="store the quantized pipeline here, for from_pretrained"
     )
     options.as_json(parser)
@@ -25,19 +34,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     plan = load_plan(args.plan, args.calibration)
-    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
     from mixdq_ao.models.pipelines import denoiser
     from mixdq_ao.models.serialization import refuse_occupied, save_pipeline
 
     from ..measure import held_bytes
-    from ..quantized import apply_plan
 
-    model = denoiser(pipe)
-    plan.validate(model)
     if args.out:
         refuse_occupied(args.out)
-    summary, before = plan.summary(model), held_bytes(model)
-    apply_plan(pipe, plan)
+    pipe = _quantized(args, plan)
+    model = denoiser(pipe)
+    summary, before = plan.summary(model), _bytes_before(model)
     after = held_bytes(model)
     if args.out:
         save_pipeline(pipe, args.out, plan=plan)
@@ -67,3 +73,31 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.out:
         wrote(args.out, "the quantized pipeline")
+
+
+def _quantized(args: argparse.Namespace, plan: Plan) -> Any:
+    """The pipeline, its denoiser quantized weight by weight as it is read; a plan that changes several layers at once
+    (smoothing, rotation) needs all of it first."""
+    from mixdq_ao.models import MixDQConfig
+    from mixdq_ao.models.pipelines import denoiser
+
+    from ..quantized import apply_plan, check_text_encoders, refuse_quantized
+
+    where = {"device": args.device, "dtype": args.dtype}
+    if not any(layer.folds_input for layer in plan.layers.values()):
+        pipe = load_pipeline(args.pipeline, quantizing=MixDQConfig(plan, moments=args.moments), **where)
+        refuse_quantized(denoiser(pipe))
+        check_text_encoders(pipe, plan)
+        return pipe
+    pipe = load_pipeline(args.pipeline, **where)
+    plan.validate(denoiser(pipe))
+    apply_plan(pipe, plan, args.moments)
+    return pipe
+
+
+def _bytes_before(model: nn.Module) -> int:
+    """What the linear and convolution layers held before they were quantized."""
+    from mixdq_ao.layers import find_layers
+
+    parameters = (p for module in find_layers(model).values() for p in module.parameters(recurse=False))
+    return sum(p.numel() * p.dtype.itemsize for p in parameters)
