@@ -1,23 +1,25 @@
-"""Quality, bytes and seconds of other quantizers and of ours at the same bytes, on the bundled pipeline.
+"""Quality, bytes and seconds of other quantizers beside ours, on the bundled pipeline.
 
-    python -m benchmarks.peers [--only TEXT ...] [--prompts 256] [--work out/peers]
+    python -m benchmarks.peers [--only TEXT ...] [--prompts 128] [--work out/peers]
 
-Every contender quantizes a copy of the full-precision UNet; 256 captions that nothing saw are drawn at 1 and 4 steps
-from the same noise. After each peer our plan with at most as many bytes. Latencies: one eager call with 32 captions,
-all contenders in turn, as times float32. A row that fails says why. Writes benchmarks/results/peers.json and peers.md;
-finished rows are kept in --work and not measured again.
+Every contender quantizes a copy of the full-precision UNet; captions that nothing saw are drawn at 1 and 4 steps from
+the same noise and compared with full precision. Beside each peer stands our best plan that holds no more bytes. Eager
+latency: a call with 32 captions and one of float32's in turn, as times float32. Call: the most memory that such a call
+takes beyond the weights. Seconds: of one core, all that comes before the first picture (calibration, search,
+quantization). A row that fails says why. Writes benchmarks/results/peers.json and peers.md; finished rows are kept in
+--work and not measured again. ``python -m benchmarks.peers.latency`` has compiled latencies.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import gc
-import json
+import ctypes
 import shlex
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,86 +27,69 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixdq_ao import Plan
 from mixdq_ao.app.environment import environment
 from mixdq_ao.app.measure import rounds_of, speedup
 from mixdq_ao.jsonfile import write_document
 
 from ..held import model_bytes
+from ..memory import Peak
 from .contenders import PEERS, Contender
+from .kept import Row, Rows
 from .ours import Ours
+from .published import Published
 from .subject import Subject, estimated_bytes, latency_inputs
+from .tables import behind, cells, table
 
 RESULTS = Path(__file__).parents[1] / "results"
 ROUNDS, BATCH = 7, 32
+BITS = (2.25, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
+WEIGHT_ONLY_BITS = (4.0, 6.0, 8.0)
+PUBLISHED_BITS = (3.0, 4.0, 5.0, 6.0, 8.0)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
-def measured(subject: Subject, unet: nn.Module, size: int, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Pictures, bytes, and the time of a call beside the full-precision model's."""
+def give_back_freed_memory() -> None:
+    """Tells glibc to map blocks of 64 KiB and more, so that freed ones leave the process and peaks mean something."""
+    libc = ctypes.CDLL(None)
+    for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+        libc.mallopt(parameter, 1 << 16)
+
+
+def measured(subject: Subject, unet: nn.Module, size: int, inputs: dict[str, Any]) -> Row:
+    """Pictures, bytes, the time of a call beside the full-precision model's, and the memory it takes."""
     pictures = subject.grade(unet)
     full = subject.pipe.unet
     times = rounds_of({"full": lambda: full(**inputs), "it": lambda: unet(**inputs)}, rounds=ROUNDS)
-    ratio = speedup(times["full"], times["it"])
-    return {"bytes": size, "pictures": pictures, "latency_ms": statistics.median(times["it"]), "speedup": ratio}
+    with Peak() as peak:
+        unet(**inputs)
+    figures = {"latency_ms": statistics.median(times["it"]), "speedup": speedup(times["full"], times["it"])}
+    return {"bytes": size, "pictures": pictures, "call_peak": peak.bytes} | figures
 
 
-def peer(subject: Subject, contender: Contender, inputs: dict[str, Any]) -> dict[str, Any]:
-    start = time.perf_counter()
+def peer(subject: Subject, contender: Contender, inputs: dict[str, Any]) -> Row:
+    start = time.process_time()
     unet = contender.quantize(copy.deepcopy(subject.pipe.unet), subject)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     size = model_bytes(unet) if contender.stored else estimated_bytes(subject.pipe.unet, contender.bits or 32)
     with torch.no_grad():
-        return {"seconds": seconds} | measured(subject, unet, size, inputs)
+        return {"seconds": seconds, "does": contender.does} | measured(subject, unet, size, inputs)
 
 
-def ours(subject: Subject, method: Ours, size: int, inputs: dict[str, Any]) -> dict[str, Any]:
-    start = time.perf_counter()
-    plan = method.plan(size)
+def planned(subject: Subject, method: Ours | Published, make: Callable[[], Plan], inputs: dict[str, Any]) -> Row:
+    start = time.process_time()
+    plan = make()
     unet = method.quantize(copy.deepcopy(subject.pipe.unet), plan)
-    seconds = time.perf_counter() - start + method.seconds
+    seconds = time.process_time() - start + method.seconds
     bits = plan.summary(subject.pipe.unet).average_weight_bits
-    return {"seconds": seconds, "average_weight_bits": bits} | measured(subject, unet, model_bytes(unet), inputs)
+    with torch.no_grad():
+        figures = measured(subject, unet, model_bytes(unet), inputs)
+    return {"seconds": seconds, "average_weight_bits": bits, "does": "linear, convolution, mixed bits"} | figures
 
 
-class Rows:
-    """Finished rows by name, in a file after each."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
-
-    def __call__(self, name: str, measure: Any) -> dict[str, Any]:
-        if name not in self.rows:
-            try:
-                row = measure()
-            except Exception as error:  # a contender that fails is a result
-                row = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"}
-            self.rows[name] = row
-            write_document(self.path, self.rows)
-            print(name, line(row), flush=True)
-            gc.collect()
-        return self.rows[name]
-
-
-def line(row: dict[str, Any]) -> list[str]:
-    if "error" in row:
-        return [row["error"]]
-    cells = [f"{row['bytes'] / 2**20:.2f}"]
-    for steps in ("1", "4"):
-        p = row["pictures"][steps]
-        cells += [f"{p['agreement']:.1%}", "-" if p["psnr"] is None else f"{p['psnr']:.1f}"]
-    p = row["pictures"]["4"]
-    return [*cells, f"{p['ssim']:.4f}", f"{p['frechet']:.2f}", f"{row['speedup']:.2f}", f"{row['seconds']:.0f}"]
-
-
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    titles = "MiB|agreement, 1 step|PSNR dB|agreement, 4 steps|PSNR dB|SSIM|Fréchet|eager, times float32|seconds"
-    head = ["| contender | " + titles.replace("|", " | ") + " |", "|" + "---|" * (titles.count("|") + 2)]
-    columns = titles.count("|") + 1
-    for name, row in rows.items():
-        cells = line(row) + [""] * (columns - len(line(row)))
-        bold = "**" if name.startswith("ours") else ""
-        head.append(f"| {bold}{name}{bold} | " + " | ".join(cells) + " |")
-    return "\n".join(head)
+def full_precision(subject: Subject, inputs: dict[str, Any]) -> Row:
+    unet = subject.pipe.unet
+    return {"seconds": 0.0, "does": ""} | measured(subject, unet, model_bytes(unet), inputs)
 
 
 def installed(package: str) -> str | None:
@@ -114,40 +99,67 @@ def installed(package: str) -> str | None:
         return None
 
 
+def all_rows(subject: Subject, rows: Rows, wanted: Callable[[str], bool], work: Path) -> dict[str, Row]:
+    inputs = latency_inputs(subject, BATCH)
+    shown: dict[str, Row] = {}
+
+    def row(name: str, measure: Callable[[], Row]) -> None:
+        if wanted(name):
+            shown[name] = rows(name, measure)
+
+    with torch.no_grad():
+        row("float32", lambda: full_precision(subject, inputs))
+    for contender in PEERS:
+        if installed(contender.package) is None:
+            shown[contender.name] = {"error": f"{contender.package} is not installed"}
+        else:
+            row(contender.name, lambda c=contender: peer(subject, c, inputs))
+    method = Ours(subject, work)
+    if wanted("MixDQ as published"):
+        published = Published(subject, method.calibration, work)
+        for bits in PUBLISHED_BITS:
+            name = f"MixDQ as published, {bits:g} bits"
+            row(name, lambda b=bits: planned(subject, published, lambda: published.plan(b), inputs))
+    for bits in BITS:
+        row(f"ours, {bits:g} bits", lambda b=bits: planned(subject, method, lambda: method.plan(b), inputs))
+    for bits in WEIGHT_ONLY_BITS:
+        name = f"ours, {bits:g} bits, weights only"
+        row(name, lambda b=bits: planned(subject, method, lambda: method.plan(b, act_bits=16), inputs))
+    return shown
+
+
+def verdict(rows: dict[str, Row]) -> str:
+    better = behind(rows)
+    said = f"Better at 4 steps than every plan of ours of at most its bytes: {', '.join(better) or 'none of them'}."
+    return f"{said} What does not take part: {', '.join(n for n, r in rows.items() if 'error' in r) or 'none'}."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[""], help="contenders whose name has one of these in it")
-    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--work", type=Path, default=Path("out/peers"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    subject, rows = Subject(options.prompts), Rows(options.work / f"rows_{options.prompts}.json")
-    inputs, method = latency_inputs(subject, BATCH), Ours(subject, options.work / "analysis.jsonl")
-    shown: dict[str, dict[str, Any]] = {}
-    for contender in PEERS:
-        if not any(text in contender.name for text in options.only):
-            continue
-        if installed(contender.package) is None:
-            shown[contender.name] = {"error": f"{contender.package} is not installed"}
-            continue
-        found = shown[contender.name] = rows(contender.name, lambda c=contender: peer(subject, c, inputs))
-        if "error" not in found:
-            size = found["bytes"]
-            name = f"ours, {size / 2**20:.2f} MiB"
-            shown[name] = rows(name, lambda size=size: ours(subject, method, size, inputs))
+    give_back_freed_memory()
+    subject = Subject(options.prompts)
+    rows = Rows(options.work / f"rows_{options.prompts}.json", lambda n, r: print(n, cells(r), flush=True))
+    shown = all_rows(subject, rows, lambda name: any(text in name for text in options.only), options.work)
     packages = sorted({c.package for c in PEERS})
-    write_document(
-        options.out / "peers.json",
-        {
-            "command": shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]]),
-            "rows": shown,
-            "peers": {package: installed(package) for package in packages},
-            "full": {"bytes": model_bytes(subject.pipe.unet)},
-            "environment": environment() | {"prompts": options.prompts, "latency_batch": BATCH},
-        },
+    document = {
+        "command": shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]]),
+        "rows": shown,
+        "peers": {package: installed(package) for package in packages},
+        "environment": environment() | {"prompts": options.prompts, "latency_batch": BATCH},
+    }
+    write_document(options.out / "peers.json", document)
+    e = document["environment"]
+    where = f"{options.prompts} captions; {e['processor']}, {e['threads']} threads, commit {e['commit']}; " + ", ".join(
+        f"{name} {found or 'not installed'}" for name, found in document["peers"].items()
     )
-    (options.out / "peers.md").write_text(f"{(__doc__ or '').strip()}\n\n{table(shown)}\n")
+    text = "\n\n".join([(__doc__ or "").strip(), verdict(shown), table(shown), where])
+    (options.out / "peers.md").write_text(text + "\n", encoding="utf-8")
     print(table(shown))
 
 

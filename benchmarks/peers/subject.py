@@ -26,22 +26,27 @@ class Subject:
         self.calibrating = [p.text for p in shapes.prompts(32, seed=55)]
         chosen, scorer = shapes.prompts(test, seed=2026, held_out=True), shapes.load_scorer()
         texts, specs = [p.text for p in chosen], [p.spec for p in chosen]
-        self.exams = {s: Exam(texts, specs, scorer, Sampling(steps=s, seed=10_000, batch_size=64)) for s in STEPS}
+        self.exams = {s: Exam(texts, specs, scorer, Sampling(steps=s, seed=10_000, batch_size=32)) for s in STEPS}
         self.references = {steps: self._pictures(self.pipe.unet, steps) for steps in STEPS}
 
-    def _with(self, unet: nn.Module) -> Any:
+    def with_unet(self, unet: nn.Module) -> Any:
+        """The pipeline with another UNet; shares everything else."""
         pipe = copy.copy(self.pipe)
         object.__setattr__(pipe, "unet", unet)
         return pipe
 
     def _pictures(self, unet: nn.Module, steps: int) -> Tensor:
         exam = self.exams[steps]
-        return generate_all(self._with(unet), list(exam.prompts), exam.sampling)
+        return generate_all(self.with_unet(unet), list(exam.prompts), exam.sampling)
+
+    def judged(self, count: int) -> list[str]:
+        """Captions to choose between plans by: neither calibrated on nor graded."""
+        return [p.text for p in bundled().prompts(count, seed=77)]
 
     def draw(self, unet: nn.Module, prompts: list[str]) -> None:
         """Generations at every judged number of steps, for calibration."""
         for steps in STEPS:
-            generate_all(self._with(unet), prompts, Sampling(steps=steps, batch_size=32), "latent")
+            generate_all(self.with_unet(unet), prompts, Sampling(steps=steps, batch_size=32), "latent")
 
     def calls(self, unet: nn.Module, prompts: list[str], batch: int = 8) -> list[dict[str, Any]]:
         """The UNet's arguments and full-precision results in a one-step generation, a batch at a time."""
@@ -52,7 +57,7 @@ class Subject:
 
         handle = unet.register_forward_hook(hook, with_kwargs=True)
         try:
-            generate_all(self._with(unet), prompts, Sampling(batch_size=batch), "latent")
+            generate_all(self.with_unet(unet), prompts, Sampling(batch_size=batch), "latent")
         finally:
             handle.remove()
         return seen

@@ -9,7 +9,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
 
+from benchmarks.layouts import SDXL
 from mixdq_ao.app import cli
 from mixdq_ao.evaluate import Results
 from mixdq_ao.evaluate.resize import to_pillow
@@ -74,6 +77,21 @@ def test_the_page_sets_what_its_commands_use(settings):
     used = set(re.findall(r"\$(\w+)", "".join(blocks(""))))
     assert used == set(settings)
     assert all(arguments[0] == "mixdq" for arguments in commands(settings))
+
+
+def test_what_the_protected_layers_weigh():
+    """As the page says: their share of SDXL's UNet, which is counted without memory for its weights."""
+    text = PAGE.read_text(encoding="utf-8")
+    words = " ".join(re.findall(r'PROTECT="(?:\$PROTECT )?(.*?)"', text))
+    names = set(words.replace(".$i.", ".5.").split())
+    names |= {words.split()[-1].replace(".$i.", f".{i}.") for i in (6, 7, 8)}
+    with torch.device("meta"):
+        layers = find_layers(UNet2DConditionModel(**SDXL))
+    assert len(names) == 9 and names <= layers.keys()
+    kept = sum(layers[n].weight.numel() for n in names)
+    share = kept / sum(m.weight.numel() for m in layers.values())
+    assert f"weights are {share:.1%}".replace("%", " %") in text.replace("\n", " ")
+    assert f"{(16 - 4) / 8 * kept / 1e6:.0f} MB more" in text
 
 
 def test_every_command_of_the_page(settings, tmp_path, capsys):

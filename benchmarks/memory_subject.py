@@ -1,0 +1,72 @@
+"""Memory of a quantized UNet's call by torch and by the kernel: python -m benchmarks.memory_subject W4A8
+
+Random weights in SDXL's layout, narrower and with fewer blocks; in a process of its own, which begins with no memory of
+other models. "W4A8 memory" unpacks weights at every call and keeps nothing (``inductor_kernels.weight_cache``). Prints
+JSON.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.profiler import ProfilerActivity, profile
+
+from inductor_kernels.cpu import weight_cache
+from mixdq_ao import Plan, calibrate, mixdq_config, quantize_
+
+from .held import model_bytes
+from .layouts import NARROW_SDXL
+from .memory import Peak, anonymous
+
+LATENT = 32
+SUBJECT = NARROW_SDXL | {"transformer_layers_per_block": (1, 1, 2)}
+
+
+def peak_by_torch(call: Any) -> int:
+    """The most bytes that torch's allocator handed out and had not got back, beyond what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    now = peak = 0
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@torch.no_grad()
+def measure(what: str) -> dict[str, float]:
+    if what.endswith("memory"):
+        weight_cache("memory")
+    base = anonymous()
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**SUBJECT).eval().requires_grad_(False)
+    added = {"text_embeds": torch.randn(1, 1280), "time_ids": torch.randn(1, 6)}
+    inputs = {"sample": torch.randn(1, 4, LATENT, LATENT), "timestep": torch.tensor(500), "return_dict": False}
+    inputs |= {"encoder_hidden_states": torch.randn(1, 77, 640), "added_cond_kwargs": added}
+    call = lambda: unet(**inputs)[0]  # noqa: E731
+    expected = call()
+    if what != "float32":
+        calibration = replace(calibrate(unet, run=call), bos_embedding=None)
+        quantize_(unet, mixdq_config(Plan.uniform(unet, int(what[1]), 8).with_calibration(calibration, bos=False)))
+    error = ((call() - expected).norm() / expected.norm()).item()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    settled = anonymous() - base
+    with Peak() as peak:
+        call()
+    return {
+        "error": error, "held": model_bytes(unet), "resident": settled,
+        "call_by_torch": peak_by_torch(call), "call_by_kernel": peak.bytes,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1])))
