@@ -17,7 +17,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,15 +72,22 @@ class Subject:
         self.calibration: Calibration = calibrate(self.pipe, self.texts, steps=STEPS)
         self.folded = {name: calibrate(self.pipe, self.texts, steps=STEPS, **how) for name, how in FOLDED.items()}
         self.moments: Moments = input_moments(self.pipe, self.texts, calibration=self.calibration, steps=STEPS)
+        self.sensitivities: dict[str, Sensitivity] = {}
         self.rounded: dict[tuple[str, LayerPlan], nn.Parameter] = {}
 
     def calibration_of(self, folded: str | None) -> Calibration:
         return self.calibration if folded is None else self.folded[folded]
 
-    def sensitivity(self, roundings: tuple[str, ...], store: Path, folded: str | None = None) -> Sensitivity:
+    def sensitivity(self, name: str, roundings: tuple[str, ...], store: Path, folded: str | None) -> Sensitivity:
+        suffix, start = ".".join(filter(None, (name, folded))), time.process_time()
+        if suffix in self.sensitivities:
+            return self.sensitivities[suffix]
         options: dict[str, Any] = {"calibration": self.calibration_of(folded), "batch_size": ANALYSIS, "probes": PROBES}
-        ways: dict[str, Any] = {"roundings": roundings, "moments": self.moments, "act_bits": (8,), "store": store}
-        return analyze(self.pipe, self.texts[:ANALYSIS], method="probe", **options, **ways)
+        options |= {"roundings": roundings, "moments": self.moments, "act_bits": (8,)}
+        file = store.with_suffix(f".{suffix}.jsonl")
+        found = analyze(self.pipe, self.texts[:ANALYSIS], method="probe", store=file, **options)
+        print(f"sensitivity, {suffix}: {time.process_time() - start:.0f} s", flush=True)
+        return self.sensitivities.setdefault(suffix, found)
 
     def denoised(self, pipe: Any) -> Tensor:
         return run(pipe, self.test, self.samplings[1], images=False).denoised
@@ -116,53 +123,54 @@ class Subject:
         return row
 
 
-def uniform(subject: Subject, bits: int, rounding: str) -> Plan:
-    plan = Plan.uniform(subject.pipe.unet, bits, 8)
-    return plan.with_layers({n: rounded_as(layer, rounding) for n, layer in plan.layers.items()})
-
-
 class Planned(NamedTuple):
     """A plan to judge: what it is called, its bits, the predicted error, and how its inputs are folded."""
 
     name: str
     bits: float
-    make: Callable[[], Plan]
+    plan: Plan
     predicted: float | None = None
     folded: str | None = None
     ways: dict[str, dict[str, int]] | None = None
     """{bits: {rounding: layers}} of the sensitivity."""
 
 
-def allocated(subject: Subject, store: Path, folded: str | None, widths: Sequence[float]) -> Iterator[Planned]:
+def allocated(subject: Subject, store: Path, folded: str | None, widths: Iterable[float]) -> Iterator[Planned]:
     for name, roundings in (("plain", (PLAIN,)), ("chosen", OFFERED)):
-        start, suffix = time.process_time(), name if folded is None else f"{name}.{folded}"
-        sensitivity = subject.sensitivity(roundings, store.with_suffix(f".{suffix}.jsonl"), folded)
-        print(f"sensitivity, {suffix}: {time.process_time() - start:.0f} s", flush=True)
+        sensitivity = subject.sensitivity(name, roundings, store, folded)
         ways = {str(b): dict(Counter(v.rounding(b) for v in sensitivity.layers.values())) for b in (2, 4, 8)}
-        title = f"allocated, {name}" + ("" if folded is None else f", {folded}")
         for bits in widths:
             found = allocate(sensitivity, weight_bits=bits, act_bits=8, objective="additive")
-            yield Planned(title, bits, lambda p=found.plan: p, found.predicted_error, folded, ways)
+            yield Planned(titled("allocated", name, folded), bits, found.plan, found.predicted_error, folded, ways)
+
+
+def uniform(subject: Subject, folded: str | None, roundings: Sequence[str], widths: Iterable[int]) -> Iterator[Planned]:
+    for bits in widths:
+        plain = Plan.uniform(subject.pipe.unet, bits, 8)
+        for rounding in roundings:
+            plan = plain.with_layers({n: rounded_as(layer, rounding) for n, layer in plain.layers.items()})
+            yield Planned(titled("uniform", rounding, folded), bits, plan, folded=folded)
+
+
+def titled(kind: str, rounding: str, folded: str | None) -> str:
+    return ", ".join(filter(None, (kind, rounding, folded)))
 
 
 def plans(subject: Subject, store: Path) -> Iterator[Planned]:
-    yield from allocated(subject, store, None, BITS)
-    for bits, ways in ((8, (PLAIN, "output compensated")), (2, ROUNDINGS), (4, ROUNDINGS)):
-        for rounding in ways:
-            yield Planned(f"uniform, {rounding}", bits, lambda b=bits, r=rounding: uniform(subject, b, r))
-    for folded in FOLDED:
+    """Those that are compared with smoothed and rotated ones first, then the rest."""
+    for folded in (None, *FOLDED):
         yield from allocated(subject, store, folded, FOLDED_BITS)
-        for rounding in (PLAIN, "output compensated"):
-            for bits in (2, 4):
-                name = f"uniform, {rounding}, {folded}"
-                yield Planned(name, bits, lambda b=bits, r=rounding: uniform(subject, b, r), folded=folded)
+        yield from uniform(subject, folded, (PLAIN, "output compensated"), (2, 4))
+    yield from allocated(subject, store, None, [b for b in BITS if b not in FOLDED_BITS])
+    yield from uniform(subject, None, (PLAIN, "output compensated"), (8,))
+    yield from uniform(subject, None, [r for r in ROUNDINGS if r not in (PLAIN, "output compensated")], (2, 4))
 
 
 def measure(subject: Subject, store: Store, path: Path) -> Iterator[dict[str, Any]]:
     """The results so far, after each plan."""
     result: dict[str, Any] = {"rows": [], "layers_by_rounding": {}}
     for planned in plans(subject, path):
-        plan, name, bits = planned.make(), planned.name, planned.bits
+        plan, name, bits = planned.plan, planned.name, planned.bits
         digest = hashlib.blake2b(json.dumps(plan.to_json()["layers"]).encode(), digest_size=6).hexdigest()
         key = f"{name}|{bits:g}|{digest}"
         if store.get(key) is None:
