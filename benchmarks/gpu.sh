@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in steps of their own processes: one failure does not lose the rest.
 #
-#   benchmarks/gpu.sh [STEP ...]      tests kernels unet-512-1 unet-512-4 unet-1024-1 unet-1024-4 (default: all)
+#   benchmarks/gpu.sh [STEP ...]      tests kernels unet-512-1 unet-512-4 unet-1024-1 unet-1024-4 (default: these)
+#                                     unet-1024-4:W8A8,W4A8 for some variants beside fp16; tiles-512 tiles-1024 time
+#                                     tiles and write the defaults of this GPU into inductor_kernels/tuned.json
 #   DRY=1                             walk the same code on a CPU with tiny sizes
 #   WHEELS=folder                     install the packages there first; no network is needed
 #   OUT=folder  PYTHON=python3  LIMIT=seconds per step

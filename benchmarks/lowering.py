@@ -1,15 +1,16 @@
 """What torch.compile would run for SDXL's whole UNet on a GPU, read from the code it generates: no GPU is needed.
 
-    python -m benchmarks.lowering [--pixels 512 1024] [--weight-bits 8 4] [--arch sm_90] [--tiny]
+    python -m benchmarks.lowering [--pixels 512 1024] [--weight-bits 8 4] [--arch sm_90] [--apart] [--tiny]
 
 Full size (2.57 billion weights, on the meta device), batch 1, one denoising step, every layer with 8-bit activations,
-text rows and split shortcuts as in a real plan. Takes two to four minutes a row. Writes
-benchmarks/results/lowering.json and lowering.md.
+text rows and split shortcuts as in a real plan, projections fused unless ``--apart``. Takes four minutes a row,
+which is added to benchmarks/results/lowering.json and lowering.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import shlex
@@ -25,6 +26,9 @@ from torch import Tensor, nn
 from inductor_kernels import testing
 from mixdq_ao.app.environment import environment
 from mixdq_ao.jsonfile import write_document
+from mixdq_ao.models.fused_projections import fuse_projections
+from mixdq_ao.models.fused_text import fuse_text_projections
+from mixdq_ao.quantize.tensor import MixDQTensor, SplitMixDQTensor
 
 from .gpu import unet as subject
 
@@ -46,13 +50,30 @@ class Step(nn.Module):
 
 
 @torch.no_grad()
-def generated(weight_bits: int, pixels: int, arch: str, *, tiny: bool) -> str:
+def generated(weight_bits: int, pixels: int, arch: str, *, tiny: bool, apart: bool = False) -> str:
     """The code for one step of the quantized UNet in float16."""
     unet = subject.quantized(subject.build(dry=tiny, device="meta", dtype=torch.float16), weight_bits)
+    if not apart:
+        fuse_projections(unet)
+        fuse_text_projections(unet)
+    _tie(unet)
     call = subject.inputs(unet, pixels, 1, "meta", torch.float16)
     added = call["added_cond_kwargs"]
     texts = call["encoder_hidden_states"], added["text_embeds"], added["time_ids"]
     return testing.cuda_code(Step(unet), call["sample"], call["timestep"], *texts, arch=arch)
+
+
+def _tie(unet: nn.Module) -> None:
+    """Layers share the tensors they would share off the meta device, where all made-up ranges are equal."""
+    first: dict[str, Tensor] = {}
+    for layer in unet.modules():
+        weight = getattr(layer, "weight", None)
+        for part in (weight.first, weight.second) if isinstance(weight, SplitMixDQTensor) else (weight,):
+            if isinstance(part, MixDQTensor):
+                held = part.stored_tensors()
+                for name in part.shared_tensors:
+                    if name in held:
+                        setattr(part, name, first.setdefault(name, held[name]))
 
 
 def read(code: str) -> dict[str, Any]:
@@ -78,6 +99,7 @@ def read(code: str) -> dict[str, Any]:
         "kernels": len(sources),
         "quantizes": dict(quantizes) | {"alone": sum(launches[n] for n in copies)},
         "calls": dict(called),
+        "read on the host": len(re.findall(r"\.item\(|\.cpu\(|device='cpu'|_local_scalar_dense", body)),
         "largest": _largest(body),
     }
 
@@ -103,14 +125,18 @@ def _largest(body: str) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    titles = "pixels|weights|arch|products|pointwise|norms, sums|attention|quantizes: in a norm|behind a product"
-    titles += "|in front of a product|in pointwise work|of these alone|largest tensor"
+    titles = "pixels|weights|arch|projections|products|pointwise|norms, sums|attention|quantizes: in a norm"
+    titles += "|behind a product"
+    titles += "|in front of a product|in pointwise work|of these alone|reads on the host|largest tensor"
     head = [f"| {titles.replace('|', ' | ')} |", "|" + "---|" * (titles.count("|") + 1)]
     for row in rows:
         n, q, top = row["launches"], row["quantizes"], row["largest"][0]
-        cells = [row["pixels"], row["weight_bits"], row["arch"], n.get("tem", 0), n.get("poi", 0)]
+        cells = [row["pixels"], row["weight_bits"], row["arch"], row["projections"], n.get("tem", 0), n.get("poi", 0)]
         cells += [n.get("red", 0) + n.get("per", 0), sum(row["calls"].values()), q.get("in a norm", 0)]
-        cells += [q[k] for k in ("behind the product before", "in front of the product", "in pointwise work", "alone")]
+        cells += [
+            q.get(k, 0) for k in ("behind the product before", "in front of the product", "in pointwise work", "alone")
+        ]
+        cells.append(row["read on the host"])
         cells.append(f"{top['shape']} {top['dtype']}, {top['bytes'] / 2**20:.0f} MiB")
         head.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(head)
@@ -121,22 +147,32 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--weight-bits", type=int, nargs="+", choices=(2, 4, 8), default=[8, 4])
     parser.add_argument("--arch", default="sm_90")
+    parser.add_argument("--apart", action="store_true", help="do not fuse projections")
     parser.add_argument("--tiny", action="store_true", help="a UNet of the same layout in seconds")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    command = shlex.join(["python", "-m", "benchmarks.lowering", *sys.argv[1:]])
+    how = "apart" if options.apart else "fused"
     for pixels in options.pixels:
         for bits in options.weight_bits:
             start = time.perf_counter()
-            found = read(generated(bits, pixels, options.arch, tiny=options.tiny))
-            about = {"pixels": pixels, "weight_bits": bits, "arch": options.arch}
-            rows.append(about | found | {"seconds": time.perf_counter() - start})
-            document = {"command": command, "tiny": options.tiny, "rows": rows, "environment": environment()}
-            write_document(options.out / "lowering.json", document)
-            page = f"# SDXL's UNet lowered to GPU code\n\n`{command}`\n\nLaunches of one step.\n\n{table(rows)}\n"
-            (options.out / "lowering.md").write_text(page)
-            print(table(rows[-1:]), flush=True)
+            found = read(generated(bits, pixels, options.arch, tiny=options.tiny, apart=options.apart))
+            about = {"pixels": pixels, "weight_bits": bits, "arch": options.arch, "projections": how}
+            row = about | found | {"seconds": time.perf_counter() - start, "environment": environment()}
+            _add(options.out, row, tuple(about), tiny=options.tiny)
+            print(table([row]), flush=True)
+
+
+def _add(folder: Path, row: dict[str, Any], same: tuple[str, ...], *, tiny: bool) -> None:
+    """Writes the row beside those of other runs, in place of one of the same kind."""
+    path = folder / "lowering.json"
+    known = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [r for r in known if any(r[k] != row[k] for k in same)] + [row]
+    rows.sort(key=lambda r: [str(r[k]).zfill(5) for k in ("pixels", "projections")] + [-r["weight_bits"]])
+    command = shlex.join(["python", "-m", "benchmarks.lowering", *sys.argv[1:]])
+    write_document(path, {"command": command, "tiny": tiny, "rows": rows})
+    text = "# SDXL's UNet lowered to GPU code\n\n`python -m benchmarks.lowering`; launches of one step. "
+    text += "Projections fused: query, key and value as one product, keys and values of the text as one.\n\n"
+    (folder / "lowering.md").write_text(text + table(rows) + "\n")
 
 
 if __name__ == "__main__":

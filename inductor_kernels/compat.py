@@ -1,6 +1,7 @@
 """Every name of torch's that is not public, in one place; torch 2.11 and 2.13 both work."""
 
 import logging
+import math
 
 import torch
 import torch.utils._triton
@@ -27,12 +28,14 @@ __all__ = [
     "computed_by_template",
     "config",
     "contiguous",
+    "cudagraph_reasons",
     "fallback",
     "hint",
     "ir",
     "mm_grid",
     "multiple_of",
     "passed_as_number",
+    "pointwise_work",
     "realize_inputs",
     "register_lowering",
     "select",
@@ -110,6 +113,18 @@ def tag_caches(tag: str) -> None:
     torch.compiler.config.cache_key_tag += f"[{tag}]"
 
 
+def cudagraph_reasons(graph, traced: torch.fx.GraphModule) -> list[str]:
+    """What makes Inductor leave CUDA graphs aside for a lowered graph, without splitting it into parts."""
+    from torch._inductor.cudagraph_utils import check_multiple_devices_or_any_cpu_nodes
+    from torch._inductor.utils import get_first_incompatible_cudagraph_node
+
+    with config.patch(graph_partition=False):
+        reasons = [graph.disable_cudagraphs_reason, check_multiple_devices_or_any_cpu_nodes(graph.device_node_mapping)]
+    node = get_first_incompatible_cudagraph_node(traced)
+    reasons += [node and f"operator {node.target}", graph.mutated_inputs and f"inputs {graph.mutated_inputs} change"]
+    return [reason for reason in reasons if reason]
+
+
 def hint(size) -> int:
     """A likely value of a size, for decisions that change speed but not results."""
     sizevars = V.graph.sizevars
@@ -154,6 +169,23 @@ def computed_by_template(x) -> bool:
         return False
     read = (V.graph.try_get_buffer(name) for name in buffer.get_read_names())
     return any(isinstance(source, ir.TemplateBuffer) for source in read)
+
+
+def pointwise_work(x) -> tuple[int, int] | None:
+    """(operations, bytes read) per element of pointwise work that nobody has computed yet, None for anything else.
+
+    Reads of fewer elements (scales, biases) come from a cache and are not counted as bytes.
+    """
+    buffer = _buffer(x)
+    if not isinstance(buffer, ir.ComputedBuffer) or not isinstance(buffer.data, ir.Pointwise):
+        return None
+    count, elements = buffer.data.inner_fn_opcount(), _elements(buffer)
+    read = [V.graph.try_get_buffer(name) or V.graph.graph_inputs.get(name) for name in count.read_buffers]
+    return count.num_ops, sum(r.get_dtype().itemsize for r in read if r is not None and _elements(r) >= elements)
+
+
+def _elements(buffer) -> int:
+    return math.prod(hint(size) for size in buffer.get_size())
 
 
 def allow_prologue(x) -> None:

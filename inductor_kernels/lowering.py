@@ -2,21 +2,20 @@
 
 import functools
 import hashlib
-import math
 from pathlib import Path
 
 import torch
 
-from . import compat, tiles
+from . import compat, roofline, tuned
 from .compat import V, ir, log
+from .roofline import Product
 from .templates import conv2d, gemm
+from .tiles import Tile
 
 OPS = torch.ops.inductor_kernels
 ARGUMENTS = ("A", "B", "SCALE", "WSUM", "ZP", "WZP", "ROW", "BIAS")  # as templates/signature.jinja has them
 GROUP_M = 8  # rows of tiles that take turns
 MIN_CAPABILITY = 80  # the first architecture with asynchronous copies and bfloat16
-FEW_COLUMNS = 2  # a prologue is computed once per column of tiles
-SMALL_ACTIVATION = 1 << 18  # elements; below, a launch costs more than computing the prologue several times
 
 
 @functools.cache
@@ -38,16 +37,18 @@ def _capability(x, weight) -> int | None:
 
 
 def _generate(template, shape, node_inputs: dict, out_size, dtype, capability: int, prologue: bool, **options):
-    """One template node. ``shape``: (m, n, k) of the product; ``node_inputs``: by argument name, None left out."""
+    """One template node. ``shape``: (m, n, k) of the product, of one tap of a convolution; ``node_inputs``: by argument
+    name, None left out."""
     m, n, k = shape
     x = node_inputs["A"]
     integer = "ZP" in node_inputs
     given = {name: node for name, node in node_inputs.items() if node is not None}
     inputs = [compat.realize_inputs(given[name]) for name in ARGUMENTS if name in given]
-    candidates = tiles.candidates(
-        capability, compat.hint(m), compat.hint(n), compat.hint(k), bytes_per_code=x.get_dtype().itemsize
-    )
-    if prologue and _prologue_pays(inputs[0], m, n, k, candidates[0]):
+    taps = options.get("KH", 1) * options.get("KW", 1)
+    rows, columns, depth = compat.hint(m), compat.hint(n), compat.hint(k) * taps
+    product = Product(rows, columns, depth, options["BITS"], dtype.itemsize, taps)
+    candidates = tuned.candidates(capability, product, bytes_per_code=x.get_dtype().itemsize)
+    if prologue and _prologue_pays(inputs[0], product, candidates[0], capability):
         compat.allow_prologue(inputs[0])
     layout = ir.FixedLayout(x.get_device(), dtype, out_size)
     choices: list = []
@@ -71,16 +72,13 @@ def _generate(template, shape, node_inputs: dict, out_size, dtype, capability: i
     return compat.select(template.name, choices, inputs, layout) if choices else None
 
 
-def _prologue_pays(x, m, n, k, tile: tiles.Tile) -> bool:
-    """Whether the product should compute its own codes from what they are made of.
-
-    It reads wider numbers and computes them once per column of tiles, but saves a kernel. Work on the result of
-    another product belongs to that one's epilogue.
-    """
-    if compat.computed_by_template(x):
+def _prologue_pays(x, product: Product, tile: Tile, capability: int) -> bool:
+    """Whether the product should compute its own codes. Work on the result of another product belongs to that one's
+    epilogue."""
+    work = compat.pointwise_work(x)
+    if work is None or compat.computed_by_template(x):
         return False
-    columns = math.ceil(compat.hint(n) / tile.n)
-    return columns <= FEW_COLUMNS or compat.hint(m) * compat.hint(k) <= SMALL_ACTIVATION
+    return roofline.prologue_pays(product, tile, capability, work=work[0], read=work[1])
 
 
 def _product(x, weight, lead, named: dict, dtype, bits: int, capability: int, prologue: bool):

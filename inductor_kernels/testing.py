@@ -15,12 +15,14 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 PTX_PRODUCT = r"((?:wgmma\.mma_async|\bmma)\.sync\.aligned\.m[\w.]+|tcgen05\.mma[\w.:]+)"
+ONE_CHOICE = {"max_autotune": False, "max_autotune_gemm": False}
 MACHINE_PRODUCT = r"\b((?:IMMA|HMMA|IGMMA|HGMMA|UTC\w*MMA)[\w.]*)"
 
 
@@ -74,10 +76,11 @@ def interpreter():
 
 
 def _unwrap(value: Tensor, plain: list[Tensor]) -> Callable[[list[Tensor]], Tensor]:
-    """Append the plain tensors inside a tensor subclass to ``plain``; return what puts it together again."""
+    """Append the plain tensors inside a tensor subclass to ``plain``, each once; return what puts it together again."""
     if not is_traceable_wrapper_subclass(value):
-        index = len(plain)
-        plain.append(value)
+        index = next((i for i, known in enumerate(plain) if known is value), len(plain))
+        if index == len(plain):
+            plain.append(value)
         return lambda tensors: tensors[index]
     names, context = value.__tensor_flatten__()
     parts = {name: _unwrap(getattr(value, name), plain) for name in names}
@@ -98,6 +101,14 @@ def _with_state(fn) -> tuple[Callable, list[Tensor]]:
     return call, list(state.values())
 
 
+class Lowered(NamedTuple):
+    """The generated ``code``, Inductor's ``graph``, and what was ``traced``."""
+
+    code: str
+    graph: Any
+    traced: torch.fx.GraphModule
+
+
 def cuda_code(fn: Callable, *inputs, arch: str = "sm_90") -> str:
     """The code Inductor would run for ``fn(*inputs)`` on a GPU of this architecture.
 
@@ -105,6 +116,26 @@ def cuda_code(fn: Callable, *inputs, arch: str = "sm_90") -> str:
     strides and type count; tensor subclasses are opened; other values are constants. Only inference is generated,
     with one choice per operator.
     """
+    return _lowered(fn, inputs, arch).code
+
+
+def cudagraph_obstacles(fn: Callable, *inputs, arch: str = "sm_90") -> list[str]:
+    """Why ``torch.compile(fn, mode="reduce-overhead")`` would leave CUDA graphs aside, empty where it would not.
+
+    Arguments as for :func:`cuda_code`. Inductor's own reasons (an operator, a device, an input that is written to), and
+    calls of the generated code that wait for the GPU.
+    """
+    from . import compat
+
+    # Constants, of which attention makes some, can only be computed on a GPU that is there.
+    lowered = _lowered(fn, inputs, arch, joint_graph_constant_folding=False)
+    called = lowered.code.split("async_compile.wait")[-1]
+    waits = [word for word in (".item()", ".tolist()", ".cpu()", "_local_scalar_dense") if word in called]
+    return compat.cudagraph_reasons(lowered.graph, lowered.traced) + [f"waits for the GPU: {word}" for word in waits]
+
+
+def _lowered(fn: Callable, inputs: tuple, arch: str, **options: Any) -> Lowered:
+    """``options``: of Inductor's configuration."""
     from . import lowering, pretend
     from .methods import Methods
 
@@ -123,10 +154,10 @@ def cuda_code(fn: Callable, *inputs, arch: str = "sm_90") -> str:
 
     with pretend.cuda(capability(arch)), torch._subclasses.FakeTensorMode() as mode, torch.no_grad():
         fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda:0") for t in plain]
-        return _generate(on_plain, fakes, mode)
+        return _generate(on_plain, fakes, mode, options)
 
 
-def _generate(fn, fakes: list[Tensor], mode) -> str:
+def _generate(fn, fakes: list[Tensor], mode, options: dict[str, Any]) -> Lowered:
     from torch._inductor import config
     from torch._inductor.compile_fx import _recursive_joint_graph_passes, _recursive_post_grad_passes
     from torch._inductor.debug import DebugContext
@@ -137,14 +168,14 @@ def _generate(fn, fakes: list[Tensor], mode) -> str:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     traced = make_fx(fn, decomposition_table=select_decomp_table())(*fakes)
-    with V.set_fake_mode(mode), config.patch(max_autotune=False, max_autotune_gemm=False):
+    with V.set_fake_mode(mode), config.patch(ONE_CHOICE | options):
         _recursive_joint_graph_passes(traced)
         _recursive_post_grad_passes(traced, is_inference=True)
         graph = GraphLowering(traced, example_inputs=fakes, shape_env=mode.shape_env or ShapeEnv(), is_inference=True)
         with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()):
             graph.run(*fakes)
             wrapper, _ = graph.codegen()
-    return wrapper.value
+    return Lowered(wrapper.value, graph, traced)
 
 
 def kernels(code: str) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Tile sizes per GPU architecture: few, chosen so that each fits shared memory and spills nothing.
 
-The first tile that suits a shape is the default; all that suit it are timed when max-autotune is on.
+All that suit a shape are timed when max-autotune is on; :mod:`inductor_kernels.tuned` says which is the default.
 """
 
 from dataclasses import dataclass
@@ -51,32 +51,18 @@ def family(capability: int) -> int:
     return max(known)
 
 
-def _programs(tile: Tile, m: int, n: int) -> int:
-    return -(-m // tile.m) * -(-n // tile.n)
-
-
-def candidates(capability: int, m: int, n: int, k: int, *, bytes_per_code: int = 1) -> list[Tile]:
-    """Tiles worth timing for an [m, k] x [k, n] product, the likely best one first.
-
-    Large tiles reuse more of what they load but leave processors idle when there are few of them, so: the largest
-    tile that still gives every processor something to do. bytes_per_code: 2 for 16-bit and 4 for 32-bit
-    activations, which take as much more room.
-    """
-    architecture = family(capability)
-    tiles = [_narrowed(tile, k, bytes_per_code) for tile in TILES[architecture]]
+def fitting(capability: int, m: int, n: int) -> list[Tile]:
+    """The tiles that are not much larger than an [m, n] result."""
+    listed = TILES[family(capability)]
     rows = max(16, 1 << (m - 1).bit_length()) if m > 1 else 16
     columns = max(64, 1 << (n - 1).bit_length()) if n > 1 else 64
-    fitting = [tile for tile in tiles if tile.m <= rows and tile.n <= columns] or tiles[:1]
-    busy = [tile for tile in fitting if _programs(tile, m, n) >= SMS[architecture]]
-    best = max(busy, key=_preference) if busy else max(fitting, key=lambda tile: _programs(tile, m, n))
-    return [best, *(tile for tile in fitting if tile != best)]
+    return [tile for tile in listed if tile.m <= rows and tile.n <= columns] or listed[:1]
 
 
-def _preference(tile: Tile) -> tuple[int, int]:
-    return tile.m * tile.n, tile.k
+def narrowed(tile: Tile, k: int, bytes_per_code: int = 1) -> Tile:
+    """As many bytes per step as with 8-bit activations, and not much deeper than ``k``, the last dimension of a weight.
 
-
-def _narrowed(tile: Tile, k: int, bytes_per_code: int) -> Tile:
-    """As many bytes per step as with 8-bit activations, and not much deeper than the product itself."""
+    bytes_per_code: 2 for 16-bit and 4 for 32-bit activations, which take as much more room.
+    """
     depth = max(32, 1 << (k - 1).bit_length()) if k > 1 else 32
     return Tile(tile.m, tile.n, min(depth, max(16, tile.k // bytes_per_code)), tile.stages, tile.warps)

@@ -1,16 +1,20 @@
 """One step: ``python -m benchmarks.gpu STEP --out FOLDER [--dry-run]``."""
 
 import argparse
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from . import kernels, results, unet
+from . import kernels, results, tiles, unet
+
+STEPS = "kernels, tiles-<pixels>, unet-<pixels>-<batch>[:variant,...] or report"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("step", help="kernels, unet-<pixels>-<batch> or report")
+    parser.add_argument("step", help=STEPS)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
     arguments = parser.parse_args()
@@ -24,11 +28,22 @@ def main() -> None:
         if arguments.step == "kernels":
             rows = kernels.sweep(dry=arguments.dry_run)
         else:
-            name, pixels, batch = arguments.step.split("-")
-            if name != "unet":
-                parser.error(f"step {arguments.step!r}: expected kernels, unet-<pixels>-<batch> or report")
-            rows = unet.compare(int(pixels), int(batch), dry=arguments.dry_run)
-    results.write(arguments.out, arguments.step, rows, dry=arguments.dry_run)
+            rows = _sized(parser, arguments)
+        results.write(arguments.out, arguments.step.replace(":", "-").replace(",", "-"), rows, dry=arguments.dry_run)
+
+
+def _sized(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Iterator[dict]:
+    """The rows of a step that names its pixels."""
+    step, _, chosen = arguments.step.partition(":")
+    match re.fullmatch(r"(tiles|unet)-(\d+)(?:-(\d+))?", step):
+        case re.Match() as found if (found[1] == "unet") == bool(found[3]):
+            pixels = int(found[2])
+            if found[1] == "tiles":
+                return tiles.sweep(pixels, arguments.out, dry=arguments.dry_run)
+            return unet.compare(
+                pixels, int(found[3]), dry=arguments.dry_run, only=tuple(filter(None, chosen.split(",")))
+            )
+    parser.error(f"step {arguments.step!r}: expected {STEPS}")
 
 
 if __name__ == "__main__":

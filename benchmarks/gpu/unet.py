@@ -61,16 +61,45 @@ def _torchao(unet: nn.Module) -> nn.Module:
     return unet
 
 
+def _float8(unet: nn.Module) -> nn.Module:
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, quantize_
+
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+        raise RuntimeError("no float8 products on this GPU")
+    quantize_(unet, Float8DynamicActivationFloat8WeightConfig())
+    return unet
+
+
+def _fused(unet: nn.Module, weight_bits: int) -> nn.Module:
+    """Query, key and value as one product, keys and values of the text as one for the whole UNet."""
+    from mixdq_ao.models.fused_projections import fuse_projections
+    from mixdq_ao.models.fused_text import fuse_text_projections
+
+    unet = quantized(unet, weight_bits)
+    fuse_projections(unet)
+    fuse_text_projections(unet)
+    return unet
+
+
+KINDS = (  # part of a kernel's name, what it is; the first that matches
+    ("triton_tem", "our products"), ("triton_poi", "pointwise, unfused"),
+    ("triton_red", "norms"), ("triton_per", "norms"),
+    ("flash", "attention"), ("fmha", "attention"), ("gemm", "16-bit products"), ("conv", "16-bit products"),
+    ("cutlass", "16-bit products"), ("nvjet", "16-bit products"),
+)  # fmt: skip
+
 VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fp16": lambda unet: unet,
     "torchao int8 dynamic": _torchao,
+    "torchao float8 dynamic": _float8,
     "W8A8": lambda unet: quantized(unet, 8),
-    "W4A8": lambda unet: quantized(unet, 4),
+    "W8A8 fused": lambda unet: _fused(unet, 8),
+    "W4A8 fused": lambda unet: _fused(unet, 4),
 }
 
 
-def _profile(step: Callable[[], object]) -> str:
-    """The five kernels that take the most time, with their share."""
+def _profile(step: Callable[[], object]) -> dict[str, str]:
+    """Where the time goes: shares of products, and of what is not fused into one; the five slowest kernels."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
@@ -78,7 +107,15 @@ def _profile(step: Callable[[], object]) -> str:
         torch.cuda.synchronize()
     events = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)
     total = sum(event.self_device_time_total for event in events) or 1
-    return ", ".join(f"{event.key[:40]} {100 * event.self_device_time_total / total:.0f}%" for event in events[:5])
+    shares: dict[str, float] = {}
+    for event in events:
+        kind = next((label for part, label in KINDS if part in event.key), "others")
+        shares[kind] = shares.get(kind, 0) + event.self_device_time_total / total
+    slowest = (f"{event.key[:40]} {event.self_device_time_total / total:.0%}" for event in events[:5])
+    return {
+        "time by kind": ", ".join(f"{kind} {share:.0%}" for kind, share in sorted(shares.items(), key=lambda s: -s[1])),
+        "most time": ", ".join(slowest),
+    }
 
 
 def _measure(name: str, unet: nn.Module, call: dict, mode: str, *, dry: bool) -> dict:
@@ -86,7 +123,7 @@ def _measure(name: str, unet: nn.Module, call: dict, mode: str, *, dry: bool) ->
     row: dict = {"variant": f"{name} {mode}"}
     torch._dynamo.reset()
     if mode == "compiled":
-        options = {"max_autotune_gemm": True, "triton.cudagraphs": True}
+        options = {"max_autotune": True, "triton.cudagraphs": True}
         how = {"options": options} if cuda else {"backend": "aot_eager"}  # code for the CPU would take minutes
         run = torch.compile(unet, fullgraph=True, **how)
     else:
@@ -100,15 +137,18 @@ def _measure(name: str, unet: nn.Module, call: dict, mode: str, *, dry: bool) ->
     row["weight bytes"] = model_bytes(unet)
     if cuda:
         row["peak bytes"] = torch.cuda.max_memory_allocated()
-        row["most time"] = _profile(lambda: run(**call))
+        row |= _profile(lambda: run(**call))
     return row
 
 
-def compare(pixels: int, batch: int, *, dry: bool) -> Iterator[dict]:
-    """Eager and compiled fp16, torchao, W8A8, W4A8. A variant that fails is a row that says why."""
+def compare(pixels: int, batch: int, *, dry: bool, only: tuple[str, ...] = ()) -> Iterator[dict]:
+    """Eager and compiled fp16, torchao, W8A8, W4A8 (or ``only`` these and fp16). A variant that fails is a row that
+    says why."""
     device, dtype = ("cpu", torch.float32) if dry else ("cuda", torch.float16)
     base: dict[str, float] = {}
     for name, prepare in VARIANTS.items():
+        if only and name not in ("fp16", *only):
+            continue
         for mode in ("eager", "compiled") if name == "fp16" else ("compiled",):
             try:
                 unet = prepare(build(dry=dry, device=device, dtype=dtype))

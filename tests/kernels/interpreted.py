@@ -5,7 +5,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
-from inductor_kernels import compat, lowering, testing
+from inductor_kernels import compat, roofline, testing
 
 from . import cases
 
@@ -137,8 +137,7 @@ def test_next_quantize_is_an_epilogue():
 
 
 def test_prologue_is_left_out_where_it_costs_more(monkeypatch):
-    monkeypatch.setattr(lowering, "SMALL_ACTIVATION", 0)
-    monkeypatch.setattr(lowering, "FEW_COLUMNS", 0)
+    monkeypatch.setattr(roofline, "prologue_pays", lambda *a, **k: False)
     arguments = cases.linear((20,), 24, 64, 8, torch.int8)
     x = torch.randn(20, 64)
     run(lambda x, *rest: OPS.linear(quantize(x, rest[4], torch.int8), *rest), x, *arguments[1:], kernels=2)

@@ -1,10 +1,12 @@
 """What becomes one kernel on a GPU, counted in the code Inductor generates."""
 
+import re
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from inductor_kernels import lowering, testing
+from inductor_kernels import compat, lowering, roofline, testing
 
 from . import cases
 from .layers import OPS, conv2d, image, linear, parameters, product, quantize, tokens
@@ -22,7 +24,7 @@ def kinds(fn, *inputs, arch="sm_90"):
 
 @pytest.fixture
 def always_in_front(monkeypatch):
-    monkeypatch.setattr(lowering, "SMALL_ACTIVATION", 1 << 60)
+    monkeypatch.setattr(roofline, "LAUNCH", 1)
 
 
 @pytest.mark.parametrize("bits", cases.BITS)
@@ -111,6 +113,40 @@ def test_product_hands_codes_to_the_next():
     assert kinds(f, *inputs) == ["tem", "tem"]
 
 
+def test_quantize_after_attention_goes_where_columns_are_few():
+    """What attention returns has nobody else to quantize it: 640 channels at 512 pixels do it in the product, wider
+    ones in a kernel of their own (see benchmarks/results/roofline.md)."""
+
+    def f(x, *p):
+        return linear(x.transpose(1, 2).reshape(1, -1, x.shape[1] * x.shape[3]), p)
+
+    assert kinds(f, tokens(1, 10, 1024, 64), *parameters(640, 640)) == ["tem"]
+    assert kinds(f, tokens(1, 20, 256, 64), *parameters(1280, 1280)) == ["poi", "tem"]
+
+
+def test_text_projections_of_many_layers_do_not_each_quantize():
+    assert kinds(lambda x, *p: linear(x, p), tokens(1, 77, 2048), *parameters(16640, 2048)) == ["poi", "tem"]
+
+
+def test_split_shortcut_adds_two_products_without_the_concatenation():
+    def f(a, b, *p):
+        x = torch.cat([F.silu(a), F.silu(b)], 1)
+        return conv2d(x[:, :64], p[:7], padding=0) + conv2d(x[:, 64:], p[7:], padding=0)
+
+    inputs = (
+        image(1, 64, 64, 64),
+        image(1, 128, 64, 64),
+        *parameters(640, 64, 8, (1, 1)),
+        *parameters(640, 128, 8, (1, 1)),
+    )
+    code = testing.cuda_code(f, *inputs)
+    body = code.rpartition("async_compile.wait")[2]
+    found = [name.split("_")[1] for name in testing.kernels(code)]
+    assert (
+        found.count("tem") == 2 and body.count("torch.float16)") == 2
+    )  # the products' results, nothing else in 16 bits
+
+
 def test_large_quantize_stays_in_front_of_many_columns():
     assert kinds(lambda x, *p: linear(x, p), tokens(4096, K), *parameters(N, K)) == ["poi", "tem"]
 
@@ -146,6 +182,29 @@ def test_what_cannot_be_generated_is_called(caplog):
     assert [r.message for r in caplog.records if "inductor_kernels" in r.name].count(
         "inductor_kernels: no kernel is generated (grouped convolution); the operator is called instead"
     ) == 1
+
+
+@pytest.mark.parametrize("capability", [None, 75])
+def test_without_triton_or_on_an_old_gpu_the_operator_is_called(capability, monkeypatch, caplog):
+    lowering._note.cache_clear()
+    monkeypatch.setattr(compat, "triton_device", lambda device: capability)
+    x = tokens(16, K, dtype=torch.int8)
+    for _ in range(2):
+        assert kinds(lambda x, *p: product(x, p), x, *parameters(N, K)) == ["call"]
+    said = [r.message for r in caplog.records if f"cuda with capability {capability}" in r.message]
+    assert len(said) == 1
+
+
+def test_nothing_waits_for_the_device():
+    """So that CUDA graphs take everything: no value is read on the host."""
+
+    def f(x, w, b, *p):
+        return linear(F.layer_norm(x, (K,), w, b), p)
+
+    code = testing.cuda_code(f, tokens(2, 64, K), tokens(K), tokens(K), *parameters(N, K))
+    assert not re.search(
+        r"\.item\(|\.cpu\(|device='cpu'|_local_scalar_dense|synchronize", code.rpartition("async_compile.wait")[2]
+    )
 
 
 def test_modules_and_subclasses_are_opened():

@@ -1,65 +1,23 @@
 """Tiles compile for real architectures: they fit, spill nothing and use the integer tensor cores."""
 
-import re
+import json
 
 import pytest
-import torch
-from torch.nn import functional as F
 
-from inductor_kernels import testing, tiles
+from inductor_kernels import roofline, testing, tiles, tuned
+from inductor_kernels.roofline import Product
 
 from . import cases
-from .layers import OPS, conv2d, image, linear, parameters, product, tokens
+from .kernels import BUILDERS, compiled, uses_tensor_cores
 
 pytest.importorskip("triton")
 ARCHES = (80, 89, 90)
-INTEGER = re.compile(r"IMMA\S*S8|IGMMA\S*S8|wgmma\S*s32\.s8\.s8|mma\S*s32\.s8\.s8\.s32|tcgen05")
 
 
-def gemm(bits):
-    p = parameters(1280, 640, bits)
-    return lambda x, r, *p: F.gelu(product(x, p, bits)) + r, [
-        tokens(4096, 640, dtype=torch.int8),
-        tokens(4096, 1280),
-        *p,
-    ]
-
-
-def gemm_with_quantize(bits):
-    p = parameters(128, 640, bits)
-    return lambda x, r, *p: F.gelu(linear(x, p, bits)) + r, [tokens(4096, 640), tokens(4096, 128), *p]
-
-
-def convolution(bits):
-    p = parameters(320, 320, bits, (3, 3))
-    return lambda x, r, *p: conv2d(x, p, bits) + r, [image(2, 320, 64, 64), image(2, 320, 64, 64), *p]
-
-
-def weight_only(bits):
-    p = parameters(1280, 640, bits)
-    return lambda x, *p: OPS.linear_weight_only(x, *p[:2], p[3], p[5], bits), [tokens(4096, 640), *p]
-
-
-BUILDERS = {f.__name__: f for f in (gemm, gemm_with_quantize, convolution, weight_only)}
-
-
-def compiled(builder, bits, capability, tile, monkeypatch):
-    """What the assembler says of the one template kernel that ``tile`` gives."""
-    narrowed = {"weight_only": 2}.get(builder, 1)
-    monkeypatch.setattr(tiles, "candidates", lambda *a, **k: [tiles._narrowed(tile, 640, narrowed)])
-    fn, inputs = BUILDERS[builder](bits)
-    code = testing.cuda_code(fn, *inputs, arch=f"sm_{capability}")
-    (source,) = (source for name, source in testing.kernels(code).items() if "_tem_" in name)
-    return testing.compile_for(source, f"sm_{capability}")
-
-
-def check(builder, info, tile):
+def check(builder, info):
     assert info.fits, f"{info.shared_bytes} bytes of shared memory"
     assert info.spill_bytes == 0, f"{info.spill_bytes} bytes spilled"
-    if builder == "weight_only":
-        assert any("HMMA" in i or "HGMMA" in i for i in info.instructions), info.instructions
-    else:
-        assert any(INTEGER.search(i) for i in info.instructions), info.instructions
+    assert uses_tensor_cores(builder, info), info.instructions
 
 
 EVERY = [(c, t, b, f) for c in ARCHES for t in tiles.TILES[c] for b in cases.BITS for f in BUILDERS]
@@ -67,8 +25,8 @@ EVERY = [(c, t, b, f) for c in ARCHES for t in tiles.TILES[c] for b in cases.BIT
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability, tile, bits, builder", EVERY, ids=str)
-def test_every_tile(capability, tile, bits, builder, monkeypatch):
-    check(builder, compiled(builder, bits, capability, tile, monkeypatch), tile)
+def test_every_tile(capability, tile, bits, builder):
+    check(builder, compiled(builder, bits, capability, tile))
 
 
 @pytest.mark.parametrize(
@@ -83,9 +41,8 @@ def test_every_tile(capability, tile, bits, builder, monkeypatch):
         (90, 0, 4, "weight_only"),
     ],
 )
-def test_largest_tiles(capability, index, bits, builder, monkeypatch):
-    tile = tiles.TILES[capability][index]
-    check(builder, compiled(builder, bits, capability, tile, monkeypatch), tile)
+def test_largest_tiles(capability, index, bits, builder):
+    check(builder, compiled(builder, bits, capability, tiles.TILES[capability][index]))
 
 
 def test_info_refuses_what_it_cannot_read():
@@ -110,8 +67,64 @@ def test_old_architectures_are_refused_by_name():
 )
 @pytest.mark.parametrize("capability", tiles.TILES)
 def test_candidates_suit_the_shape(capability, m, n, k):
-    chosen = tiles.candidates(capability, m, n, k)
+    chosen = tuned.candidates(capability, Product(m, n, k))
     assert len(set(chosen)) == len(chosen) >= 1
     assert all(t.m < 2 * max(m, 16) and t.k <= max(2 * k, 32) for t in chosen)
-    if m * n >= 128 * 128 * tiles.SMS[capability]:
-        assert chosen[0].m * chosen[0].n >= 128 * 128
+    assert all(roofline.shared_bytes(t) <= tiles.SHARED_BYTES[capability] for t in chosen)
+
+
+@pytest.mark.parametrize("capability", tiles.TILES)
+def test_model_of_a_product(capability):
+    """Never faster than the machine; large products get large tiles, small ones leave no processor idle."""
+    limits = roofline.MACHINES[capability]
+    for m, n, k in ((1, 1280, 1280), (77, 166400, 2048), (256, 1280, 5120), (16384, 8192, 4096)):
+        for tile in tiles.fitting(capability, m, n):
+            product = Product(m, n, k)
+            assert roofline.seconds(product, tile, capability) > roofline.least(product, limits)
+    large, small = (tuned.modelled(capability, Product(*s)) for s in ((16384, 8192, 4096), (256, 1280, 1280)))
+    assert large.m * large.n >= 64 * 128 > small.m * small.n
+
+
+def test_more_bytes_or_operations_take_longer():
+    limits, base = roofline.MACHINES[90], Product(4096, 640, 640)
+    for more in (
+        Product(8192, 640, 640),
+        Product(4096, 1280, 640),
+        Product(4096, 640, 1280),
+        Product(4096, 640, 640, out=4),
+    ):
+        assert roofline.least(more, limits) > roofline.least(base, limits)
+    assert roofline.least(Product(77, 1280, 2048, 4), limits) < roofline.least(Product(77, 1280, 2048), limits)
+
+
+def test_a_prologue_pays_for_few_columns_and_where_it_fits():
+    tile = tiles.Tile(64, 64, 128, 3, 4)
+
+    def pays(m, n, k, capability=90, work=10, read=2):
+        return roofline.prologue_pays(Product(m, n, k), tile, capability, work=work, read=read)
+
+    assert pays(1, 1280, 1280) and pays(4096, 64, 640)
+    assert not pays(77, 166400, 2048)  # text projections of a whole model as one product
+    assert not pays(4096, 5120, 640)
+    assert not pays(1, 1280, 1280, capability=89, read=8)  # 196 KB where there are 99
+
+
+def test_table_holds_listed_tiles_and_says_where_they_come_from():
+    text = tuned.PATH.read_text()
+    table = tuned.read(text)
+    assert set(table) == set(tiles.TILES)
+    for product in (Product(1024, 640, 640), Product(4096, 320, 2880, taps=9), Product(77, 1280, 2048)):
+        for capability, known in table.items():
+            assert tuned.candidates(capability, product)[0].m == known[tuned.key(product)].m
+    sources = {table["source"] for table in json.loads(text).values()}
+    assert all("not measured" in source or "NVIDIA" in source for source in sources)
+
+
+def test_a_table_with_another_tile_is_refused():
+    with pytest.raises(ValueError, match=r"sm_90 1x2x3 is \[48, 64, 64, 3, 4\]; expected a tile"):
+        tuned.read('{"sm_90": {"source": "x", "tiles": {"1x2x3": [48, 64, 64, 3, 4]}}}')
+
+
+def test_written_tables_are_read_again():
+    found = {"77x1280x2048": tiles.TILES[90][0], "4096x320x2880/9": tiles.TILES[90][-1]}
+    assert tuned.read(tuned.document({90: ("x", found)})) == {90: found}

@@ -1,0 +1,95 @@
+"""Times the tiles of SDXL's products on this GPU and puts the fastest into ``inductor_kernels/tuned.json``."""
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import inductor_kernels.ops  # noqa: F401
+from inductor_kernels import compat, tiles, tuned
+from inductor_kernels.roofline import Product
+from inductor_kernels.tiles import Tile
+
+from ..shapes import products
+from . import kernels
+from .timing import interleaved
+
+OPS = torch.ops.inductor_kernels
+TRIED = 4  # tiles of each shape, as the model ranks them
+
+
+def _call(product: Product, tile: Tile, device: str):
+    """The product of 4-bit weights (the slower ones to unpack) with this tile."""
+    n, length = product.n, product.k // product.taps
+    if product.taps > 1:
+        size, kernel = kernels.square(product)
+        x = torch.randint(-128, 128, (1, size, size, length), dtype=torch.int8, device=device)
+        p = kernels.weights((n, kernel, kernel, length), 4, device)
+        rest = (4, [1, 1], [kernel // 2] * 2, [1, 1], 1, torch.float16)
+        fn = functools.partial(lambda *a: OPS.conv2d(*a), x, *p, *rest)
+    else:
+        x = torch.randint(-128, 128, (product.m, length), dtype=torch.int8, device=device)
+        fn = functools.partial(
+            lambda *a: OPS.linear(*a), x, *kernels.weights((n, length), 4, device), None, 4, torch.float16
+        )
+    torch._dynamo.reset()
+    compiled = torch.compile(fn.func, fullgraph=True)
+    only = mock.patch.object(tuned, "candidates", lambda *a, **k: [tiles.narrowed(tile, length)])
+    with only, compat.config.patch(force_disable_caches=True):  # caches know the graph, not the tile
+        compiled(*fn.args)
+    return functools.partial(compiled, *fn.args)
+
+
+def ranked(capability: int, product: Product) -> list[Tile]:
+    """The tiles worth timing, in the order of the model."""
+    left, best = tiles.fitting(capability, product.m, product.n), []
+    while left and len(best) < TRIED:
+        best.append(tuned.modelled(capability, product, left))
+        left = [tile for tile in left if tile not in best]
+    return best
+
+
+def sweep(pixels: int, out: Path, *, dry: bool) -> Iterator[dict]:
+    """One row for each shape: milliseconds by tile, the fastest, and what the model had chosen."""
+    device = "cpu" if dry else "cuda"
+    number = 90 if dry else 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+    found: dict[str, Tile] = {}
+    shapes = [kernels.small(p) for p in list(products(pixels))[:2]] if dry else list(products(pixels))
+    for product in shapes:
+        calls = {}
+        row: dict = {"what": tuned.key(product)}
+        for tile in ranked(number, product):
+            name = f"{tile.m}x{tile.n}x{tile.k}/{tile.stages}/{tile.warps}"
+            try:
+                calls[name] = tile, _call(product, tile, device)
+            except Exception as error:
+                row[f"{name} error"] = f"{type(error).__name__}: {str(error)[:100]}"
+        if calls:
+            times = interleaved({name: call for name, (_, call) in calls.items()}, 2 if dry else 15)
+            fastest = min(times, key=lambda name: times[name])
+            found[tuned.key(product)] = calls[fastest][0]
+            row |= {
+                "fastest": fastest,
+                "modelled": next(iter(times)),
+                "gain": next(iter(times.values())) / times[fastest],
+            }
+            row |= {f"{name} ms": value for name, value in times.items()}
+        yield row
+    path = out / "tuned.json" if dry else tuned.PATH
+    name = "dry run, not measured" if dry else torch.cuda.get_device_name()
+    _write(path, tiles.family(number), name, found)
+
+
+def _write(path: Path, capability: int, source: str, found: dict[str, Tile]) -> None:
+    """What was timed here replaces what was known of those shapes, and the source says so once anything was."""
+    text = tuned.PATH.read_text()
+    sources = {int(arch[3:]): table["source"] for arch, table in json.loads(text).items()}
+    tables = {c: (sources[c], known) for c, known in tuned.read(text).items()}
+    before, known = tables.get(capability, ("", {}))
+    before = before.removeprefix(f"{source}; other shapes ")
+    here = f"{source}; other shapes {before}" if "not measured" in before and set(known) - set(found) else source
+    tables[capability] = here, known | found
+    path.write_text(tuned.document(tables))

@@ -1,0 +1,119 @@
+"""How long a kernel must take on a GPU: bytes, operations, and the machine's limits.
+
+Decides what cannot be measured where code is generated (which tile is the default, whether a product computes its own
+codes), and says beside measurements what there is to reach. Limits are those of the vendors' data sheets, dense; shares
+of them that kernels reach are round numbers, not measurements.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .tiles import SHARED_BYTES, SMS, Tile, family
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Operations per second with 8 and 16 bits (tensor cores) and of the float32 units (an FMA is one), and bytes per
+    second of the memory."""
+
+    name: str
+    int8: float
+    half: float
+    vector: float
+    bandwidth: float
+
+
+MACHINES = {
+    80: Machine("A100", 624e12, 312e12, 9.7e12, 2.04e12),
+    86: Machine("A40", 299e12, 150e12, 18.7e12, 0.70e12),
+    89: Machine("L40", 362e12, 181e12, 45e12, 0.86e12),
+    90: Machine("H200", 1979e12, 989e12, 33.5e12, 4.8e12),
+    100: Machine("B200", 4500e12, 2250e12, 37e12, 7.7e12),
+    120: Machine("RTX 5090", 838e12, 210e12, 52e12, 1.79e12),
+}
+OTHERS = (  # the same architectures with other limits
+    Machine("H100", 1979e12, 989e12, 33.5e12, 3.35e12),
+    Machine("4090", 660e12, 165e12, 41e12, 1.01e12),
+)
+LAUNCH = 2e-6  # seconds from one kernel of a CUDA graph to the next
+CACHE = 40e9  # bytes per second that the second-level cache delivers to each processor
+LATENCY = 0.7e-6  # seconds from asking memory for the first bytes of a tile to having them
+RESIDENT_WARPS = 16  # per processor, at the 128 registers per thread that these kernels take
+
+
+def machine(device_name: str) -> Machine | None:
+    """The listed machine whose name is part of ``device_name``, as torch.cuda.get_device_name() gives it."""
+    return next((m for m in (*OTHERS, *MACHINES.values()) if m.name in device_name), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """[m, k] times [k, n] with integer activations; for a convolution m is pixels and k runs over taps and channels.
+
+    bits: of a weight; out: bytes of a result; taps: of a convolution, which need not read its input once for each.
+    """
+
+    m: int
+    n: int
+    k: int
+    bits: int = 8
+    out: int = 2
+    taps: int = 1
+
+    @property
+    def operations(self) -> int:
+        return 2 * self.m * self.n * self.k
+
+    @property
+    def bytes(self) -> float:
+        """Read and written once: codes, weights, results."""
+        return self.m * self.k / self.taps + self.n * self.k * self.bits / 8 + self.m * self.n * self.out
+
+
+def least(product: Product, limits: Machine) -> float:
+    """Seconds that no kernel beats: all at the peak of the tensor cores, or all bytes at that of the memory."""
+    return max(product.operations / limits.int8, product.bytes / limits.bandwidth)
+
+
+def seconds(product: Product, tile: Tile, capability: int) -> float:
+    """What a product is expected to take with a tile: programs come in waves over the processors, each limited by its
+    products, by what the cache delivers, or by waiting for memory."""
+    architecture = family(capability)
+    limits, processors = MACHINES[architecture], SMS[architecture]
+    programs = math.ceil(product.m / tile.m) * math.ceil(product.n / tile.n)
+    resident = max(1, min(RESIDENT_WARPS // tile.warps, SHARED_BYTES[architecture] // shared_bytes(tile)))
+    waves, last = divmod(programs, processors * resident)
+    steps = math.ceil(product.k / tile.k)
+    waiting = LATENCY * (1 + steps / max(1, tile.stages - 1) / 4)  # with copies in flight, a quarter of a round trip
+
+    def wave(each: int) -> float:
+        """Seconds with ``each`` programs on a processor."""
+        multiply = each * 2 * tile.m * tile.n * product.k / (limits.int8 / processors)
+        loads = each * (tile.m + tile.n * product.bits / 8) * product.k
+        return max(multiply, loads / CACHE, waiting)
+
+    total = waves * wave(resident) + (wave(math.ceil(last / processors)) if last else 0)
+    return LAUNCH + max(total, product.bytes / limits.bandwidth)
+
+
+def shared_bytes(tile: Tile, read: int = 1) -> int:
+    """Shared memory a tile takes at most. ``read``: bytes from which one activation code is made (1: it is read)."""
+    return tile.stages * tile.k * (tile.m * read + tile.n)
+
+
+def prologue_pays(product: Product, tile: Tile, capability: int, *, work: int, read: int) -> bool:
+    """Whether a product should compute its codes itself, once per column of tiles, rather than read those of a kernel
+    of their own. ``work``: operations per code; ``read``: bytes from which a code is made.
+
+    False also where what is read would not fit beside the tile.
+    """
+    architecture = family(capability)
+    if shared_bytes(tile, read) > SHARED_BYTES[architecture]:
+        return False
+    limits, columns = MACHINES[architecture], math.ceil(product.n / tile.n)
+    used = product.m * product.k
+    apart = LAUNCH + used / product.taps * (read + 1) / limits.bandwidth
+    inside = used * columns * (work / limits.vector + (read - 1) / (CACHE * SMS[architecture]))
+    return inside <= apart

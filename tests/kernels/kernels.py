@@ -1,0 +1,57 @@
+"""One template kernel for a tile, compiled for a GPU that is not there."""
+
+import re
+from unittest import mock
+
+import torch
+from torch.nn import functional as F
+
+from inductor_kernels import testing, tiles, tuned
+
+from .layers import OPS, conv2d, image, linear, parameters, product, tokens
+
+INTEGER = re.compile(r"IMMA\S*S8|IGMMA\S*S8|wgmma\S*s32\.s8\.s8|mma\S*s32\.s8\.s8\.s32|tcgen05")
+
+
+def gemm(bits):
+    p = parameters(1280, 640, bits)
+    return lambda x, r, *p: F.gelu(product(x, p, bits)) + r, [
+        tokens(4096, 640, dtype=torch.int8),
+        tokens(4096, 1280),
+        *p,
+    ]
+
+
+def gemm_with_quantize(bits):
+    p = parameters(128, 640, bits)
+    return lambda x, r, *p: F.gelu(linear(x, p, bits)) + r, [tokens(4096, 640), tokens(4096, 128), *p]
+
+
+def convolution(bits):
+    p = parameters(320, 320, bits, (3, 3))
+    return lambda x, r, *p: conv2d(x, p, bits) + r, [image(2, 320, 64, 64), image(2, 320, 64, 64), *p]
+
+
+def weight_only(bits):
+    p = parameters(1280, 640, bits)
+    return lambda x, *p: OPS.linear_weight_only(x, *p[:2], p[3], p[5], bits), [tokens(4096, 640), *p]
+
+
+BUILDERS = {f.__name__: f for f in (gemm, gemm_with_quantize, convolution, weight_only)}
+
+
+def compiled(builder, bits, capability, tile):
+    """What the assembler says of the one template kernel that ``tile`` gives."""
+    tile = tiles.narrowed(tile, 640, {"weight_only": 2}.get(builder, 1))
+    fn, inputs = BUILDERS[builder](bits)
+    with mock.patch.object(tuned, "candidates", lambda *a, **k: [tile]):
+        code = testing.cuda_code(fn, *inputs, arch=f"sm_{capability}")
+    (source,) = (source for name, source in testing.kernels(code).items() if "_tem_" in name)
+    return testing.compile_for(source, f"sm_{capability}")
+
+
+def uses_tensor_cores(builder, info):
+    """Those for integers where activations are."""
+    if builder == "weight_only":
+        return any("HMMA" in i or "HGMMA" in i for i in info.instructions)
+    return any(INTEGER.search(i) for i in info.instructions)
