@@ -98,7 +98,8 @@ def _rows(weight: Any, rows: Tensor) -> Tensor:
         if isinstance(weight, SplitMixDQTensor):
             raise QuantizationError("a split weight is one of a convolution and cannot be divided")
         return weight.detach()[rows].clone()
-    return weight.with_tensors(**{name: tensor[rows].contiguous() for name, tensor in weight.by_row().items()})
+    parts: dict[str, Any] = {name: tensor[rows].contiguous() for name, tensor in weight.by_row().items()}
+    return weight.with_tensors(**parts)
 
 
 def keep_columns(layer: nn.Linear, size: int, rank: int, group: Any) -> None:

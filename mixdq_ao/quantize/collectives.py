@@ -99,7 +99,8 @@ def _(func, types, args, kwargs):
 @MixDQTensor.implements(aten.cat.default)
 def _(func, types, args, kwargs):
     """Below each other, with scales of their own; beside each other if they have the same scales."""
-    weights, dim = (*args, *kwargs.values(), 0)[:2]
+    call: tuple[Any, ...] = (*args, *kwargs.values(), 0)
+    weights, dim = call[:2]
     if not all(isinstance(weight, MixDQTensor) for weight in weights) or dim % weights[0].dim() > 1:
         raise NotImplementedError(
             f"cat of {weights} along dimension {dim}: expected quantized weights, dimension 0 or 1"

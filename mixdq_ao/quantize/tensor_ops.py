@@ -165,13 +165,15 @@ def _parts(weight: MixDQTensor, sizes: int | Sequence[int], dim: int) -> list[Mi
 
 @MixDQTensor.implements([aten.split.Tensor, aten.split_with_sizes.default])
 def _(func, types, args, kwargs):
-    return _parts(*(*args, *kwargs.values(), 0)[:3])
+    call: tuple[Any, ...] = (*args, *kwargs.values(), 0)
+    return _parts(*call[:3])
 
 
 @MixDQTensor.implements(aten.chunk.default)
 def _(func, types, args, kwargs):
     """Inference mode does not take this apart into the above."""
-    weight, count, dim = (*args, *kwargs.values(), 0)[:3]
+    call: tuple[Any, ...] = (*args, *kwargs.values(), 0)
+    weight, count, dim = call[:3]
     return _parts(weight, -(-weight.shape[dim] // count), dim)
 
 

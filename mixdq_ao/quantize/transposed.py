@@ -55,10 +55,10 @@ class TransposedMixDQTensor(Tensor):
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"{self.weight!r}.t()" + (f".expand{tuple(self.shape)}" if self.dim() > 2 else "")
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch says to
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = _HANDLERS.get(func)
         found = NotImplemented if handler is None else handler(func, args, kwargs or {})
         if found is NotImplemented:  # any other use is one of its values
