@@ -94,6 +94,23 @@ def test_results_named_by_the_page_of_figures_exist():
     assert names and not missing
 
 
+def test_every_benchmark_has_its_command_on_the_page_of_figures():
+    page, folder = TEXTS["docs/figures.md"], ROOT / "benchmarks"
+    run = [p for p in folder.glob("*.py") if p.stem.startswith("test_") or "__main__" in p.read_text(encoding="utf-8")]
+    run += [p.parent for p in folder.glob("*/__main__.py") if p.parent.name != "gpu"]  # by benchmarks/gpu.sh
+    assert len(run) > 20
+    alone = [p for p in run if p.stem != "compiling" and not p.stem.endswith("_subject")]  # those other ones start
+    missing = [p.stem for p in alone if not re.search(rf"(benchmarks\.|bench-|`|bench ){p.stem}\b", page)]
+    assert not missing
+
+
+def test_relative_links_lead_somewhere():
+    pages = [ROOT / page for page in TEXTS] + list((ROOT / "examples").rglob("*.md")) + list(ROOT.glob("*.md"))
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), (page, link)
+
+
 def test_notebooks_hold_no_output():
     notebooks = list((ROOT / "examples").glob("*.ipynb"))
     assert notebooks and all(map(is_clean, notebooks))

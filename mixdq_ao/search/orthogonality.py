@@ -117,7 +117,7 @@ class Orthogonality:
         return dict(zip(self.layers, theta.tolist(), strict=True))
 
     def aggregated(self, decay: float = DECAY) -> list[list[float]]:
-        """[L][L]: the mean of the sampled steps' ORM with the weights ``step_weights(decay)``, rows as ``names``; for
+        """L x L: the mean of the sampled steps' ORM with the weights ``step_weights(decay)``, rows as ``names``; for
         a picture."""
         mean = np.tensordot(self.step_weights(decay), self.matrices, axes=1)
         return mean.round(DECIMALS).tolist()
