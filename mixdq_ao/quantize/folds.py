@@ -127,14 +127,12 @@ def folded_columns(weight: Tensor, folding: Folding) -> Tensor:
 
 
 def _changed(x: Tensor, folding: Folding, power: int) -> Tensor:
-    """Computed in float64, so that devices and machines agree; powers of two change no bit of a normal number."""
-    wide = x.double()
+    """Rotated in float64, so that devices and machines agree; powers of two change no bit of a normal number."""
+    scaled = x if folding.rotation is None else x.double()
     if folding.smoothing is not None:
         powers = torch.tensor(exponents(folding.smoothing), dtype=torch.float64, device=x.device)
-        wide = wide * (power * powers).exp2()
-    if folding.rotation is not None:
-        wide = rotated(wide, folding.rotation)
-    return wide.to(x.dtype)
+        scaled = scaled * (power * powers).exp2().to(scaled.dtype)
+    return scaled if folding.rotation is None else rotated(scaled, folding.rotation).to(x.dtype)
 
 
 def folded_moments(moments: Mapping[str, Tensor], foldings: Mapping[str, Folding]) -> dict[str, Tensor]:
