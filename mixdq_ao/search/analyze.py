@@ -21,6 +21,7 @@ from .calibrate import calibrate
 from .calibration import Calibration, layer_to_json
 from .distributed import Build, RayWorkers, pool_of
 from .moments_file import fingerprint_of
+from .part import WHOLE, Part, Unfinished
 from .roundings import PLAIN, best_of, check_roundings, rounded_as, usable
 from .sensitivity import LayerSensitivity, Sensitivity, sqnr_from_error
 from .smoothing import as_calibrated
@@ -78,6 +79,8 @@ def analyze(
     precision: float = 0.995,
     budget: int = 4 << 30,
     workers: RayWorkers | None = None,
+    merge: Sequence[str | os.PathLike[str]] = (),
+    part: Part = WHOLE,
 ) -> Sensitivity:
     """How much each layer suffers from each bit width, judged by its group's metric.
 
@@ -105,9 +108,12 @@ def analyze(
         budget: bytes of intermediate results kept between runs or probes.
         workers: evaluations go to so many workers of a Ray cluster (see RayWorkers), each with a copy of the pipeline;
             None: one after the other in this process. The values, and the store, are the same.
+        merge: other stores of the same call, of other machines (``analyze_part``); their results are taken over into
+            ``store`` first.
+        part: see ``analyze_part``.
 
     Raises:
-        SensitivityError: the store cannot be used, a rounding is unknown, workers keep dying. MixDQError: prompts are
+        SensitivityError: a store cannot be used, a rounding is unknown, workers keep dying. MixDQError: prompts are
         empty.
     """
     roundings = check_roundings(roundings)
@@ -123,12 +129,35 @@ def analyze(
     moments = None if moments is None else folded_moments(moments, foldings)
     own: dict[str, Any] = {"weight_bits": weight_bits, "act_bits": act_bits, "roundings": roundings, "moments": moments}
     own |= {"store": store, "rule": rule, "budget": budget, "workers": _folding_workers(workers, foldings)}
+    own |= {"merge": tuple(merge), "part": part}
     with as_calibrated(denoiser(pipe), calibration) as calibration:
         if method == "probe":
             from .probe import probe_sensitivity
 
             return probe_sensitivity(pipe, prompts, sampling, calibration, probes=probes, precision=precision, **own)
         return _one_at_a_time(pipe, prompts, sampling, calibration, replay=replay, **own)
+
+
+def analyze_part(
+    pipe: Any, prompts: Sequence[str], part: Part, *, store: str | os.PathLike[str], **options: Any
+) -> tuple[int, int]:
+    """Works on one of several equal parts of what ``analyze(pipe, prompts, **options)`` needs, for as many machines
+    that share nothing but the result: evaluations (layers x bits x kind), or the probes of batches.
+
+    Each machine calls this with its part and a store of its own; ``analyze(..., store=..., merge=[the stores])`` then
+    puts them together and works on whatever is missing. A part that was stopped continues where it was.
+
+    Returns:
+        How many results are in the store, and how many all parts have together.
+
+    Raises:
+        SensitivityError: as ``analyze``; or ``method="probe"`` without a number of ``probes``.
+    """
+    try:
+        analyze(pipe, prompts, store=store, part=part.alone(), **options)
+    except Unfinished as e:
+        return e.have, e.need
+    raise AssertionError("a part alone never ends with a sensitivity")
 
 
 def _folding_workers(workers: RayWorkers | None, foldings: Mapping[str, Folding]) -> RayWorkers | None:
@@ -160,11 +189,14 @@ def _one_at_a_time(
     replay: bool,
     budget: int,
     workers: RayWorkers | None,
+    merge: Sequence[str | os.PathLike[str]],
+    part: Part,
 ) -> Sensitivity:
     """``analyze`` of a model that is as it was calibrated."""
     settings = {"prompts": prompts, "sampling": asdict(sampling), "calibration": calibration_key(calibration)}
     settings |= rounding_settings(roundings, moments)
     with Store(store, fingerprint(denoiser(pipe), settings)) as results, torch.no_grad():
+        results.merge(merge)
         trials = Trials(pipe, prompts, sampling, replay=replay, budget=budget)
         kinds: tuple[tuple[Kind, Sequence[int]], ...] = (("weight", weight_bits), ("act", act_bits))
         todo = [
@@ -176,7 +208,7 @@ def _one_at_a_time(
         ]
         for e in todo:
             check_layer(trials.layers[e.name], e.layer(calibration))
-        todo_now = [e for e in todo if results.get(e.key) is None]
+        todo_now = [e for e in part.of_items(todo) if results.get(e.key) is None]
         if workers is None:
             build = lambda _: _evaluator(trials, calibration, rule, moments)  # noqa: E731
         else:
@@ -186,6 +218,7 @@ def _one_at_a_time(
             for e, result in pool.run(todo_now):
                 results.put(e.key, result)
                 bar.advance(note=e.key)
+        part.check_whole(sum(e.key in results.results for e in todo), len(todo))
         values = {e: results.results[e.key] for e in todo}
     metadata = {"prompts": len(prompts), "sampling": asdict(sampling), "method": "one_at_a_time"}
     return Sensitivity({n: _layer(trials, n, values, calibration, rule(n)) for n in trials.called()}, metadata)

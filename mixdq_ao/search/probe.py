@@ -16,6 +16,7 @@ from ..progress import Bar, progress
 from .analyze import calibration_key, of_same_model, rounding_settings
 from .calibration import Calibration
 from .distributed import Pool, RayWorkers, pool_of
+from .part import WHOLE, Part
 from .probe_batch import BatchProbe, Record, batches
 from .probe_delta import LayerDeltas, deltas_of
 from .probe_result import to_sensitivity
@@ -45,6 +46,8 @@ def probe_sensitivity(
     precision: float = 0.995,
     budget: int = 4 << 30,
     workers: RayWorkers | None = None,
+    merge: Sequence[str | os.PathLike[str]] = (),
+    part: Part = WHOLE,
 ) -> Sensitivity:
     """What ``analyze`` gives, estimated to first order by random probes (see BatchProbe and Estimates).
 
@@ -69,7 +72,7 @@ def probe_sensitivity(
     ``rounding_errors``, the errors of all of them, whereas all other figures are of the best.
 
     Args:
-        pipe, prompts, store, weight_bits, act_bits, rule, roundings, moments, workers: see ``analyze``.
+        pipe, prompts, store, weight_bits, act_bits, rule, roundings, moments, workers, merge, part: see ``analyze``.
         probes: exactly so many probes; None: as many as ``precision`` asks for.
         budget: bytes of layers' output changes kept between probes; what does not fit is computed again.
 
@@ -78,6 +81,8 @@ def probe_sensitivity(
     """
     if (probes is not None and probes < 1) or not 0 < precision < 1:
         raise SensitivityError(f"probes is {probes}, precision {precision}; expected at least 1, and between 0 and 1")
+    if part != WHOLE and probes is None:
+        raise SensitivityError(f"part {part.index}/{part.of} of how many probes? give probes")
     model = denoiser(pipe)
     deltas = deltas_of(model, calibration, weight_bits, act_bits, roundings, moments)
     content = {name for name in deltas if rule(name) == "content"}
@@ -98,12 +103,13 @@ def probe_sensitivity(
     key = fingerprint(model, settings)
     build = build if workers is None else of_same_model(build, settings, key)
     with Store(store, key) as results, pool_of(workers, pipe, build) as pool:
-        estimates = _Runs(pool, len(parts), results).settle(probes, precision)
+        results.merge(merge)
+        estimates = _Runs(pool, len(parts), results, part).settle(probes, precision)
     metadata = {"prompts": len(prompts), "sampling": asdict(sampling), "method": "probe", "precision": precision}
     return to_sensitivity(estimates, deltas, calibration, rule, metadata)
 
 
-Part = tuple[int, tuple[int, ...]]
+Item = tuple[int, tuple[int, ...]]
 """Number of a batch, numbers of probes."""
 
 
@@ -113,12 +119,12 @@ def _prober(
     deltas: Mapping[str, LayerDeltas],
     content: set[str],
     budget: int,
-) -> Callable[[Part], list[Record]]:
+) -> Callable[[Item], list[Record]]:
     """What makes the records of some probes of a batch. Only the trace of the last batch asked for is kept, so a single
     batch is traced once."""
     last: list[tuple[int, BatchProbe]] = []
 
-    def probe(part: Part) -> list[Record]:
+    def probe(part: Item) -> list[Record]:
         batch, probes = part
         if not last or last[0][0] != batch:
             last.clear()
@@ -135,10 +141,10 @@ def _remote(
     moments: Mapping[str, Tensor] | None,
     content: set[str],
     budget: int,
-) -> Callable[[Any], Callable[[Part], list[Record]]]:
+) -> Callable[[Any], Callable[[Item], list[Record]]]:
     """The same on a worker, which rounds its own weights."""
 
-    def build(pipe: Any) -> Callable[[Part], list[Record]]:
+    def build(pipe: Any) -> Callable[[Item], list[Record]]:
         return _prober(pipe, parts, deltas_of(denoiser(pipe), calibration, *choices, moments), content, budget)
 
     return build
@@ -147,8 +153,8 @@ def _remote(
 class _Runs:
     """Probes of every batch, taken from the store where they are there already."""
 
-    def __init__(self, pool: Pool[Part, list[Record]], batches: int, results: Store) -> None:
-        self.pool, self.batches, self.results = pool, batches, results
+    def __init__(self, pool: Pool[Item, list[Record]], batches: int, results: Store, part: Part) -> None:
+        self.pool, self.batches, self.results, self.part = pool, batches, results, part
 
     def settle(self, probes: int | None, precision: float) -> Estimates:
         with progress("probing", (probes or MAX_PROBES) * self.batches) as bar:
@@ -163,14 +169,17 @@ class _Runs:
 
     def _first(self, count: int, bar: Bar) -> Estimates:
         """The estimates of the first ``count`` probes."""
-        items: list[Part] = []
+        items: list[Item] = []
+        own = set(self.part.of_items([(k, batch) for batch in range(self.batches) for k in range(count)]))
         for batch in range(self.batches):
-            todo = [k for k in range(count) if self.results.get(_key(k, batch)) is None]
+            todo = [k for k in range(count) if (k, batch) in own and self.results.get(_key(k, batch)) is None]
             items += [(batch, tuple(todo[start : start + AT_ONCE])) for start in range(0, len(todo), AT_ONCE)]
         for (batch, part), records in self.pool.run(items):
             for k, record in zip(part, records, strict=True):
                 self.results.put(_key(k, batch), record)
                 bar.advance(note=f"batch {batch + 1}")
+        keys = [_key(k, batch) for batch in range(self.batches) for k in range(count)]
+        self.part.check_whole(sum(key in self.results.results for key in keys), len(keys))
         get: Any = self.results.get
         return Estimates.of([[get(_key(k, b)) for b in range(self.batches)] for k in range(count)])
 

@@ -1,7 +1,8 @@
 """An append-only file of measurements: a killed run continues where it was, nothing is lost or done twice.
 
 One JSON object a line. The first line is the header: format, version, and the fingerprint of everything the results
-depend on. A torn last line (power cut, full disk, kill -9) is dropped by the reader and cut off before appending.
+depend on. A torn last line (power cut, full disk, kill -9) is dropped by the reader and cut off before appending. One
+process writes to a file; several machines write one each, and those are merged.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -22,6 +23,10 @@ from ..appendfile import append, open_locked
 from ..errors import SensitivityError
 
 FORMAT, VERSION = "mixdq-store", 1
+
+
+SAME = 1e-2
+"""Relative difference up to which two machines' results of one evaluation are the same, but for their arithmetic."""
 
 
 def fingerprint(model: nn.Module, settings: Mapping[str, Any]) -> str:
@@ -82,6 +87,10 @@ class Store:
         if not lines:
             self._append({"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint})
             return
+        self._take(lines)
+
+    def _take(self, lines: list[bytes]) -> None:
+        """The results in the lines of a file."""
         self._check_header(_parse(lines[0], self.path, 1))
         for number, line in enumerate(lines[1:], 2):
             record = _parse(line, self.path, number)
@@ -100,6 +109,41 @@ class Store:
                 "choose another file or delete it"
             )
 
+    def merge(self, paths: Iterable[str | os.PathLike[str]]) -> int:
+        """Takes over the results of other stores of the same run, which may still be written to and are not changed.
+
+        Where both have a result, this store's stays. Returns how many are new.
+
+        Raises:
+            SensitivityError: a file cannot be read, is no store or of another run, or has a result that is not the one
+                here; nothing of that file is taken over.
+        """
+        count = 0
+        for path in map(Path, paths):
+            found = self._read(path)
+            for key in found.keys() & self.results.keys():
+                _check_same(path, key, found[key], self.results[key])
+            new = {key: value for key, value in found.items() if key not in self.results}
+            if new:
+                self._append(*({"key": key, "value": value} for key, value in new.items()))
+                self.results |= new
+            count += len(new)
+        return count
+
+    def _read(self, path: Path) -> dict[str, dict[str, float]]:
+        """The results in another file; a torn last line is left where it is."""
+        other = Store(path, self.fingerprint)
+        if not path.is_file():
+            raise SensitivityError(f"{path}: is no file, expected a store to merge")
+        try:
+            data = path.read_bytes()
+        except OSError as e:
+            raise SensitivityError(f"{path}: cannot be read: {e.strerror}") from e
+        lines = data[: data.rfind(b"\n") + 1].splitlines()
+        if lines:
+            other._take(lines)
+        return other.results
+
     def get(self, key: str) -> dict[str, float] | None:
         """The stored result, or None."""
         return self.results.get(key)
@@ -109,11 +153,11 @@ class Store:
         self._append({"key": key, "value": dict(value)})
         self.results[key] = dict(value)
 
-    def _append(self, record: Mapping[str, Any]) -> None:
+    def _append(self, *records: Mapping[str, Any]) -> None:
         if self._file is None:
             return
         try:
-            append(self._file, json.dumps(record, allow_nan=False).encode() + b"\n")
+            append(self._file, b"".join(json.dumps(r, allow_nan=False).encode() + b"\n" for r in records))
         except OSError as e:
             raise SensitivityError(
                 f"{self.path}: cannot be written: {e.strerror}; {len(self.results)} results are safe, "
@@ -129,6 +173,14 @@ def _parse(line: bytes, path: Path | None, number: int) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise SensitivityError(f"{path}: line {number} is {type(record).__name__}, expected an object")
     return record
+
+
+def _check_same(path: Path, key: str, theirs: Mapping[str, float], ours: Mapping[str, float]) -> None:
+    if theirs.keys() != ours.keys() or any(not math.isclose(theirs[n], ours[n], rel_tol=SAME) for n in ours):
+        raise SensitivityError(
+            f"{path}: {key!r} is {dict(theirs)}, this store has {dict(ours)}; one was made by other software or by "
+            "a faulty machine: delete the wrong one"
+        )
 
 
 def _finite(value: object) -> bool:

@@ -10,6 +10,9 @@ from .. import options
 from ..inputs import at_least, integers, load_pipeline, read_prompts
 from ..output import counted, show_json, wrote
 
+METHODS = ("one_at_a_time", "probe")
+OWN = {"error": ("store", "method", "probes", "part", "merge"), "orthogonality": ("timesteps", "estimator")}
+"""Options that only one metric heeds."""
 HELP = "measure how much each layer suffers from each bit width; a stopped run continues from its store"
 EXAMPLE = (
     "mixdq analyze examples/shapes/pipeline --prompts prompts.txt --calibration calibration.json "
@@ -30,6 +33,29 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--store", type=Path, metavar="FILE", help="every result is appended here; run the same command to continue"
+    )
+    only = "of the metric error"
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        help=f"{only}: one_at_a_time (default), or probe: estimated from a few backward passes, tens of times faster; "
+        "content layers are then judged by the PSNR of the pictures",
+    )
+    parser.add_argument(
+        "--probes", type=at_least(1), metavar="N", help="of the method probe: so many (default: until settled)"
+    )
+    parser.add_argument(
+        "--part",
+        metavar="I/N",
+        help=f"{only}: work on part I of N, such as 2/8, into --store, for machines that share nothing; give the "
+        "same --calibration to all",
+    )
+    parser.add_argument(
+        "--merge",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help=f"{only}: take over the results in these stores of other parts, and work on what is missing",
     )
     parser.add_argument(
         "--out", type=Path, metavar="PATH", help="file to write (default sensitivity.json, or orthogonality.json)"
@@ -56,6 +82,9 @@ def run(args: argparse.Namespace) -> None:
     pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
     names = ("steps", "guidance_scale", "seed", "batch_size")
     common: dict[str, Any] = {"calibration": calibration, **{name: getattr(args, name) for name in names}}
+    if args.part is not None:
+        _part(args, pipe, prompts, common)
+        return
     measure = _orthogonality if args.metric == "orthogonality" else _errors
     out, layers = measure(args, pipe, prompts, common)
     if args.json:
@@ -66,22 +95,40 @@ def _check(args: argparse.Namespace) -> None:
     """Options that the metric would not heed are refused."""
     from mixdq_ao.errors import MixDQError
 
-    orthogonal = args.metric == "orthogonality"
-    for name in ("store",) if orthogonal else ("timesteps", "estimator"):
+    for name in OWN["error" if args.metric == "orthogonality" else "orthogonality"]:
         if getattr(args, name) is not None:
             raise MixDQError(f"--{name} has no use with --metric {args.metric}; leave it out")
+    if args.part is not None and (args.store is None or args.calibration is None):
+        raise MixDQError("--part needs a --store of its own, and the same --calibration for all parts")
+    if args.probes is not None and args.method != "probe":
+        raise MixDQError("--probes is of --method probe")
 
 
 def _errors(args: argparse.Namespace, pipe: Any, prompts: list[str], common: dict[str, Any]) -> tuple[Path, int]:
     """The file written and the number of layers in it."""
     from mixdq_ao import analyze
 
-    bits = {"weight_bits": args.weight_bits, "act_bits": args.act_bits}
-    result = analyze(pipe, prompts, store=args.store, **bits, **common)
+    result = analyze(pipe, prompts, store=args.store, merge=args.merge or (), **_how(args), **common)
     out = args.out or Path("sensitivity.json")
     result.save(out)
     wrote(out, f"scores of {len(result.layers)} layers over {counted(len(prompts), 'prompt')}")
     return out, len(result.layers)
+
+
+def _part(args: argparse.Namespace, pipe: Any, prompts: list[str], common: dict[str, Any]) -> None:
+    from mixdq_ao.search.analyze import analyze_part
+    from mixdq_ao.search.part import Part
+
+    options = {"merge": args.merge or (), **_how(args), **common}
+    have, need = analyze_part(pipe, prompts, Part.parse(args.part), store=args.store, **options)
+    wrote(args.store, f"{have} of {need} results; the whole: mixdq analyze ... --merge, with the stores of all parts")
+    if args.json:
+        show_json({"store": str(args.store), "results": have, "results_of_all_parts": need})
+
+
+def _how(args: argparse.Namespace) -> dict[str, Any]:
+    bits = {"weight_bits": args.weight_bits, "act_bits": args.act_bits}
+    return {**bits, "method": args.method or "one_at_a_time", "probes": args.probes}
 
 
 def _orthogonality(args: argparse.Namespace, pipe: Any, prompts: list[str], common: dict[str, Any]) -> tuple[Path, int]:
