@@ -81,9 +81,9 @@ def test_bundled_compiled(benchmark: Any, subject: SimpleNamespace, batch: int) 
     run_all(benchmark, models, unet_inputs(subject.pipe, subject.texts[:batch]), rounds=25)
 
 
-@pytest.mark.slow
-def test_mid_size_eager(benchmark: Any) -> None:
-    """Random weights, 64x64 latent, batch 1; calibrated on what is timed."""
+@pytest.fixture(scope="module")
+def mid() -> SimpleNamespace:
+    """SDXL's channels with fewer blocks: random weights, 64x64 latent, batch 1; calibrated on what is timed."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**MID).eval().requires_grad_(False)
     inputs = {
@@ -98,5 +98,20 @@ def test_mid_size_eager(benchmark: Any) -> None:
     models: dict[str, Callable[..., Any]] = {"float32": unet}
     for bits in (8, 4):
         models[f"W{bits}A8"] = ours(unet, Plan.uniform(unet, bits, 8).with_calibration(calibration, bos=False))
-    models["torchao int8 dynamic"] = torchao_dynamic(unet)
-    run_all(benchmark, models, inputs, rounds=5)
+    return SimpleNamespace(inputs=inputs, models=models)
+
+
+@pytest.mark.slow
+def test_mid_size_eager(benchmark: Any, mid: SimpleNamespace) -> None:
+    dynamic = torchao_dynamic(mid.models["float32"])
+    run_all(benchmark, mid.models | {"torchao int8 dynamic": dynamic}, mid.inputs, rounds=5)
+
+
+@pytest.mark.slow
+def test_mid_size_compiled(benchmark: Any, mid: SimpleNamespace) -> None:
+    """Three compilations of minutes each on two cores."""
+    models = {}
+    for name, model in mid.models.items():
+        torch._dynamo.reset()
+        models[name] = torch.compile(model, fullgraph=True)
+    run_all(benchmark, models, mid.inputs, rounds=7)

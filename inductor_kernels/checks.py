@@ -97,6 +97,12 @@ def linear(x_q, w, weight_zero_point, weight_sum, scale, zero_point, bias, row_s
         _require(good, op, "row_scale", _describe(row_scale), f"float32 {list(x_q.shape[:-1])}")
 
 
+def other(x_q, w, summand, out_dtype) -> None:
+    """What ``inductor_kernels::linear_add`` adds."""
+    good = summand.dtype == out_dtype and summand.shape == (*x_q.shape[:-1], w.shape[0])
+    _require(good, "linear_add", "other", _describe(summand), f"{out_dtype} {[*x_q.shape[:-1], w.shape[0]]}")
+
+
 def conv2d(
     x_q, w, weight_zero_point, weight_sum, scale, zero_point, bias, weight_bits,
     stride, padding, dilation, groups, out_dtype,

@@ -7,9 +7,11 @@ import torch
 import torch.utils._triton
 from torch._inductor import config, ir
 from torch._inductor.choices import InductorChoices
+from torch._inductor.fx_passes.post_grad import pass_patterns
 from torch._inductor.kernel.mm_common import mm_grid
 from torch._inductor.lowering import fallback_handler, register_lowering
 from torch._inductor.lowering import view as _view
+from torch._inductor.pattern_matcher import Arg, CallFunction, register_graph_pattern
 from torch._inductor.select_algorithm import (
     SymbolicGridFn,
     TritonTemplate,
@@ -38,6 +40,8 @@ __all__ = [
     "pointwise_work",
     "realize_inputs",
     "register_lowering",
+    "replace_output",
+    "replace_sums",
     "select",
     "tag_caches",
     "triton_device",
@@ -106,6 +110,36 @@ def call_python(node, expression: str) -> None:
     kernel = kernel.inputs[0] if isinstance(kernel, ir.MultiOutput) else kernel
     if isinstance(kernel, ir.FallbackKernel) and not config.cpp_wrapper:
         kernel.python_kernel_name = expression
+
+
+def replace_sums(op, arguments: int, worth, replace) -> None:
+    """In graphs about to be lowered, call ``replace(match, *arguments of op, other)`` for ``op(...) + other`` where
+    nothing else reads the result of ``op`` and ``worth(match)``."""
+    add, args = torch.ops.aten.add.Tensor, [Arg() for _ in range(arguments)]
+    product = CallFunction(op, *args, _users=1)
+    register_graph_pattern(CallFunction(add, product, Arg()), extra_check=worth, pass_dict=pass_patterns[2])(replace)
+
+    def other_way(match, other, *rest):
+        replace(match, *rest, other)
+
+    def worth_other_way(match):
+        match.args = [*match.args[1:], match.args[0]]
+        good = worth(match)
+        match.args = [match.args[-1], *match.args[:-1]]
+        return good
+
+    reverse = CallFunction(add, Arg(), CallFunction(op, *args, _users=1))
+    register_graph_pattern(reverse, extra_check=worth_other_way, pass_dict=pass_patterns[2])(other_way)
+
+
+def replace_output(match, op, arguments: tuple) -> None:
+    """``op(*arguments)`` in place of what a pattern found."""
+    node = match.output_node()
+    with match.graph.inserting_before(node):
+        new = match.graph.call_function(op, arguments)
+    new.meta.update(node.meta)
+    node.replace_all_uses_with(new)
+    match.erase_nodes()
 
 
 def tag_caches(tag: str) -> None:

@@ -181,12 +181,47 @@ def linear(
         w = weights.integers(weight, weight_zero_point, weight_bits, k)
         packed = prepared.keep("onednn", torch.ops.onednn.qlinear_prepack(w, None))
     x = _unsigned(x_q.contiguous())
-    direct = out_dtype is torch.float32 or (out_dtype is torch.bfloat16 and _writes_bf16())
+    direct = writes(out_dtype)
     if row_scale is None:
         y = _onednn_linear(x, z, packed, scale, bias, out_dtype if direct else torch.float32)
         return y if direct else y.to(out_dtype)
     total = _onednn_linear(x, z, packed, scale, None, torch.float32).mul_(row_scale.unsqueeze(-1))
     return (total if bias is None else total.add_(bias)).to(out_dtype)
+
+
+def linear_add(
+    x_q: Tensor, weight: Tensor, weight_zero_point: Tensor | None, weight_sum: Tensor | None, scale: Tensor,
+    zero_point: Tensor, bias: Tensor | None, other: Tensor, weight_bits: int, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """``inductor_kernels::linear_add``: oneDNN adds where it multiplies; the bits are those of adding afterwards."""
+    n, k = weight.shape[0], x_q.shape[-1]
+    prepared = weights.find(weight, weight_zero_point, weight_bits, k)
+    packed = None if prepared is None else prepared.forms.get("onednn")
+    alike = other.dtype is out_dtype and other.shape == (*x_q.shape[:-1], n)
+    if (
+        packed is None
+        or not alike
+        or x_q.numel() * n < _small()
+        or not writes(out_dtype)
+        or not _plain(x_q, scale, bias, n)
+    ):
+        checks.other(x_q, weight, other, out_dtype)
+        product = (x_q, weight, weight_zero_point, weight_sum, scale, zero_point, bias, None, weight_bits, out_dtype)
+        return linear(*product) + other  # the first call, which lays the weight out
+    return torch.ops.onednn.qlinear_pointwise.binary(
+        _unsigned(x_q.contiguous()), 1.0, int(zero_point), packed, scale, _zeros(n), other.contiguous(), _float(bias),
+        1.0, 0, out_dtype, 1.0, 0, "add", 1.0, "none", [], "",
+    )  # fmt: skip
+
+
+def writes(out_dtype: torch.dtype) -> bool:
+    """Whether oneDNN's int8 products write this type themselves."""
+    return out_dtype is torch.float32 or (out_dtype is torch.bfloat16 and _writes_bf16())
+
+
+def repays_onednn(multiplications: int, weight_bits: int) -> bool:
+    """Whether products of this size run in oneDNN's int8 kernels here, whatever the weight's values."""
+    return multiplications >= _small() and route(weight_bits) == "onednn-int8"
 
 
 def quantize_linear(
@@ -261,7 +296,7 @@ def _conv2d(
         x = _centered(x_q, z).permute(0, 3, 1, 2)
         total = F.conv2d(x, packed, None, stride, padding, dilation, groups)
         return _scaled(total.permute(0, 2, 3, 1).contiguous(), scale, None, bias, out_dtype)
-    direct = out_dtype is torch.float32 or (out_dtype is torch.bfloat16 and _writes_bf16())
+    direct = writes(out_dtype)
     y = torch.ops.onednn.qconv_pointwise.default(
         _unsigned(x_q.contiguous()).permute(0, 3, 1, 2), 1.0, z, packed, scale, _zeros(n), _float(bias),
         stride, padding, dilation, groups, 1.0, 0, out_dtype if direct else torch.float32, "none", [], "",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import compat, roofline, tuned
+from . import compat, roofline, sums, tuned
 from .compat import V, ir, log
 from .roofline import Product
 from .templates import conv2d, gemm
@@ -138,6 +138,12 @@ def _linear(capability, x, weight, wzp, weight_sum, scale, zero_point, bias, row
     return _product(x, weight, x.get_size()[:-1], named, dtype, bits, capability, prologue=True)
 
 
+@_lower(OPS.linear_add.default)
+def _linear_add(capability, *arguments):
+    """Graphs get it on a CPU only."""
+    return None
+
+
 @_lower(OPS.linear_weight_only.default)
 def _linear_weight_only(capability, x, weight, wzp, scale, bias, bits):
     named = {"WZP": wzp, "SCALE": scale, "BIAS": bias}
@@ -163,6 +169,9 @@ def _conv2d_weight_only(capability, x, weight, wzp, scale, bias, bits, stride, p
     named = {"WZP": wzp, "SCALE": scale, "BIAS": bias}
     geometry = (stride, padding, dilation)
     return _convolution(x, weight, named, x.get_dtype(), bits, geometry, capability, prologue=False)
+
+
+assert sums  # registers its patterns
 
 
 def _version() -> str:

@@ -13,7 +13,8 @@ reference): small models need not store it.
              padding reads the zero point, so the correction stays one number per channel
 
 The integer difference is exact, the rest float32, rounded once to ``out_dtype``. The ``_weight_only`` variants take
-floating point activations and return their type.
+floating point activations and return their type. ``linear_add`` is ``linear`` plus ``other`` [..., N] of the result's
+type, which Inductor's graphs get where oneDNN adds it on the way (:mod:`inductor_kernels.sums`).
 
 For eager mode, where nothing fuses, ``quantize`` makes the codes in one pass,
 
@@ -38,6 +39,8 @@ _SCHEMAS = (
     "quantize(Tensor x, Tensor inv_scale, Tensor zero_point, int levels) -> Tensor",
     "linear(Tensor x_q, Tensor weight, Tensor? weight_zero_point, Tensor? weight_sum, Tensor scale, "
     "Tensor zero_point, Tensor? bias, Tensor? row_scale, int weight_bits, ScalarType out_dtype) -> Tensor",
+    "linear_add(Tensor x_q, Tensor weight, Tensor? weight_zero_point, Tensor? weight_sum, Tensor scale, "
+    "Tensor zero_point, Tensor? bias, Tensor other, int weight_bits, ScalarType out_dtype) -> Tensor",
     "conv2d(Tensor x_q, Tensor weight, Tensor? weight_zero_point, Tensor? weight_sum, Tensor scale, "
     "Tensor zero_point, Tensor? bias, int weight_bits, SymInt[2] stride, SymInt[2] padding, "
     "SymInt[2] dilation, int groups, ScalarType out_dtype) -> Tensor",
@@ -75,6 +78,12 @@ def _quantize_shape(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: in
 def _linear_shape(x_q: Tensor, weight: Tensor, *rest) -> Tensor:
     _traced()
     checks.linear(x_q, weight, *rest)
+    return x_q.new_empty((*x_q.shape[:-1], weight.shape[0]), dtype=rest[-1])
+
+
+def _linear_add_shape(x_q: Tensor, weight: Tensor, *rest) -> Tensor:
+    checks.linear(x_q, weight, *rest[:5], None, *rest[6:])
+    checks.other(x_q, weight, rest[5], rest[-1])
     return x_q.new_empty((*x_q.shape[:-1], weight.shape[0]), dtype=rest[-1])
 
 

@@ -77,6 +77,16 @@ def linear(
     return _finish(x @ w.to(x.dtype).t(), scale, row_scale, bias, out_dtype)
 
 
+def linear_add(
+    x_q: Tensor, weight: Tensor, weight_zero_point: Tensor | None, weight_sum: Tensor | None, scale: Tensor,
+    zero_point: Tensor, bias: Tensor | None, other: Tensor, weight_bits: int, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """``linear``, then the sum; each rounds to ``out_dtype``."""
+    checks.other(x_q, weight, other, out_dtype)
+    product = (x_q, weight, weight_zero_point, weight_sum, scale, zero_point, bias, None, weight_bits, out_dtype)
+    return linear(*product) + other
+
+
 def conv2d(
     x_q: Tensor, weight: Tensor, weight_zero_point: Tensor | None, weight_sum: Tensor | None, scale: Tensor,
     zero_point: Tensor, bias: Tensor | None, weight_bits: int, stride: list[int], padding: list[int],

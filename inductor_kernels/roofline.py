@@ -38,7 +38,7 @@ OTHERS = (  # the same architectures with other limits
     Machine("4090", 660e12, 165e12, 41e12, 1.01e12),
 )
 LAUNCH = 2e-6  # seconds from one kernel of a CUDA graph to the next
-CACHE = 40e9  # bytes per second that the second-level cache delivers to each processor
+CACHE = 60e9  # bytes per second that the second-level cache delivers to each processor
 LATENCY = 0.7e-6  # seconds from asking memory for the first bytes of a tile to having them
 RESIDENT_WARPS = 16  # per processor, at the 128 registers per thread that these kernels take
 

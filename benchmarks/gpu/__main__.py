@@ -35,15 +35,13 @@ def main() -> None:
 def _sized(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Iterator[dict]:
     """The rows of a step that names its pixels."""
     step, _, chosen = arguments.step.partition(":")
-    match re.fullmatch(r"(tiles|unet)-(\d+)(?:-(\d+))?", step):
-        case re.Match() as found if (found[1] == "unet") == bool(found[3]):
-            pixels = int(found[2])
-            if found[1] == "tiles":
-                return tiles.sweep(pixels, arguments.out, dry=arguments.dry_run)
-            return unet.compare(
-                pixels, int(found[3]), dry=arguments.dry_run, only=tuple(filter(None, chosen.split(",")))
-            )
-    parser.error(f"step {arguments.step!r}: expected {STEPS}")
+    found = re.fullmatch(r"(tiles|unet)-(\d+)(?:-(\d+))?", step)
+    if found is None or (found[1] == "unet") != bool(found[3]):
+        parser.error(f"step {arguments.step!r}: expected {STEPS}")
+    if found[1] == "tiles":
+        return tiles.sweep(int(found[2]), arguments.out, dry=arguments.dry_run)
+    only = tuple(filter(None, chosen.split(",")))
+    return unet.compare(int(found[2]), int(found[3]), dry=arguments.dry_run, only=only)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ def calls(bits):
         "quantize_conv2d of planes": (reference.like_planes(values[1]), *act, *image[1:5], *image[6:12]),
         "quantize_conv2d": (values[1], *act, *image[1:5], *image[6:12]),
         "linear": flat,
+        "linear_add": (*flat[:7], torch.randn(2, 5, 6), *flat[8:]),
         "conv2d": image,
         "linear_weight_only": cases.weight_only(flat, torch.bfloat16, conv=False),
         "conv2d_weight_only": cases.weight_only(image, torch.float32, conv=True),
@@ -40,6 +41,7 @@ def test_compiles_in_one_graph(name):
     def f(*arguments):
         return torch.nn.functional.silu(op(*arguments).float()) + 1
 
+    torch._dynamo.reset()  # f is compiled for every name
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(f, fullgraph=True)(*arguments), f(*arguments))
 

@@ -1,0 +1,44 @@
+"""The GPU script as far as it goes without one: what it writes, and which steps there are."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.gpu import tiles as timed
+from benchmarks.gpu.__main__ import main
+from inductor_kernels import roofline, tiles, tuned
+from inductor_kernels.roofline import Product
+
+SMALL, LARGE = Product(77, 1280, 2048), Product(4096, 320, 2880, taps=9)
+
+
+def test_what_was_timed_replaces_what_was_modelled(tmp_path, monkeypatch):
+    path, (first, *_, last) = tmp_path / "tuned.json", tiles.TILES[90]
+    path.write_text(tuned.document({90: ("modelled, not measured", {tuned.key(p): first for p in (SMALL, LARGE)})}))
+    monkeypatch.setattr(tuned, "PATH", path)
+    timed._write(path, 90, "NVIDIA H200", {tuned.key(SMALL): last})
+    assert tuned.read(path.read_text())[90] == {tuned.key(SMALL): last, tuned.key(LARGE): first}
+    said = json.loads(path.read_text())["sm_90"]["source"]
+    assert said == "NVIDIA H200; other shapes modelled, not measured"
+    for _ in range(2):  # a second sweep does not lengthen what is said
+        timed._write(path, 90, "NVIDIA H200", {tuned.key(LARGE): last})
+    assert json.loads(path.read_text())["sm_90"]["source"] == said
+    timed._write(path, 90, "NVIDIA H200", {tuned.key(p): last for p in (SMALL, LARGE)})
+    assert json.loads(path.read_text())["sm_90"]["source"] == "NVIDIA H200"
+
+
+def test_tiles_worth_timing_are_those_the_model_ranks_first():
+    found = timed.ranked(90, SMALL)
+    assert len(found) == len(set(found)) == timed.TRIED and found[0] == tuned.modelled(90, SMALL)
+    expected = [roofline.seconds(SMALL, tiles.narrowed(tile, SMALL.k), 90) for tile in found]
+    assert expected == sorted(expected)
+
+
+@pytest.mark.parametrize("step", ["unet-512", "tiles-512-1", "unet", "kernel"])
+def test_steps_that_are_none_are_named(step, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["gpu", step, "--dry-run", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"step {step!r}: expected kernels, tiles-<pixels>" in capsys.readouterr().err
