@@ -7,10 +7,12 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import NoReturn
 
 from ..errors import MixDQError
 from .inputs import first_line
+from .output import check_writable
 from .quiet import silence
 
 COMMANDS = {
@@ -74,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     silence()
     try:
+        if isinstance(getattr(args, "out", None), Path):
+            check_writable(args.out, is_file=getattr(args, "out_is_file", None))
         args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:

@@ -57,7 +57,7 @@ def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = N
     from .quiet import silence_loading_bars
 
     silence_loading_bars()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _usable(device) if device else "cuda" if torch.cuda.is_available() else "cpu"
     wanted = getattr(torch, dtype or ("float32" if device.startswith("cpu") else "float16"))
     try:
         how = {} if quantizing is None else {"quantization_config": _for_denoiser(name, quantizing)}
@@ -70,6 +70,17 @@ def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = N
         pipe.watermark = None  # it would be measured as an error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _usable(device: str) -> str:
+    """A device that tensors can be on here. Raises MixDQError, before anything is loaded."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:  # an AssertionError where torch was built without it
+        raise MixDQError(f"device {device!r} cannot be used here: {first_line(e)}") from e
+    return device
 
 
 def _for_denoiser(name: str, config: Any) -> Any:

@@ -62,7 +62,20 @@ def plan(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument("--plan", type=Path, required=required, metavar="FILE", help=what)
 
 
+def storage(parser: argparse.ArgumentParser) -> None:
+    """How a model holds the levels of a schedule."""
+    parser.add_argument(
+        "--storage",
+        choices=("nested", "own"),
+        default="nested",
+        help="of a schedule's levels; nested: all in the bytes of one 8-bit model (default); own: codes for each width",
+    )
+    parser.add_argument("--keep-full", action="store_true", help="16 bit is the model's own weight, kept as well")
+
+
 def out(parser: argparse.ArgumentParser, default: str, what: str) -> None:
+    """Where the result goes: a file where the default has an ending, else a folder. Checked before a command runs."""
+    parser.set_defaults(out_is_file=bool(Path(default).suffix))
     parser.add_argument("--out", type=Path, default=Path(default), metavar="PATH", help=f"{what} (default {default})")
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ..errors import MixDQError
 
 
 def show(title: str, rows: Mapping[str, str]) -> None:
@@ -45,6 +48,21 @@ def wrote(path: Path, what: str) -> None:
     from ..progress import console
 
     console.print(Text(f"wrote {path}: {what}"), soft_wrap=True)
+
+
+def check_writable(path: Path, *, is_file: bool | None) -> None:
+    """Raises MixDQError where a result could not be written to ``path``, a file or a folder (None: either): hours of
+    work would be lost."""
+    if is_file and path.is_dir():
+        raise MixDQError(f"{path}: is a folder, expected the name of a file to write")
+    known = path
+    while not os.path.lexists(known) and known != known.parent:
+        known = known.parent
+    if known.is_dir() or (is_file is not False and known == path):
+        if not os.access(known, os.W_OK):
+            raise MixDQError(f"{path}: cannot be written, {known} is not writable; choose another --out")
+    else:
+        raise MixDQError(f"{path}: cannot be written, {known} is no folder; choose another --out")
 
 
 def counted(count: int, noun: str) -> str:

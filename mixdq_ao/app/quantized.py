@@ -14,6 +14,9 @@ from mixdq_ao import Moments, QuantizationError, bos_aware, mixdq_config, quanti
 from mixdq_ao.models.pipelines import denoiser
 from mixdq_ao.plan import Plan
 from mixdq_ao.quantize.bos_encoder import bos_embedding_of
+from mixdq_ao.temporal.layer import Storage
+from mixdq_ao.temporal.plan import TemporalPlan
+from mixdq_ao.temporal.runtime import prepare
 
 
 def apply_plan(pipe: Any, plan: Plan, moments: Path | None = None) -> None:
@@ -49,6 +52,20 @@ def make_ready(pipe: Any, plan: Plan | None, *, compiled: bool) -> None:
         bos_aware(pipe)
     if compiled:
         compile_denoiser(pipe)
+
+
+def make_scheduled(
+    pipe: Any, schedule: TemporalPlan, *, storage: Storage = "nested", keep_full: bool = False, compiled: bool = False
+) -> None:
+    """A loaded full-precision pipeline runs each step at the level ``schedule`` gives it; compiled if so asked."""
+    runtime = prepare(denoiser(pipe), schedule, storage=storage, keep_full=keep_full)
+    for plan in schedule.levels.values():
+        if plan is not None and any(layer.bos for layer in plan.layers.values()):
+            bos_aware(pipe)
+            break
+    if compiled:
+        compile_denoiser(pipe)
+    runtime.follow(pipe)
 
 
 def compile_denoiser(pipe: Any) -> None:

@@ -188,11 +188,28 @@ def _object(name: str, value: object, fields: tuple[str, ...]) -> dict[str, Any]
     return dict(value)
 
 
-def read_config(path: str | os.PathLike[str]) -> Any:
+def read_policy(path: str | os.PathLike[str]) -> StepPolicy:
+    """The policy in a denoiser's config.json, or in a file of its own. Raises ScheduleError naming the file."""
+    config = read_config(path)
+    try:
+        found = StepPolicy.from_config(config) if "schema_version" not in config else StepPolicy.from_json(config)
+    except ScheduleError as e:
+        raise ScheduleError(f"{os.fspath(path)}: {e}") from e
+    if found is None:
+        raise ScheduleError(f"{os.fspath(path)}: has no {FIELD}, nor is it one")
+    return found
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A denoiser's config.json as it stands. Raises ScheduleError naming the file."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as e:
         raise ScheduleError(f"{os.fspath(path)}: cannot be read as UTF-8 text: {e}") from e
     except (ValueError, RecursionError) as e:
         raise ScheduleError(f"{os.fspath(path)}: not valid JSON ({e}), expected a model's config.json") from e
+    if not isinstance(config, dict):
+        raise ScheduleError(
+            f"{os.fspath(path)}: is a {type(config).__name__}, expected an object: a model's config.json"
+        )
+    return config

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mixdq_ao.app import cli
 from mixdq_ao.plan import LayerPlan, Plan
@@ -128,6 +129,35 @@ def test_a_result_that_cannot_be_written_is_one_line(capsys, tmp_path, scores):
     (tmp_path / "file").write_text("")
     code, _, err = run(capsys, "allocate", scores, "--weight-bits", "4", "--out", tmp_path / "file" / "plan.json")
     assert code == 2 and err.count("\n") == 1 and "file" in err
+
+
+def test_where_a_result_goes_is_checked_before_the_work(capsys, tmp_path, prompts, monkeypatch):
+    """Before a model is read, for files and for folders."""
+    monkeypatch.setattr("mixdq_ao.app.inputs.load_pipeline", None)
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text("")
+    folder.mkdir()
+    texts = ("--prompts", prompts)
+    cases = [
+        (("calibrate", PIPELINE, *texts, "--out", file / "deep" / "c.json"), f"{file} is no folder"),
+        (("calibrate", PIPELINE, *texts, "--out", folder), "is a folder, expected the name of a file"),
+        (("analyze", PIPELINE, *texts, "--out", file / "s.json"), f"{file} is no folder"),
+        (("generate", PIPELINE, *texts, "--out", file), f"{file} is no folder"),
+        (("quantize", PIPELINE, "--plan", file, "--out", file / "deep"), f"{file} is no folder"),
+        (("demo", "--out", file / "deep"), f"{file} is no folder"),
+    ]
+    for arguments, words in cases:
+        code, out, err = run(capsys, *arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1) and words in err, (arguments, err)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    code, out, err = run(capsys, "calibrate", PIPELINE, *texts, "--out", folder / "c.json")
+    assert code == 2 and f"{folder} is not writable" in err
+
+
+def test_a_device_that_is_not_here_is_one_line(capsys, tmp_path, prompts):
+    for device in ("warp", "meta:x", *(() if torch.cuda.is_available() else ("cuda",))):
+        code, _, err = run(capsys, "calibrate", PIPELINE, "--prompts", prompts, "--device", device)
+        assert code == 2 and err.count("\n") == 1 and f"device {device!r} cannot be used here" in err
 
 
 def test_traceback_only_when_asked(capsys, tmp_path):

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 
+import numpy
 import pytest
+import torch
+from PIL import Image
 
 from mixdq_ao import LayerPlan, Plan, TemporalPlan
+from mixdq_ao.app.inputs import load_pipeline
+from mixdq_ao.app.quantized import make_scheduled
+from mixdq_ao.models.pipelines import Sampling, generate
 from mixdq_ao.temporal.results import ScheduleResults
+from mixdq_ao.temporal.runtime import LevelRuntime
 from tests.command import run
 
 NATIVE = Plan({"conv_in": LayerPlan(weight_bits=8, act_bits=8, act_range=(-1.0, 1.0))})
@@ -41,6 +48,46 @@ def test_export_alone_and_into_a_config(capsys, saved, tmp_path):
     assert config["quantization_config"]["runtime"]["diffusion_step_policy"] == {**policy, "scope": ["unet"]}
 
 
+def test_import_of_what_was_exported(capsys, saved, tmp_path):
+    NATIVE.save(tmp_path / "plan.json")
+    run(capsys, "schedule", "export", saved, "--out", tmp_path / "p.json")
+    policy = json.loads((tmp_path / "p.json").read_text())
+    config = {"quantization_config": {"runtime": {"diffusion_step_policy": policy}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in ("p.json", "config.json"):
+        arguments = (tmp_path / name, "--plan", tmp_path / "plan.json", "--steps", 6, "--out", tmp_path / "new.json")
+        code, out, err = run(capsys, "schedule", "import", *arguments, "--json")
+        assert code == 0, err
+        assert json.loads(out)["steps"] == ["a16", "native", "native", "native", "a16", "a16"]
+        assert TemporalPlan.load(tmp_path / "new.json").levels["native"] == NATIVE
+
+
+def test_generate_follows_a_schedule(capsys, tmp_path, shapes, _bundled, monkeypatch):
+    """Each step at its level: pictures between those of the two levels, and what the library draws by itself."""
+    levels = {f"W{bits}A8": Plan.uniform(_bundled.pipe.unet, bits, 8) for bits in (8, 4)}
+    schedule = tmp_path / "schedule.json"
+    TemporalPlan(levels, ("W8A8", "W4A8")).save(schedule)
+    _bundled.calibration.save(tmp_path / "calibration.json")
+    seen = []
+
+    def follow(self, pipe):
+        original(self, pipe)
+        self.model.register_forward_pre_hook(lambda *_: seen.append(self.level))
+
+    original = LevelRuntime.follow
+    monkeypatch.setattr(LevelRuntime, "follow", follow)
+    ask = ("--schedule", schedule, "--calibration", tmp_path / "calibration.json", "--prompt", _bundled.prompts[0])
+    code, out, err = run(capsys, "generate", shapes.PIPELINE, *ask, "--out", tmp_path / "drawn", "--json")
+    assert code == 0, err
+    assert seen == ["W8A8", "W4A8"]
+    with Image.open(json.loads(out)["pictures"][0]) as picture:
+        drawn = torch.from_numpy(numpy.asarray(picture) / 255).permute(2, 0, 1)
+    pipe = load_pipeline(str(shapes.PIPELINE), device="cpu")
+    make_scheduled(pipe, TemporalPlan.load(schedule).with_calibration(_bundled.calibration))
+    (expected,) = next(iter(generate(pipe, _bundled.prompts[:1], Sampling(steps=2, batch_size=1))))
+    assert (drawn - expected).abs().max() <= 0.5 / 255 + 1e-6
+
+
 def test_a_search_on_a_pipeline_that_continues_and_reports(capsys, tmp_path, shapes, _bundled, monkeypatch):
     pipeline, prompts, plan = shapes.PIPELINE, tmp_path / "p.txt", tmp_path / "w8a8.json"
     prompts.write_text(_bundled.prompts[0])
@@ -71,11 +118,19 @@ def test_a_search_on_a_pipeline_that_continues_and_reports(capsys, tmp_path, sha
 def test_errors_are_one_line(capsys, saved, tmp_path):
     (tmp_path / "p.txt").write_text("a circle\n")
     (tmp_path / "bad.json").write_text("{}")
+    (tmp_path / "list.json").write_text("[]")
+    imported = ("schedule", "import", tmp_path / "bad.json")
+    generated = ("generate", tmp_path, "--prompt", "a circle", "--out", tmp_path / "pictures")
     search = ("schedule", "search", tmp_path, "--prompts", tmp_path / "p.txt")
     two = ("--level", "a", "none", 2, "--level", "b", "none", 1)
     cases = [
         (("schedule", "show", tmp_path / "none.json"), "cannot be read"),
         (("schedule", "show", tmp_path / "bad.json"), "expected 'mixdq-temporal-plan'"),
+        (("schedule", "export", saved, "--config", tmp_path / "list.json"), "is a list, expected an object"),
+        ((*imported, "--plan", tmp_path / "none.json", "--steps", "4"), "has no quantization_config.runtime"),
+        ((*generated, "--schedule", saved, "--steps", "4"), "the plan is for 6 steps, the scheduler runs 4"),
+        ((*generated, "--schedule", saved, "--plan", saved), "--plan and --schedule are both given"),
+        ((*generated, "--schedule", tmp_path / "bad.json"), "expected 'mixdq-temporal-plan'"),
         (("schedule", "export", saved, "--config", tmp_path / "bad.json", "--out", tmp_path / "x"), "no quantization"),
         ((*search, "--level", "16", "none", "1", "--max-cost", "1"), "expected at least two"),
         ((*search, "--level", "a", "none", "x", "--max-cost", "1"), "--level a: cost is 'x'"),

@@ -13,7 +13,7 @@ from ..output import counted, mebibytes, show, show_json, show_table, wrote
 if TYPE_CHECKING:
     from ...temporal.plan import TemporalPlan
 
-HELP = "find a precision for every denoising step, show it, or export it as a diffusion_step_policy"
+HELP = "find a precision for every denoising step, show it, or export and import a diffusion_step_policy"
 EXAMPLE = (
     "mixdq schedule search examples/shapes/pipeline --prompts prompts.txt --calibration calibration.json --steps 8 "
     "--level 16 none 1 --level W8A8 plan_w8a8.json 0.5 --level W4A8 plan_w4a8.json 0.25 --max-cost 0.4"
@@ -25,7 +25,9 @@ METRICS = {"ssim": "1 - SSIM of pictures", "mse": "mean squared error of latents
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="search|show|export", parser_class=type(parser))
+    kinds = parser.add_subparsers(
+        dest="kind", required=True, metavar="search|show|export|import", parser_class=type(parser)
+    )
     search = kinds.add_parser("search", help="find a schedule", description="Find a schedule by measuring pictures.")
     options.pipeline(search)
     options.prompts(search)
@@ -44,13 +46,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     search.add_argument(
         "--metric", choices=tuple(METRICS), default="ssim", help="1 - SSIM of pictures (default), or MSE of latents"
     )
-    search.add_argument(
-        "--storage",
-        choices=("nested", "own"),
-        default="nested",
-        help="nested: all levels in the bytes of one 8-bit model (default); own: codes for each width",
-    )
-    search.add_argument("--keep-full", action="store_true", help="16 bit is the model's own weight, kept as well")
+    options.storage(search)
     search.add_argument(
         "--store", type=Path, metavar="FILE", help="every result is appended here; run again to continue"
     )
@@ -72,10 +68,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
             sub.add_argument("--config", type=Path, metavar="FILE", help="a denoiser's config.json to put it into")
             sub.add_argument("--scope", nargs="+", default=["transformer"], metavar="NAME", help="default transformer")
             options.out(sub, "policy.json", "file to write")
+    text = "make a schedule of a diffusion_step_policy"
+    sub = kinds.add_parser("import", help=text, description=text[0].upper() + text[1:] + ".")
+    sub.add_argument("policy", type=Path, metavar="POLICY", help="the policy, or a denoiser's config.json that has one")
+    options.plan(sub, required=True)
+    options.calibration(sub, "ranges for a plan without them")
+    sub.add_argument("--steps", type=at_least(1), required=True, metavar="N", help="denoising steps of a run")
+    options.out(sub, "schedule.json", "file to write")
+    options.as_json(sub)
 
 
 def run(args: argparse.Namespace) -> None:
-    {"search": _search, "show": _show, "export": _export}[args.kind](args)
+    {"search": _search, "show": _show, "export": _export, "import": _import}[args.kind](args)
 
 
 def _search(args: argparse.Namespace) -> None:
@@ -181,3 +185,13 @@ def _export(args: argparse.Namespace) -> None:
     document = policy.to_json() if args.config is None else policy.into_config(read_config(args.config))
     write_document(args.out, document)
     wrote(args.out, json.dumps(policy.to_json()))
+
+
+def _import(args: argparse.Namespace) -> None:
+    from ...temporal.policy import import_policy, read_policy
+
+    policy = read_policy(args.policy)
+    result = import_policy(policy, args.steps, load_plan(args.plan, args.calibration))
+    result.save(args.out)
+    wrote(args.out, f"levels of {counted(args.steps, 'step')}, for mixdq generate --schedule")
+    _print(result, args.json)
