@@ -7,7 +7,7 @@ write both beside a plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,7 +21,7 @@ from ..layers import check_plan, find_layers
 from ..models.pipelines import Sampling, check_prompts, denoiser
 from ..plan import LayerPlan, Plan
 from ..progress import progress
-from ..quantize.config import MixDQLayerConfig, fake_quantizer, mixdq_config
+from ..quantize.config import MixDQLayerConfig, fake_quantizer, folded_as_planned, mixdq_config
 from ..quantize.fake import with_fake_quantizer, without_fake_quantizer
 from .additive import additive_errors
 from .probe_batch import batches
@@ -35,9 +35,9 @@ def faked(model: nn.Module, plan: Plan, moments: Mapping[str, Tensor] | None = N
     """Inside, ``model`` rounds as ``plan`` says, in floating point; then it is as it was. Kept: a byte a weight."""
     check_plan(plan, model)
     layers = find_layers(model)
-    configs = mixdq_config(plan, mode="fake", moments=moments).fqn_to_config
     with ExitStack() as stack:
-        for name, config in configs.items():
+        folded = stack.enter_context(folded_as_planned(model, mixdq_config(plan, mode="fake", moments=moments)))
+        for name, config in folded.fqn_to_config.items():
             assert isinstance(config, MixDQLayerConfig)
             quantizer = fake_quantizer(config)
             quantizer.keep(layers[name].weight)
@@ -74,6 +74,43 @@ def measured_errors(
             errors.append(noise / power)
             bar.advance()
     return errors
+
+
+def check_prediction(
+    pipe: Any,
+    sensitivity: Sensitivity,
+    plan: Plan,
+    prompts: Sequence[str],
+    *,
+    ranges: Callable[[Plan], Plan],
+    count: int = 0,
+    sampling: Sampling | None = None,
+    moments: Mapping[str, Tensor] | None = None,
+) -> Plan:
+    """``plan`` with what it was measured to cost beside what was predicted, in its metadata (see ``with_measured``).
+
+    Args:
+        ranges: gives a plan its activation ranges (``lambda p: p.with_calibration(calibration)``).
+        count: random plans measured too, with the plan's layers, whose agreement with their predictions says how far
+            predictions can be trusted on this model; at least 2, or 0 for none.
+    """
+    if count == 1 or count < 0:
+        raise SensitivityError(f"count is {count}, expected 0 or at least 2 random plans")
+    others = [_within(other, plan) for other in random_plans(sensitivity, count)]
+    measured = measured_errors(pipe, [ranges(p) for p in (plan, *others)], prompts, sampling=sampling, moments=moments)
+    if not count:
+        return with_measured(plan, measured[0])
+    predicted = [predicted_error(sensitivity, other) for other in others]
+    return with_measured(plan, measured[0], agreement=Agreement.of(predicted, measured[1:]))
+
+
+def _within(other: Plan, plan: Plan) -> Plan:
+    """``other`` where ``plan`` quantizes: layers it keeps stay, and activations have its bits."""
+    layers = {
+        n: replace(other.layers[n], act_bits=layer.act_bits) if layer.weight_bits < 16 and n in other.layers else layer
+        for n, layer in plan.layers.items()
+    }
+    return replace(other, layers=layers)
 
 
 def predicted_error(sensitivity: Sensitivity, plan: Plan) -> float:

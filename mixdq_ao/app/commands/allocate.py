@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import options
-from ..inputs import budget, integers
-from ..output import mebibytes, show, show_json, wrote
+from ..inputs import at_least, budget, integers, load_pipeline, read_prompts
+from ..output import counted, mebibytes, show, show_json, show_table, wrote
 
 if TYPE_CHECKING:
+    from ...plan import Plan
     from ...search.allocation import Allocation
+    from ...search.calibration import Calibration
+    from ...search.choose import Judged
 
 HELP = "choose bits for every layer within a size budget, by integer programming"
 EXAMPLE = (
@@ -44,20 +47,135 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.calibration(parser, "fills in the ranges, so that the plan is ready to use")
     options.out(parser, "plan.json", "file to write")
     options.as_json(parser)
+    _measuring(parser.add_argument_group("measuring plans on the model itself"))
+
+
+def _measuring(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--pipeline", metavar="PIPELINE", help="directory or name on the hub: measure the plan's error there too"
+    )
+    group.add_argument("--prompts", type=Path, metavar="FILE", help="what it draws for that; one prompt a line, UTF-8")
+    group.add_argument(
+        "--choose",
+        type=at_least(2),
+        nargs="?",
+        const=12,
+        metavar="N",
+        help="of at most N candidates (default 12: all objectives, unless --objective names one, and ways to divide "
+        "the budget) take the one whose pictures are closest to full precision's",
+    )
+    group.add_argument(
+        "--check",
+        type=at_least(2),
+        nargs="?",
+        const=12,
+        metavar="N",
+        help="measure N random plans as well (default 12): whether predicted errors hold on this model",
+    )
+    group.add_argument("--seeds", type=at_least(1), default=1, metavar="N", help="pictures per prompt to choose by")
+    group.add_argument(
+        "--moments", type=Path, metavar="FILE", help="saved input_moments(...), for compensated rounding"
+    )
+    group.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+    group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="type of the weights")
+    options.sampling(group, "1", 16)  # type: ignore[arg-type]  # a group takes arguments as a parser does
 
 
 def run(args: argparse.Namespace) -> None:
     from ...search.calibration import Calibration
 
-    find = _by_orthogonality if _format(args.sensitivity) == "mixdq-orthogonality" else _by_errors
+    orthogonal = _format(args.sensitivity) == "mixdq-orthogonality"
+    _check(args, orthogonal)
     calibration = Calibration.load(args.calibration) if args.calibration else None
-    result = find(args)
-    plan = result.plan if calibration is None else result.plan.with_calibration(calibration)
+    if args.pipeline is not None:
+        assert calibration is not None
+        result, plan, judged = _measured(args, calibration)
+    else:
+        result, judged = (_by_orthogonality if orthogonal else _by_errors)(args), []
+        plan = result.plan if calibration is None else result.plan.with_calibration(calibration)
     plan.save(args.out)
     wrote(args.out, f"bits of {len(plan.layers)} layers" + ("" if calibration else ", without ranges yet"))
     fields = ("status", "objective", "average_bits", "predicted_error", "weight_bytes", "k", "seconds")
     figures = {name: _plain(getattr(result, name)) for name in fields}
-    show_json({"plan": str(args.out), **figures}) if args.json else show("allocation", _rows(figures))
+    figures |= {name: plan.metadata[name] for name in MEASURED if name in plan.metadata}
+    if args.json:
+        show_json({"plan": str(args.out), **figures, "candidates": [_candidate(j) for j in judged]})
+        return
+    if judged:
+        _show_candidates(judged)
+    show("allocation", _rows(figures))
+
+
+MEASURED = ("measured_error", "measured_over_predicted", "prediction_agreement", "measured_psnr", "measured_pictures")
+
+
+def _check(args: argparse.Namespace, orthogonal: bool) -> None:
+    """Options that need others, or another file, are refused. Raises MixDQError."""
+    from ...errors import MixDQError
+
+    if args.pipeline is None:
+        for name in ("choose", "check", "moments", "prompts"):
+            if getattr(args, name) is not None:
+                raise MixDQError(f"--{name} is about plans measured on a model; give --pipeline and --prompts too")
+        return
+    for name in ("prompts", "calibration"):
+        if getattr(args, name) is None:
+            raise MixDQError(f"--pipeline needs --{name} to measure plans with")
+    if orthogonal:
+        raise MixDQError(f"{args.sensitivity} holds no errors to compare with; use --pipeline with mixdq analyze's")
+
+
+def _measured(args: argparse.Namespace, calibration: Calibration) -> tuple[Allocation, Plan, list[Judged]]:
+    """The plan, chosen among candidates if so asked, with its measured error in its metadata."""
+    from ... import Moments
+    from ...models.pipelines import Sampling
+    from ...search.choose import OBJECTIVES as ALL
+    from ...search.choose import candidates, choose
+    from ...search.prediction import check_prediction
+    from ...search.sensitivity import Sensitivity
+
+    sensitivity, prompts = Sensitivity.load(args.sensitivity), read_prompts(args.prompts)
+    moments = None if args.moments is None else Moments.load(args.moments)
+    shared: dict[str, Any] = {"moments": moments}
+    names = ("steps", "guidance_scale", "seed", "batch_size")
+    shared["sampling"] = Sampling(**{name: getattr(args, name) for name in names})
+    judged: list[Judged] = []
+    if args.choose is None:
+        result = _by_errors(args)
+        plan = result.plan.with_calibration(calibration)
+    else:
+        objectives = ALL if args.objective is None else (_objective(args, OBJECTIVES, "decoupled"),)
+        found = candidates(sensitivity, objectives=objectives, most=args.choose, **_shared(args))
+    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
+    if args.choose is not None:
+        judged = choose(pipe, found, prompts, calibration=calibration, seeds=args.seeds, **shared)
+        result, plan = judged[0].allocation, judged[0].plan
+    ranges = lambda p: p.with_calibration(calibration)  # noqa: E731
+    plan = check_prediction(pipe, sensitivity, plan, prompts, ranges=ranges, count=args.check or 0, **shared)
+    return result, plan, judged
+
+
+def _candidate(judged: Judged) -> dict[str, Any]:
+    names = ("objective", "psnr", "ssim", "pictures")
+    own = {name: _plain(getattr(judged.allocation, name)) for name in ("k", "weight_bytes", "predicted_error")}
+    error = None if judged.pictures == 1 else judged.error
+    return {**{name: getattr(judged, name) for name in names}, "standard_error": error, **own}
+
+
+def _show_candidates(judged: list[Judged]) -> None:
+    head = ("objective", "k", "weights", "predicted error", "PSNR, dB", "SSIM")
+    rows = [
+        (
+            j.objective,
+            ", ".join(f"{k:.2f}" for k in j.allocation.k.values()) or "-",
+            mebibytes(j.allocation.weight_bytes),
+            "-" if j.allocation.predicted_error is None else f"{j.allocation.predicted_error:.3g}",
+            f"{j.psnr:.2f}" + ("" if j.pictures == 1 else f" ± {j.error:.2f}"),
+            "-" if j.ssim is None else f"{j.ssim:.4f}",
+        )
+        for j in judged
+    ]
+    show_table(f"candidates, by {counted(judged[0].pictures, 'picture')}", head, rows)
 
 
 def _format(path: Path) -> object:
@@ -116,4 +234,13 @@ def _rows(figures: dict) -> dict[str, str]:
     error = figures["predicted_error"]
     predicted = "not known" if error is None else f"{error:.3g} of the output's power"
     rows = {"status": figures["status"], **bits, "weights": mebibytes(figures["weight_bytes"])}
-    return rows | {"predicted error": predicted, "solved in": f"{figures['seconds']:.1f} s"}
+    rows["predicted error"] = predicted
+    if "measured_error" in figures:
+        ratio = figures.get("measured_over_predicted")
+        rows["measured error"] = f"{figures['measured_error']:.3g}" + (f", {ratio:.2f} of it" if ratio else "")
+    if agreement := figures.get("prediction_agreement"):
+        spread = agreement["spread"]
+        rows[f"{agreement['plans']} random plans"] = f"rank correlation {agreement['rank']:.3f}" + (
+            "" if spread is None else f", measured / predicted {agreement['ratio']:.2f}, spread {100 * spread:.0f} %"
+        )
+    return rows | {"solved in": f"{figures['seconds']:.1f} s"}

@@ -1,0 +1,145 @@
+"""The final plan by what it draws: many prompts, several seeds, never one picture.
+
+Programs leave open how a budget is divided between content and quality layers, and which of several objectives is the
+right one for a model. Here every candidate draws the same pictures as full precision does, and the closest one wins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import AllocationError
+from ..models.pipelines import Sampling, check_prompts, denoiser, each_frame, generate
+from ..plan import Plan
+from ..progress import progress
+from .allocate import sweep
+from .allocation import Allocation
+from .calibration import Calibration
+from .metrics import WINDOW, psnr, ssim
+from .pareto import undominated
+from .prediction import faked
+from .request import Budget
+from .sensitivity import Sensitivity
+
+OBJECTIVES = ("additive", "decoupled", "sqnr")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """A candidate, and how close its pictures are to full precision's.
+
+    Attributes:
+        objective: what it was solved for.
+        allocation: its figures. plan: with its activation ranges.
+        psnr: dB, mean over pictures; error: standard error of that mean.
+        ssim: mean over pictures; None where they are smaller than its window.
+        pictures: their number, prompts times seeds (times frames).
+    """
+
+    objective: str
+    allocation: Allocation
+    plan: Plan
+    psnr: float
+    error: float
+    ssim: float | None
+    pictures: int
+
+
+def candidates(
+    sensitivity: Sensitivity,
+    *,
+    weight_bits: Budget,
+    act_bits: Budget | None = None,
+    objectives: Sequence[str] = OBJECTIVES,
+    most: int = 12,
+    **options: Any,
+) -> list[tuple[str, Allocation]]:
+    """(objective, allocation): of each objective the splits of the budget that no other beats in bytes and predicted
+    error, equal plans once, in turn from each objective until there are ``most``.
+
+    ``options``: as for ``allocate``. Raises AllocationError where no objective has a plan within the budget.
+    """
+    found: list[list[tuple[str, Allocation]]] = []
+    reason: AllocationError | None = None
+    for objective in objectives:
+        try:
+            swept = sweep(sensitivity, weight_bits=weight_bits, act_bits=act_bits, objective=objective, **options)
+        except AllocationError as e:
+            reason = e
+            continue
+        found.append([(objective, a) for a in sorted(undominated(swept), key=_predicted)])
+    if not found:
+        raise reason or AllocationError("objectives: expected at least one")
+    kept: list[tuple[str, Allocation]] = []
+    for place in range(max(map(len, found))):
+        for own in found:
+            if place < len(own) and all(own[place][1].plan.layers != a.plan.layers for _, a in kept):
+                kept.append(own[place])
+    return kept[:most]
+
+
+def _predicted(allocation: Allocation) -> float:
+    return math.inf if allocation.predicted_error is None else allocation.predicted_error
+
+
+@torch.no_grad()
+def choose(
+    pipe: Any,
+    given: Sequence[tuple[str, Allocation]],
+    prompts: Sequence[str],
+    *,
+    calibration: Calibration,
+    sampling: Sampling | None = None,
+    seeds: int = 1,
+    moments: Mapping[str, Tensor] | None = None,
+) -> list[Judged]:
+    """All candidates with what they drew, the best (highest mean PSNR) first.
+
+    Every candidate and full precision draw the same prompts from the same noise, in ``seeds`` rounds of other noise
+    (round r starts from ``sampling.seed`` + r times the number of prompts). In fake mode, in place: the model is never
+    copied, and full precision again afterwards.
+    """
+    prompts, sampling = check_prompts(prompts), sampling or Sampling()
+    if seeds < 1 or not given:
+        raise AllocationError(f"seeds is {seeds} and there are {len(given)} candidates, expected at least 1 of both")
+    rounds = [replace(sampling, seed=sampling.seed + r * len(prompts)) for r in range(seeds)]
+    judged = []
+    with progress("judging plans", 1 + len(given)) as bar:
+        references = [list(generate(pipe, prompts, drawn)) for drawn in rounds]
+        bar.advance(note="full precision")
+        for objective, allocation in given:
+            plan = allocation.plan.with_calibration(calibration)
+            with faked(denoiser(pipe), plan, moments):
+                closeness = [_close(generate(pipe, prompts, d), r) for d, r in zip(rounds, references, strict=True)]
+            decibel, similarity = (torch.cat(parts) for parts in zip(*closeness, strict=True))
+            judged.append(_judged(objective, allocation, plan, decibel, similarity))
+            bar.advance(note=f"{objective}, {judged[-1].psnr:.1f} dB")
+    return sorted(judged, key=lambda j: j.psnr, reverse=True)
+
+
+def _close(drawn: Any, references: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """PSNR and SSIM of every picture; no SSIM of pictures smaller than its window."""
+    pairs = [(each_frame(a), each_frame(b)) for a, b in zip(drawn, references, strict=True)]
+    small = min(pairs[0][0].shape[-2:]) < WINDOW
+    return torch.cat([psnr(*p) for p in pairs]), torch.empty(0) if small else torch.cat([ssim(*p) for p in pairs])
+
+
+def _judged(objective: str, allocation: Allocation, plan: Plan, decibel: Tensor, similarity: Tensor) -> Judged:
+    error = decibel.std().item() / math.sqrt(len(decibel)) if len(decibel) > 1 else math.nan
+    measured = {"psnr": decibel.mean().item(), "pictures": len(decibel)}
+    chosen = {**plan.metadata, "measured_psnr": measured["psnr"], "measured_pictures": len(decibel)}
+    return Judged(
+        objective=objective,
+        allocation=allocation,
+        plan=replace(plan, metadata=chosen),
+        psnr=measured["psnr"],
+        error=error,
+        ssim=similarity.mean().item() if len(similarity) else None,
+        pictures=len(decibel),
+    )
