@@ -18,12 +18,21 @@ def anonymous() -> int:
     return 1024 * int(found[1])
 
 
+def resident() -> int:
+    """Bytes of this process in memory, pages of mapped files among them."""
+    found = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found is not None, "a Linux kernel tells VmRSS"
+    return 1024 * int(found[1])
+
+
 class Peak:
     """``with Peak() as peak: ...``; then ``peak.bytes`` is the most held inside the block, looked at every 4 ms,
-    beyond ``base`` (default: what is held at its start), and ``peak.seconds`` the time it took."""
+    beyond ``base`` (default: what is held at its start), and ``peak.seconds`` the time it took. ``peak.with_files`` is
+    the same of all resident pages, those of mapped files included, beyond what was resident at its start."""
 
     def __init__(self, base: int | None = None) -> None:
         self.base, self.bytes, self.seconds = anonymous() if base is None else base, 0, 0.0
+        self.all_base, self.with_files = resident(), 0
         self._done = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
 
@@ -33,6 +42,7 @@ class Peak:
 
     def _look(self) -> None:
         self.bytes = max(self.bytes, anonymous() - self.base)
+        self.with_files = max(self.with_files, resident() - self.all_base)
 
     def __enter__(self) -> Peak:
         self._start = time.perf_counter()

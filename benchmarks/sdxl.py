@@ -17,6 +17,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.layouts import SDXL
-from benchmarks.memory import Peak, anonymous
+from benchmarks.memory import Peak, anonymous, resident
 from inductor_kernels import weights
 from mixdq_ao import Plan, calibrate, mixdq_config, quantize_
 from mixdq_ao.app.environment import environment
@@ -156,15 +157,27 @@ def in_place(
 
 
 def from_disk(disk: Path) -> dict[str, Any]:
-    """Figures of a quantizing ``from_pretrained`` of what ``in_place`` left."""
+    """Figures of a quantizing ``from_pretrained`` of what ``in_place`` left, and of saving what it made."""
     from mixdq_ao.models import MixDQConfig
 
-    config = MixDQConfig(disk / "plan.json")
+    config, base = MixDQConfig(disk / "plan.json"), anonymous()
     with Peak() as peak:
         model: Any = UNet2DConditionModel.from_pretrained(
             disk / "full", torch_dtype=torch.bfloat16, quantization_config=config
         )
-    return {"peak": peak.bytes, "seconds": peak.seconds, "bytes_held": held_bytes(model)}
+    settled, mapped = anonymous() - base, resident() - anonymous()
+    with tempfile.TemporaryDirectory(dir=disk) as folder, Peak(base) as saving:
+        model.save_pretrained(folder)
+    return {
+        "peak": peak.bytes,
+        "peak, pages of mapped files included": peak.with_files,
+        "process_after": settled,
+        "mapped_after": mapped,
+        "peak, saving included": max(peak.bytes, saving.bytes),
+        "seconds": peak.seconds,
+        "seconds_saving": saving.seconds,
+        "bytes_held": held_bytes(model),
+    }
 
 
 def in_own_process(disk: Path) -> dict[str, Any]:
@@ -181,7 +194,8 @@ def shares(figures: dict[str, Any]) -> dict[str, float]:
         "peak_quantizing / source_bytes": figures["peak_quantizing"] / source,
     }
     if "from_disk" in figures:
-        found["from_disk peak / source_bytes"] = figures["from_disk"]["peak"] / source
+        for name in ("peak", "peak, saving included", "peak, pages of mapped files included"):
+            found[f"from_disk {name} / source_bytes"] = figures["from_disk"][name] / source
     return found
 
 

@@ -34,6 +34,7 @@ from ..errors import CheckpointError, PlanError
 from ..layers import find_layers
 from ..plan import Plan
 from ..quantize.config import check_model, mixdq_config
+from ..quantize.heap import page_out
 from ..quantize.tensor import is_quantized
 from ..registration import METHOD
 from .checkpoint import Checkpoint
@@ -76,18 +77,12 @@ class MixDQConfig(QuantizationConfigMixin):
 
         Raises PlanError or QuantizationError naming a layer that the plan does not fit, or whose moment is missing.
         """
-        self._check_plan()
+        self._check_moments()
         config = mixdq_config(self.plan, overrides=self.overrides, moments=self.moments)
         check_model(model, config)
         return config.fqn_to_config
 
-    def _check_plan(self) -> None:
-        folding = next((n for n, layer in self.plan.layers.items() if layer.folds_input), None)
-        if folding is not None:
-            raise PlanError(
-                f"layer {folding!r}: its plan has smoothing or rotation, which changes other layers too and cannot be "
-                "done weight by weight; load the model, then quantize_(model, mixdq_config(plan))"
-            )
+    def _check_moments(self) -> None:
         needed = [n for n, layer in self.plan.layers.items() if layer.quantized and layer.needs_moment]
         for name in needed:
             if name in (self.moments or {}) or _named(self.overrides, name):
@@ -213,6 +208,7 @@ class MixDQQuantizer(DiffusersQuantizer):
             quantize_(module, FqnToConfig(OrderedDict({parameter: config})), filter_fn=None)
         elif config is not None:
             quantize_(module, config, filter_fn=lambda m, _: m is module)
+        page_out(param_value)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pending:
