@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
+from torch import _inductor as inductor
 from torch import nn
 
 from mixdq_ao import CheckpointError, Plan, calibrate, mixdq_config, quantize_
@@ -80,24 +84,39 @@ def test_shapes_may_be_dynamic(small):
 
 
 RUN = """
-import sys, torch
+import importlib, sys, torch
+ours = sys.argv[3:]  # what a process is told to import first; on a path without the rest of us
+for name in ours:
+    importlib.import_module(name)
 compiled = torch._inductor.aoti_load_package(sys.argv[1])
 x, expected = torch.load(sys.argv[2])
 y = compiled(x=x)
-assert not {"mixdq_ao", "inductor_kernels", "torchao", "diffusers"} & set(sys.modules), "our Python was imported"
+imported = {"mixdq_ao", "inductor_kernels", "torchao", "diffusers"} & set(sys.modules)
+assert imported == set(ours), imported
 assert (y - expected).abs().max() <= 2e-6 * expected.abs().max(), (y - expected).abs().max()
 print("the same")
 """
 
 
-def test_a_package_runs_in_a_process_without_us(small, tmp_path):
+def in_another_process(code: str, path: Path, data: object, *imports: str) -> None:
+    """Runs ``code`` on a package and what it was called with. Of ours the process can import only ``imports``."""
+    torch.save(data, path.with_suffix(".data"))
+    for name in imports:
+        (path.parent / name).symlink_to(Path(import_module(name).__file__ or "").parent)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    arguments = [sys.executable, "-c", code, str(path), str(path.with_suffix(".data")), *imports]
+    run = subprocess.run(arguments, capture_output=True, text=True, cwd=path.parent, env=environment)
+    assert run.returncode == 0 and run.stdout == "the same\n", run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("use, imports", [("auto", ()), ("ours", ("inductor_kernels",))])
+def test_a_package_runs_in_a_process_without_us(small, tmp_path, use, imports):
+    """With our kernels for a CPU the process imports these, and nothing that knows how to quantize."""
     model, x, expected = small
     path = tmp_path / "small.pt2"
-    assert package(model, {"x": x}, path) is False
-    torch.save((x, expected), tmp_path / "data")
-    arguments = [sys.executable, "-c", RUN, str(path), str(tmp_path / "data")]
-    run = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == 0 and run.stdout == "the same\n", run.stderr[-2000:]
+    with inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):  # the same code sooner
+        assert package(model, {"x": x}, path, use=use) is bool(imports)
+    in_another_process(RUN, path, (x, expected), *imports)
 
 
 def test_what_cannot_be_packaged_is_said(small, tmp_path):
@@ -142,7 +161,8 @@ def test_the_command_packages_what_the_pipeline_calls(_bundled, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_a_whole_unet_in_a_process_without_us(_bundled, tmp_path):
+@pytest.mark.parametrize("use, imports", [("auto", ()), ("ours", ("inductor_kernels",))])
+def test_a_whole_unet_in_a_process_without_us(_bundled, tmp_path, use, imports):
     import copy
 
     from mixdq_ao import Sampling
@@ -153,11 +173,9 @@ def test_a_whole_unet_in_a_process_without_us(_bundled, tmp_path):
     quantize_(pipe.unet, mixdq_config(Plan.uniform(pipe.unet, 8, 8).with_calibration(_bundled.calibration)))
     call = captured_call(pipe.unet, lambda: generate_all(pipe, _bundled.prompts[:1], Sampling(), "latent"))
     call = {name: value for name, value in call.items() if value is not None}
-    package(pipe.unet, call, tmp_path / "unet.pt2")
+    package(pipe.unet, call, tmp_path / "unet.pt2", use=use)
     with torch.no_grad():
-        torch.save((call, pipe.unet(**call)[0]), tmp_path / "data")
+        expected = pipe.unet(**call)[0]
     code = RUN.replace("x, expected", "call, expected").replace("compiled(x=x)", "compiled(**call)[0]")
     code = code.replace("2e-6", "0.02")  # codes at a rounding border may differ by one
-    arguments = [sys.executable, "-c", code, str(tmp_path / "unet.pt2"), str(tmp_path / "data")]
-    run = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr[-2000:]
+    in_another_process(code, tmp_path / "unet.pt2", (call, expected), *imports)
