@@ -16,8 +16,6 @@ import copy
 import json
 import math
 import os
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +34,8 @@ from mixdq_ao.app.report.chart import LogScale, axes, marker
 from mixdq_ao.app.report.html import Html, join, tag
 from mixdq_ao.jsonfile import write_document
 from mixdq_ao.layers import find_layers
+
+from . import record
 
 RESULTS = Path(__file__).parent / "results"
 DEPTHS = (1, 3, 8, 20, 50, 110)
@@ -222,7 +222,7 @@ def main() -> None:
                 write_document(kept, rows)
                 print(key, rows[key], flush=True)
             growth.setdefault(by, []).append(rows[key])
-    command = shlex.join(["python", "-m", "benchmarks.scaling", *sys.argv[1:]])
+    command = record.command("benchmarks.scaling")
     document = {"command": command, "rows": growth, "exponents": exponents(growth), "environment": environment()}
     write_document(options.out / "scaling.json", document)
     (options.out / "scaling.svg").write_text(svg(growth), encoding="utf-8")

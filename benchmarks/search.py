@@ -11,8 +11,6 @@ benchmarks/results/search.json and search.md; what is measured is kept in --work
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +29,7 @@ from mixdq_ao.search.analyze import Evaluation
 from mixdq_ao.search.metrics import psnr
 from mixdq_ao.search.trial import Trials
 
+from . import record
 from .peers.kept import Row, Rows
 
 RESULTS = Path(__file__).parent / "results"
@@ -139,7 +138,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found = measure(Rows(options.work / "rows.json", lambda name, row: print(name, row, flush=True)), options.work)
     e = environment()
-    command = shlex.join(["python", "-m", "benchmarks.search", *sys.argv[1:]])
+    command = record.command("benchmarks.search")
     write_document(options.out / "search.json", {"command": command, "rows": found, "environment": e})
     where = (
         f"{e['processor']}, {e['cpu_capability']}, torch {e['packages']['torch']}, commit {e['commit']}; `{command}`"

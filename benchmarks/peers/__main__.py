@@ -15,9 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -32,13 +30,14 @@ from mixdq_ao.app.environment import environment
 from mixdq_ao.app.measure import rounds_of, speedup
 from mixdq_ao.jsonfile import write_document
 
+from .. import record
 from ..held import model_bytes
 from ..memory import Peak
 from .contenders import PEERS, Contender
 from .kept import Row, Rows
 from .ours import Ours
 from .published import Published
-from .subject import Subject, estimated_bytes, latency_inputs
+from .subject import Subject, latency_inputs, simulated_bytes
 from .tables import behind, cells, table
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -71,7 +70,7 @@ def peer(subject: Subject, contender: Contender, inputs: dict[str, Any]) -> Row:
     start = time.process_time()
     unet = contender.quantize(copy.deepcopy(subject.pipe.unet), subject)
     seconds = time.process_time() - start
-    size = model_bytes(unet) if contender.stored else estimated_bytes(subject.pipe.unet, contender.bits or 32)
+    size = model_bytes(unet) if contender.stored else simulated_bytes(unet)
     with torch.no_grad():
         return {"seconds": seconds, "does": contender.does} | measured(subject, unet, size, inputs)
 
@@ -148,7 +147,7 @@ def main() -> None:
     shown = all_rows(subject, rows, lambda name: any(text in name for text in options.only), options.work)
     packages = sorted({c.package for c in PEERS})
     document = {
-        "command": shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]]),
+        "command": record.command("benchmarks.peers"),
         "rows": shown,
         "peers": {package: installed(package) for package in packages},
         "environment": environment() | {"prompts": options.prompts, "latency_batch": BATCH},

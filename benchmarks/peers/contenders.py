@@ -30,14 +30,13 @@ SMALL = {"minimum_allowed_numel": 256, "minimum_allowed_channel_size": 4, "add_s
 @dataclass(frozen=True, slots=True)
 class Contender:
     """``package``: as on PyPI. ``does``: what of the model it reaches. ``stored``: whether the bytes held are those of
-    the quantized weights; fake quantization holds full precision and gives ``bits`` for an estimate."""
+    the quantized weights; fake quantization holds full precision, and its bytes are computed."""
 
     name: str
     package: str
     quantize: Quantize
     does: str
     stored: bool = True
-    bits: float | None = None
 
 
 def _torchao(config: Callable[[], Any]) -> Quantize:
@@ -213,14 +212,9 @@ PEERS = (
         _modelopt(("INT8_SMOOTHQUANT_CFG",)),
         BOTH + ", activations",
         False,
-        8.0,
     ),
-    Contender("ModelOpt int8", "nvidia-modelopt", _modelopt(("INT8_DEFAULT_CFG",)), BOTH + ", activations", False, 8.0),
-    Contender(
-        "ModelOpt auto_quantize, 6 bits", "nvidia-modelopt", _modelopt(AUTO, 6.0), BOTH + ", mixed bits", False, 6.0
-    ),
-    Contender(
-        "ModelOpt auto_quantize, 5 bits", "nvidia-modelopt", _modelopt(AUTO, 5.0), BOTH + ", mixed bits", False, 5.0
-    ),
-    Contender("AutoRound, 4 bits on average", "auto-round", auto_round, LINEAR + ", mixed bits", False, 4.0),
+    Contender("ModelOpt int8", "nvidia-modelopt", _modelopt(("INT8_DEFAULT_CFG",)), BOTH + ", activations", False),
+    Contender("ModelOpt auto_quantize, 6 bits", "nvidia-modelopt", _modelopt(AUTO, 6.0), BOTH + ", mixed bits", False),
+    Contender("ModelOpt auto_quantize, 5 bits", "nvidia-modelopt", _modelopt(AUTO, 5.0), BOTH + ", mixed bits", False),
+    Contender("AutoRound, 4 bits on average", "auto-round", auto_round, LINEAR + ", mixed bits", False),
 )

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,13 +27,14 @@ from mixdq_ao.app.measure import rounds_of
 from mixdq_ao.jsonfile import write_document
 from mixdq_ao.search.roundings import PLAIN, rounded_as
 
+from .. import record
 from ..turns import speedup
 from .contenders import PEERS
 from .ours import Ours
 from .subject import Subject, latency_inputs
 
 RESULTS = Path(__file__).parents[1] / "results"
-BATCH, ROUNDS, CAPTIONS = 32, 25, 32
+BATCH, ROUNDS, CAPTIONS = 32, 15, 32
 TIMED = (
     "PyTorch PT2E, X86InductorQuantizer",
     "torchao int8 dynamic",
@@ -70,7 +69,6 @@ def ours(unet: nn.Module, subject: Subject, work: Path, bits: float) -> nn.Modul
 
 def prepared(name: str, unet: Any, inputs: dict[str, Any], whole: bool) -> tuple[Call, float]:
     """A compiled call and the seconds of the first one. Raises where it does not agree with the uncompiled model."""
-    torch._dynamo.reset()
     expected = unet(**inputs)[0]
     unet = copy.deepcopy(unet)
     unet.compile(fullgraph=True) if whole else unet.compile_repeated_blocks(fullgraph=True)
@@ -90,6 +88,7 @@ def prepared(name: str, unet: Any, inputs: dict[str, Any], whole: bool) -> tuple
 
 @torch.no_grad()
 def measure(subject: Subject, wanted: Callable[[str], bool], work: Path, whole: bool) -> dict[str, dict[str, Any]]:
+    torch._dynamo.config.recompile_limit = 64  # blocks of every contender share their code
     inputs, calls = latency_inputs(subject, BATCH), {}
     rows: dict[str, dict[str, Any]] = {}
     for name, make in contenders(subject, work).items():
@@ -134,7 +133,7 @@ def main() -> None:
     wanted = lambda name: any(text in name for text in options.only) and (options.whole or "PT2E" not in name)  # noqa: E731
     rows = measure(Subject(CAPTIONS), wanted, options.work, options.whole)
     e = environment()
-    command = shlex.join(["python", "-m", "benchmarks.peers.latency", *sys.argv[1:]])
+    command = record.command("benchmarks.peers.latency")
     document = {"command": command, "rows": rows, "environment": e}
     write_document(options.out / "peers_latency.json", document)
     machine = f"{e['processor']}, {e['cpu_capability']}, {e['threads']} threads"

@@ -67,14 +67,19 @@ class Subject:
         return {str(s): exam.grade(self._pictures(unet, s), self.references[s]) for s, exam in self.exams.items()}
 
 
-def estimated_bytes(model: nn.Module, bits: float) -> int:
-    """Bytes a model of fake-quantized linear and convolution weights would take at so many bits on average, with one
-    float32 scale per output channel."""
+def simulated_bytes(model: nn.Module) -> int:
+    """Bytes a model of fake-quantized weights would take: each linear and convolution weight at the bits its ModelOpt
+    quantizer has (all of them where it is off), one float32 scale per output channel, everything else as it is."""
     quantized = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    weights = sum(m.weight.numel() for m in quantized)
-    scales = sum(4 * m.weight.shape[0] for m in quantized)
-    rest = sum(p.numel() * p.element_size() for p in model.parameters()) - 4 * weights
-    return round(weights * bits / 8) + scales + rest
+    rest = sum(p.numel() * p.element_size() for p in model.parameters())
+    rest -= sum(m.weight.numel() * m.weight.element_size() for m in quantized)
+    weights = sum(m.weight.numel() * _bits(m) // 8 + 4 * m.weight.shape[0] for m in quantized)
+    return weights + rest
+
+
+def _bits(module: nn.Linear | nn.Conv2d) -> int:
+    quantizer: Any = getattr(module, "weight_quantizer", None)
+    return quantizer.num_bits if quantizer is not None and quantizer.is_enabled else 8 * module.weight.element_size()
 
 
 def latency_inputs(subject: Subject, batch: int) -> dict[str, Any]:

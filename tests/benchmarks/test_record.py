@@ -1,0 +1,21 @@
+"""Commands as files of results keep them."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import record
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ([], ""),
+        (["--prompts", "64", "--work", "/tmp/x", "--only", "a b"], " --prompts 64 --only 'a b'"),
+        (["--work=/tmp/x", "--whole"], " --whole"),
+        (["--whole", "--out", "x", "--work", "y"], " --whole"),
+    ],
+)
+def test_places_are_left_out(monkeypatch, given, kept):
+    monkeypatch.setattr("sys.argv", ["anything", *given])
+    assert record.command("benchmarks.search") == "python -m benchmarks.search" + kept
