@@ -56,6 +56,11 @@ def test_nothing_sticks_out_of_a_narrow_window(browser):
     assert scrolled <= window <= 500
 
 
+def test_a_long_caption_widens_nothing(browser):
+    browser.run("document.querySelector('.choices option').textContent = 'a red circle '.repeat(40)")
+    test_nothing_sticks_out_of_a_narrow_window(browser)
+
+
 def test_the_table_is_sorted_by_a_click_and_back(browser):
     given = browser.run("column(3)")
     assert browser.run("press(3), column(3)") == sorted(given) != given

@@ -19,7 +19,8 @@ mixdq generate PIPELINE --plan plan_w4a8.json --prompts prompts.txt --out pictur
 
 
 def environment_section(environment: Mapping[str, Any]) -> Html:
-    rows = [tag("div", tag("dt", name), tag("dd", value)) for name, value in flatten(environment)]
+    facts = ((name.removeprefix("packages "), value) for name, value in flatten(environment))
+    rows = [tag("div", tag("dt", name), tag("dd", value)) for name, value in facts]
     return section(
         "environment",
         "Environment, and how to repeat this",
