@@ -38,8 +38,10 @@ def read_document(path: str | os.PathLike[str], kind: str, version: int, error: 
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise error(f"{path}: cannot be read as UTF-8 text: {e}") from e
+    except OSError as e:
+        raise error(f"{path}: cannot be read: {e.strerror or e}; expected a {kind} file") from e
+    except UnicodeDecodeError as e:
+        raise error(f"{path}: cannot be read as UTF-8 text (byte {e.start}); expected a {kind} file") from e
     try:
         document = parse(text)
     except (ValueError, RecursionError) as e:

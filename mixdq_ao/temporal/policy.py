@@ -204,8 +204,10 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A denoiser's config.json as it stands. Raises ScheduleError naming the file."""
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as e:
-        raise ScheduleError(f"{os.fspath(path)}: cannot be read as UTF-8 text: {e}") from e
+    except OSError as e:
+        raise ScheduleError(f"{os.fspath(path)}: cannot be read: {e.strerror or e}") from e
+    except UnicodeDecodeError as e:
+        raise ScheduleError(f"{os.fspath(path)}: cannot be read as UTF-8 text (byte {e.start})") from e
     except (ValueError, RecursionError) as e:
         raise ScheduleError(f"{os.fspath(path)}: not valid JSON ({e}), expected a model's config.json") from e
     if not isinstance(config, dict):
