@@ -101,6 +101,8 @@ def check_wheel(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"mixdq_ao", "inductor_kernels"}, tops
     assert said["Requires-Python"] == ">=3.11" and said["License-Expression"] == "Apache-2.0"
+    named = {c.rpartition(" :: ")[2] for c in said.get_all("Classifier", []) if "Python :: 3." in c}
+    assert named == {"3.11", "3.12"}, named  # those this script is run with
     needed = {line.split(";")[0].split(">")[0].strip() for line in said.get_all("Requires-Dist", [])}
     assert {"torch", "torchao", "diffusers", "transformers", "highspy", "safetensors"} <= needed, needed
 

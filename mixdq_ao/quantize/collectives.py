@@ -69,8 +69,11 @@ def received(weight: MixDQTensor, receive: Callable[[str, Tensor], Any]) -> Any:
         work.wait()
         if name in weight.shared_tensors:
             fresh[name] = into
-        elif into is not tensor:
+            continue
+        if into is not tensor:
             tensor.copy_(into)
+        # What was received counts as no change by itself; forms prepared of the old weight must be dropped.
+        torch.autograd.graph.increment_version(tensor)
     filled = weight.with_tensors(**fresh)
     for name in fresh:
         setattr(weight, name, getattr(filled, name))
