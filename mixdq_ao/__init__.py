@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         TextEncoderError,
     )
     from .models.fused_projections import fuse_projections, unfuse_projections
+    from .models.fused_text import fuse_text_projections, unfuse_text_projections
     from .models.pipelines import Sampling, generate
     from .models.serialization import load_quantized, save_quantized
     from .models.text_reuse import reuse_text_projections
@@ -71,6 +72,8 @@ _HOME = {
     "TextEncoderError": "errors",
     "fuse_projections": "models.fused_projections",
     "unfuse_projections": "models.fused_projections",
+    "fuse_text_projections": "models.fused_text",
+    "unfuse_text_projections": "models.fused_text",
     "Sampling": "models.pipelines",
     "generate": "models.pipelines",
     "load_quantized": "models.serialization",
