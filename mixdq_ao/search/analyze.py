@@ -128,7 +128,7 @@ def analyze(
     foldings = foldings_of(calibration.layers)
     moments = None if moments is None else folded_moments(moments, foldings)
     own: dict[str, Any] = {"weight_bits": weight_bits, "act_bits": act_bits, "roundings": roundings, "moments": moments}
-    own |= {"store": store, "rule": rule, "budget": budget, "workers": _folding_workers(workers, foldings)}
+    own |= {"store": store, "rule": rule, "budget": budget, "workers": folding_workers(workers, foldings)}
     own |= {"merge": tuple(merge), "part": part}
     with as_calibrated(denoiser(pipe), calibration) as calibration:
         if method == "probe":
@@ -160,7 +160,7 @@ def analyze_part(
     raise AssertionError("a part alone never ends with a sensitivity")
 
 
-def _folding_workers(workers: RayWorkers | None, foldings: Mapping[str, Folding]) -> RayWorkers | None:
+def folding_workers(workers: RayWorkers | None, foldings: Mapping[str, Folding]) -> RayWorkers | None:
     """Workers that fold what they load, as the model here is."""
     if workers is None or workers.load is None or not any(foldings.values()):
         return workers

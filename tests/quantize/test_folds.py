@@ -19,6 +19,7 @@ from mixdq_ao import (
     Plan,
     PlanError,
     QuantizationError,
+    RayWorkers,
     analyze,
     calibrate,
     input_moments,
@@ -43,6 +44,7 @@ from mixdq_ao.quantize.folds import (
 )
 from mixdq_ao.quantize.hadamard import hadamard, rotated
 from mixdq_ao.quantize.tensor import MixDQTensor
+from mixdq_ao.search.analyze import folding_workers
 from tests.search.zoo import ZOO, ToyPipeline
 
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
@@ -377,3 +379,15 @@ def test_sensitivity_is_of_the_folded_model(calibration: Calibration):
     assert {n: v.weight_errors for n, v in got.layers.items()} == {n: v.weight_errors for n, v in wanted.layers.items()}
     assert {n: v.act_errors for n, v in got.layers.items()} == {n: v.act_errors for n, v in wanted.layers.items()}
     assert all(torch.equal(p, before[n]) for n, p in denoiser(pipe).state_dict().items())
+
+
+def test_workers_fold_what_they_load(calibration: Calibration):
+    """Without Ray: what a worker's pipeline becomes."""
+    workers = folding_workers(RayWorkers(count=1, load=toy), foldings_of(calibration.layers))
+    assert workers is not None and workers.load is not None
+    loaded, by_hand = workers.load(), toy()
+    fold_(by_hand.transformer, planned_folds(by_hand.transformer, foldings_of(calibration.layers)))
+    wanted = by_hand.transformer.state_dict()
+    assert all(torch.equal(p, wanted[n]) for n, p in loaded.transformer.state_dict().items())
+    plain = RayWorkers(count=1, load=toy)
+    assert folding_workers(plain, foldings_of(calibration.of_folded_model().layers)) is plain
