@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ AT = [999, 749, 499, 249]  # where four steps of LCM look, on the path
 BATCH, CAPTIONED = 12, 3
 
 
-def conditions(pipe: Any, texts: list[str | None]) -> dict[str, Any]:
+def conditions(pipe: Any, texts: Sequence[str | None]) -> dict[str, Any]:
     """What the UNet is told of each text: embeddings, zeros for None."""
     embeddings, _, pooled, _ = pipe.encode_prompt([t or "-" for t in texts], do_classifier_free_guidance=False)
     asked = torch.tensor([t is not None for t in texts], dtype=embeddings.dtype)
@@ -133,7 +134,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-3)
     args = parser.parse_args()
     pipe = subject.load_pipeline()
-    state = train(pipe, count=args.paths, steps=args.steps, rate=args.rate)
+    state: dict[str, Any] = {**train(pipe, count=args.paths, steps=args.steps, rate=args.rate)}
     pipe.save_lora_weights(args.out, unet_lora_layers=state)
     print(f"{args.out}: {sum(v.numel() for v in state.values())} weights")
 

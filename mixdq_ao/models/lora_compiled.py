@@ -73,7 +73,7 @@ def unwrapped(pipe: Any) -> Iterator[None]:
     """
     held: dict[str, Any] = {}
     for name in getattr(pipe, "_lora_loadable_modules", ()):
-        component = getattr(pipe, name, None)
+        component: Any = getattr(pipe, name, None)
         if type(component).__name__ == "TextReuse":
             raise _kept(f"pipe.{name}")
         wrapper = type(component).__name__ == "OptimizedModule"
