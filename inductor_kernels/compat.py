@@ -2,6 +2,7 @@
 
 import logging
 import math
+from typing import Any
 
 import torch
 import torch.utils._triton
@@ -116,8 +117,9 @@ def replace_sums(op, arguments: int, worth, replace) -> None:
     """In graphs about to be lowered, call ``replace(match, *arguments of op, other)`` for ``op(...) + other`` where
     nothing else reads the result of ``op`` and ``worth(match)``."""
     add, args = torch.ops.aten.add.Tensor, [Arg() for _ in range(arguments)]
+    late: Any = pass_patterns[2]
     product = CallFunction(op, *args, _users=1)
-    register_graph_pattern(CallFunction(add, product, Arg()), extra_check=worth, pass_dict=pass_patterns[2])(replace)
+    register_graph_pattern(CallFunction(add, product, Arg()), extra_check=worth, pass_dict=late)(replace)
 
     def other_way(match, other, *rest):
         replace(match, *rest, other)
@@ -129,7 +131,7 @@ def replace_sums(op, arguments: int, worth, replace) -> None:
         return good
 
     reverse = CallFunction(add, Arg(), CallFunction(op, *args, _users=1))
-    register_graph_pattern(reverse, extra_check=worth_other_way, pass_dict=pass_patterns[2])(other_way)
+    register_graph_pattern(reverse, extra_check=worth_other_way, pass_dict=late)(other_way)
 
 
 def replace_output(match, op, arguments: tuple) -> None:
@@ -190,7 +192,7 @@ def contiguous(x):
     return ir.ExternKernel.require_contiguous(x)
 
 
-def _buffer(x):
+def _buffer(x) -> Any:
     while isinstance(x, (ir.MutableBox, ir.BaseView)):
         x = x.data
     return x
@@ -210,11 +212,11 @@ def pointwise_work(x) -> tuple[int, int] | None:
 
     Reads of fewer elements (scales, biases) come from a cache and are not counted as bytes.
     """
-    buffer = _buffer(x)
+    buffer: Any = _buffer(x)
     if not isinstance(buffer, ir.ComputedBuffer) or not isinstance(buffer.data, ir.Pointwise):
         return None
     count, elements = buffer.data.inner_fn_opcount(), _elements(buffer)
-    read = [V.graph.try_get_buffer(name) or V.graph.graph_inputs.get(name) for name in count.read_buffers]
+    read: list[Any] = [V.graph.try_get_buffer(name) or V.graph.graph_inputs.get(name) for name in count.read_buffers]
     return count.num_ops, sum(r.get_dtype().itemsize for r in read if r is not None and _elements(r) >= elements)
 
 

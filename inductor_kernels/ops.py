@@ -82,7 +82,8 @@ def _linear_shape(x_q: Tensor, weight: Tensor, *rest) -> Tensor:
 
 
 def _linear_add_shape(x_q: Tensor, weight: Tensor, *rest) -> Tensor:
-    checks.linear(x_q, weight, *rest[:5], None, *rest[6:])
+    product = [*rest[:5], None, *rest[6:]]
+    checks.linear(x_q, weight, *product)
     checks.other(x_q, weight, rest[5], rest[-1])
     return x_q.new_empty((*x_q.shape[:-1], weight.shape[0]), dtype=rest[-1])
 

@@ -6,6 +6,8 @@ The quantize of the next layer and activation functions stay with Inductor, whic
 that stands between SDXL's layers. Convolutions stay as they are: oneDNN adds to theirs only in place.
 """
 
+from typing import Any
+
 import torch
 
 from . import compat, cpu
@@ -13,10 +15,13 @@ from . import compat, cpu
 OPS = torch.ops.inductor_kernels
 
 
-def _worth(match) -> bool:
+def _worth(match: Any) -> bool:
     """Both are of one shape and type, and the product is large enough for oneDNN."""
-    codes, weight, *_, row_scale, bits, dtype, other = match.args
-    y, x, z = (node.meta.get("val") for node in (match.output_node(), codes, other) if isinstance(node, torch.fx.Node))
+    codes, *_, row_scale, bits, dtype, other = match.args
+    if not isinstance(other, torch.fx.Node):
+        return False
+    values: list[Any] = [node.meta["val"] for node in (match.output_node(), codes, other)]
+    y, x, z = values
     if y.device.type != "cpu" or compat.config.cpu_backend != "cpp" or row_scale is not None:
         return False
     if z.shape != y.shape or z.dtype != dtype or y.dtype != dtype or not all(type(n) is int for n in x.shape):

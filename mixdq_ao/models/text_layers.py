@@ -33,6 +33,7 @@ class TextProjection(nn.Module):
         joint: the product that computes this projection with others and its place in it, None where there is none.
     """
 
+    layer: Any
     value: Tensor | None
     joint: tuple[Any, int] | None
 
