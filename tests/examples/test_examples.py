@@ -147,3 +147,46 @@ def test_programs_with_little_to_do(name, arguments, written, tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", [f"examples.{name}", "--out", str(tmp_path), *arguments])
     import_module(f"examples.{name}").main()
     assert written <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_an_lcm_lora_makes_a_quantized_many_step_model_draw_in_few(bundled, shapes):
+    """Asked for nothing, the bundled pipeline needs many steps; with its adapter few. Captions stay right: their BOS
+    rows go through adapted to_k and to_v."""
+    pytest.importorskip("peft", reason="LoRA is an extra")
+    from examples import lcm_lora
+    from mixdq_ao.search.metrics import psnr
+
+    pipe, asked = bundled.pipe, shapes.prompts(4, seed=5, held_out=True)
+    texts = [lcm_lora.NOTHING] * 4 + [prompt.text for prompt in asked]
+    many = lcm_lora.draw(pipe, texts[:4], 20)
+    lora = str(EXAMPLES / "shapes" / "lcm_lora")
+    quantized = lcm_lora.few_step(pipe, lora, texts, steps=2)
+    with_it = lcm_lora.draw(quantized, texts, 2)
+    without = lcm_lora.draw(pipe, texts[:4], 2)
+    assert psnr(with_it[:4], many).mean() > psnr(without, many).mean() + 3
+    assert shapes.load_scorer().agreement(with_it[4:], [prompt.spec for prompt in asked]).all == 1
+    pipe.load_lora_weights(lora, adapter_name="lcm")
+    assert psnr(with_it, lcm_lora.draw(pipe, texts, 2)).mean() > 35
+
+
+@pytest.mark.parametrize("how", ["rule", "probes"])
+def test_flux(how, tmp_path, capsys):
+    """Quantized, stored, compiled by blocks; what is stored draws the same."""
+    from diffusers import DiffusionPipeline
+
+    from examples import flux
+    from mixdq_ao import Sampling
+    from mixdq_ao.models.pipelines import generate_all
+
+    arguments = ["--how", how, "--probes", "2", "--steps", "1", "--compile", "eager", "--out", str(tmp_path)]
+    flux.main(arguments)
+    said = capsys.readouterr().out
+    assert float(said.split("PSNR")[1].split()[0]) > 20
+    pipe = DiffusionPipeline.from_pretrained(tmp_path)
+    kinds = {type(p).__name__ for p in pipe.transformer.parameters()}
+    assert "MixDQTensor" in kinds
+    pictures = generate_all(pipe, flux.PROMPTS, Sampling(steps=1, seed=1, height=32, width=32))
+    full = generate_all(flux.small_pipeline(), flux.PROMPTS, Sampling(steps=1, seed=1, height=32, width=32))
+    from mixdq_ao.search.metrics import psnr
+
+    assert f"PSNR {psnr(pictures, full).mean():.1f} dB" in said
