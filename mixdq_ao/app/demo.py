@@ -12,13 +12,14 @@ from rich.table import Table
 from torch import Tensor
 
 from ..jsonfile import write_document
-from ..models.pipelines import Sampling, generate_all
+from ..models.pipelines import Sampling
 from ..plan import Plan
 from ..progress import console, progress
 from ..quantize.bos_encoder import bos_aware
 from ..search.analyze import analyze
 from ..search.calibrate import calibrate
-from ..search.metrics import psnr
+from ..search.metrics import error_power, psnr
+from ..search.trial import run
 from .environment import environment
 from .grid import save_grid
 from .latency import latencies
@@ -26,7 +27,7 @@ from .measure import Exam, held_bytes
 from .quantized import quantized
 from .quiet import silence_loading_bars
 from .subject import bundled
-from .variants import PARETO_BITS, Choice, Variants, best, summaries
+from .variants import PARETO_BITS, Choice, Judgement, Variants, best, summaries
 
 STEPS = (4, 1)
 SHOWN = 8
@@ -106,10 +107,13 @@ def search(pipe: Any, subject: Any, size: Size, out: Path) -> tuple[Variants, di
     sensitivity.save(out / "sensitivity.json")
     sampling = Sampling(seed=500, batch_size=32)
     judged = [p.text for p in subject.prompts(size.judged, seed=77)]
-    reference = generate_all(pipe, judged, sampling)
+    reference = run(pipe, judged, sampling, images=True)
 
-    def judge(plan: Plan) -> float:
-        return psnr(generate_all(quantized(pipe, plan), judged, sampling), reference).mean().item()
+    def judge(plan: Plan) -> Judgement:
+        found = run(quantized(pipe, plan), judged, sampling, images=True)
+        assert found.images is not None and reference.images is not None
+        decibel = psnr(found.images, reference.images).mean().item()
+        return Judgement(decibel, error_power(reference.denoised, found.denoised))
 
     variants = Variants(pipe.unet, calibration, sensitivity, judge)
     choices: dict[float, list[Choice]] = {}
@@ -128,7 +132,8 @@ def _points(choices: dict[float, list[Choice]]) -> list[dict[str, Any]]:
             "weight_bits": bits,
             "weight_bytes": c.allocation.weight_bytes,
             "predicted_error": c.allocation.predicted_error,
-            "psnr": c.judged,
+            "measured_error": c.judged.error,
+            "psnr": c.judged.psnr,
             "ssim": None,
             "agreement": None,
         }

@@ -14,20 +14,30 @@ from ..search.allocate import allocate, sweep
 from ..search.allocation import Allocation
 from ..search.calibration import Calibration
 from ..search.pareto import undominated
+from ..search.prediction import with_measured
 from ..search.sensitivity import Sensitivity
 
-Judge = Callable[[Plan], float]
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a plan was measured to do: PSNR of the pictures in dB, and relative error power of the denoiser's output."""
+
+    psnr: float
+    error: float
+
+
+Judge = Callable[[Plan], Judgement]
 OBJECTIVES = ("additive", "decoupled", "sqnr")
 PARETO_BITS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """An allocation, the objective it was solved for, and its measured quality (PSNR in dB on a few prompts)."""
+    """An allocation, the objective it was solved for, and what was measured of it on a few prompts."""
 
     objective: str
     allocation: Allocation
-    judged: float
+    judged: Judgement
 
 
 class Variants:
@@ -51,9 +61,9 @@ class Variants:
 
     def w8a8(self) -> Plan:
         """8 bits everywhere but in the protected layers."""
-        return allocate(self.sensitivity, weight_bits=8, act_bits=8, protect=self.protected()).plan.with_calibration(
-            self.calibration
-        )
+        plan = allocate(self.sensitivity, weight_bits=8, act_bits=8, protect=self.protected()).plan
+        plan = plan.with_calibration(self.calibration)
+        return with_measured(plan, self.judge(plan).error)
 
     def choices(self, weight_bits: float) -> list[Choice]:
         """The best plan of every objective at this average, each picked by measured quality among its candidates."""
@@ -62,7 +72,7 @@ class Variants:
             candidates = self._candidates(weight_bits, objective)
             judged = [(self.judge(a.plan.with_calibration(self.calibration)), a) for a in candidates]
             if judged:
-                score, best = max(judged, key=lambda pair: pair[0])
+                score, best = max(judged, key=lambda pair: pair[0].psnr)
                 found.append(Choice(objective, best, score))
         return found
 
@@ -74,12 +84,13 @@ class Variants:
             return []
 
     def plan(self, choice: Choice) -> Plan:
-        return choice.allocation.plan.with_calibration(self.calibration)
+        """With its ranges, and what was measured of it beside what was predicted."""
+        return with_measured(choice.allocation.plan.with_calibration(self.calibration), choice.judged.error)
 
 
 def best(choices: list[Choice]) -> Choice:
     """The choice whose pictures were closest to full precision."""
-    return max(choices, key=lambda c: c.judged)
+    return max(choices, key=lambda c: c.judged.psnr)
 
 
 def summaries(plans: Mapping[str, Plan], model: nn.Module) -> dict[str, dict[str, float]]:

@@ -77,7 +77,7 @@ def change(folder: Path, name: str, edit) -> None:
 
 def test_every_section_in_one_file_without_a_network(folder):
     page = Balanced(page_of(folder))
-    assert {"results", "pictures", "ablation", "pareto", "layers", "environment"} <= set(page.ids)
+    assert {"results", "pictures", "ablation", "pareto", "prediction", "layers", "environment"} <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
     assert all(a.startswith(("#", "data:image/png;base64,")) for a in page.addresses)
     assert {a[1:] for a in page.addresses if a.startswith("#")} <= set(page.ids)
@@ -92,7 +92,22 @@ def test_what_a_reader_looks_for(folder):
     assert "12.6 dB closer to the originals than with uniform 4 bit" in text
     assert all(caption in text for caption in ("a large red circle", "MixDQ W4A8", "Imaginary CPU 9000"))
     assert text.count("<polyline") == 3
+    assert "Measured over predicted, 24 plans: 1.1 in the middle, from 1.1 to 1.1." in text
     assert "most sensitive of" in text
+
+
+def test_plans_that_were_measured(folder):
+    """Plans of ``mixdq allocate --check`` alone, without a front."""
+    (folder / "pareto.json").unlink()
+    assert 'id="prediction"' not in page_of(folder)
+    agreement = {"plans": 12, "rank": 0.987, "log_correlation": 0.99, "ratio": 1.1, "spread": 0.2}
+    measured = {"predicted_error": 2e-4, "measured_error": 3e-4, "prediction_agreement": agreement}
+    change(folder, "plan_w4a8.json", lambda d: d["metadata"].update(measured))
+    text = page_of(folder)
+    assert "Measured over predicted, one plan: 1.5." in text
+    assert "12 random plans, measured too: rank correlation 0.987" in text
+    change(folder, "plan_w4a8.json", lambda d: d["metadata"].update(measured_error="much", prediction_agreement=[1]))
+    assert 'id="prediction"' not in page_of(folder)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +116,7 @@ def test_what_a_reader_looks_for(folder):
         (["results.json"], {"results", "ablation"}),
         (["grid.json"], {"pictures"}),
         (["grid.png"], {"pictures"}),
-        (["pareto.json"], {"pareto"}),
+        (["pareto.json"], {"pareto", "prediction"}),
         (["sensitivity.json"], set()),
         (["plan_w8a8.json", "plan_w4a8.json", "plan_w3a8.json"], set()),
         (["sensitivity.json", "plan_w8a8.json", "plan_w4a8.json", "plan_w3a8.json"], {"layers"}),
@@ -111,7 +126,7 @@ def test_a_missing_file_drops_its_section(folder, files, gone):
     for name in files:
         (folder / name).unlink()
     ids = set(Balanced(page_of(folder)).ids)
-    sections = {"results", "pictures", "ablation", "pareto", "layers", "environment"}
+    sections = {"results", "pictures", "ablation", "pareto", "prediction", "layers", "environment"}
     assert sections - ids == gone
 
 

@@ -15,6 +15,7 @@ from .layers import layers_section, plan_css
 from .orthogonality import orthogonality_section
 from .overview import ablation, overview
 from .pareto import pareto_section
+from .prediction import prediction_section
 from .schedule import schedule_section
 
 LINKS = {
@@ -22,6 +23,7 @@ LINKS = {
     "pictures": "Pictures",
     "ablation": "Ingredients",
     "pareto": "Size and quality",
+    "prediction": "Prediction",
     "layers": "Layers",
     "schedule": "Steps",
     "orthogonality": "Correlation",
@@ -51,6 +53,7 @@ def render(inputs: Inputs) -> str:
         "pictures": grid_section(inputs.grid),
         "ablation": ablation(inputs),
         "pareto": pareto_section(inputs.points),
+        "prediction": prediction_section(inputs),
         "layers": layers_section(inputs),
         "schedule": schedule_section(inputs.schedules, inputs.schedule_results),
         "orthogonality": orthogonality_section(inputs.orthogonality),

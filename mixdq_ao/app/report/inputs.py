@@ -49,6 +49,7 @@ class Point:
     weight_bits: float
     weight_bytes: float
     predicted_error: float | None = None
+    measured_error: float | None = None
     psnr: float | None = None
     ssim: float | None = None
     agreement: float | None = None

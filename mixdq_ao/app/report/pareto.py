@@ -97,13 +97,14 @@ def _hint(point: Point) -> str:
 
 
 def _table(points: Sequence[Point]) -> Html:
-    head = ("Search", "Bits", "Weights", "Predicted error", "PSNR", "SSIM", "Agreement")
+    head = ("Search", "Bits", "Weights", "Predicted error", "Measured", "PSNR", "SSIM", "Agreement")
     rows = (
         (
             OBJECTIVES.get(p.objective, p.objective),
             f"{p.weight_bits:.2f}",
             size(p.weight_bytes),
             MISSING if p.predicted_error is None else f"{p.predicted_error:.2e}",
+            MISSING if p.measured_error is None else f"{p.measured_error:.2e}",
             decibel(p.psnr),
             number(p.ssim, 4),
             percent(p.agreement),
