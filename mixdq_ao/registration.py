@@ -52,8 +52,9 @@ def _adapters(module: ModuleType) -> None:
     theirs = module.dispatch_torchao
 
     def dispatch_torchao(target: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        weight = getattr(getattr(target, "base_layer", target), "weight", None)
-        if type(weight).__name__ in ("MixDQTensor", "SplitMixDQTensor"):
+        layer = getattr(target, "base_layer", target)
+        ours = type(getattr(layer, "weight", None)).__name__ in ("MixDQTensor", "SplitMixDQTensor")
+        if ours or getattr(layer, "folded", False):
             from .models.lora import adapted_layer
 
             return adapted_layer(target, adapter_name, *args, **kwargs)

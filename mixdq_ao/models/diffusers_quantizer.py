@@ -34,6 +34,7 @@ from ..errors import CheckpointError, PlanError
 from ..layers import find_layers
 from ..plan import Plan
 from ..quantize.config import check_model, mixdq_config
+from ..quantize.folds import find_folds
 from ..quantize.heap import page_out
 from ..quantize.tensor import is_quantized
 from ..registration import METHOD
@@ -288,7 +289,12 @@ def attach_quantizer(model: nn.Module, plan: Plan | None = None, quantizer: MixD
 
 
 def remember(model: nn.Module, plan: Plan) -> None:
-    """Each quantized layer knows its plan, for when it is quantized anew (``lora.py``)."""
+    """Each quantized layer knows its plan, for when it is quantized anew, and all that smoothing or rotation is folded
+    into know that (``lora.py``)."""
+    for fold in find_folds(model):
+        if any(name in plan.layers and plan.layers[name].folds_input for name in fold.readers):
+            for name in (fold.source, *fold.readers):
+                model.get_submodule(name).folded = True  # type: ignore[assignment]
     for name, module in find_layers(model).items():
         if name in plan.layers and is_quantized(module.weight):
             module.layer_plan = plan.layers[name]  # type: ignore[assignment]

@@ -39,10 +39,16 @@ def adapted_layer(target: Any, adapter_name: str, *, config: Any, **kwargs: Any)
     """A layer with an adapter around ``target``, a quantized nn.Linear or nn.Conv2d; called by peft.
 
     Raises:
-        QuantizationError: a kind of adapter that changes the weight itself.
+        QuantizationError: a kind of adapter that changes the weight itself, or a layer in or before which smoothing or
+            rotation is folded (also where it is not quantized).
     """
     layer = getattr(target, "base_layer", target)
     name = kwargs.get("target_name", type(layer).__name__)
+    if getattr(layer, "folded", False):
+        raise QuantizationError(
+            f"layer {name!r}: smoothing or rotation is folded into its weight, which no adapter knows of; fuse the "
+            "adapter into the original model (pipe.fuse_lora), calibrate that and quantize it"
+        )
     if config.use_dora:
         raise QuantizationError(f"layer {name!r}: use_dora scales the weight, which is quantized; use a plain LoRA")
     cls = MixDQLoraLinear if isinstance(layer, nn.Linear) else MixDQLoraConv2d

@@ -121,7 +121,8 @@ def _quantized(module: nn.Linear | nn.Conv2d, name: str, calibration: Calibratio
     """A copy; ranges and BOS treatment as calibrated."""
     layer = copy.deepcopy(module)
     if pair != (16, 16):
-        plan = calibration.layers[name].plan(LayerPlan(weight_bits=pair[0], act_bits=pair[1]), bos=True, split=True)
+        own = calibration.of_folded_model().layers[name]  # what is folded into weights costs no time
+        plan = own.plan(LayerPlan(weight_bits=pair[0], act_bits=pair[1]), bos=True, split=True)
         embedding = calibration.bos_embedding
         bos = None if embedding is None or not plan.bos else torch.tensor(embedding, device=module.weight.device)
         quantize_(layer, MixDQLayerConfig(plan, "real", bos, name), filter_fn=lambda m, _: m is layer)

@@ -12,6 +12,7 @@ from ..errors import PlanError, QuantizationError, ScheduleError
 from ..layers import find_layers
 from ..models.pipelines import denoiser
 from ..plan import LayerPlan
+from ..quantize.folds import Fold, Folding, fold_, foldings_of, planned_folds
 from ..quantize.quantizer import refuse_unusable
 from ..quantize.tensor import is_quantized
 from ..search.calibration import Calibration
@@ -61,6 +62,7 @@ def prepare(
     forms = {name: per_level for name, per_level in forms.items() if per_level is not None}
     for name, per_level in forms.items():
         _check(name, layers[name], per_level, storage)
+    fold_(model, _folds(model, plan))
     switch = Switch(plan.steps[0])
     bos = _bos_embedding(plan)
     for name, per_level in forms.items():
@@ -155,6 +157,19 @@ def _follower(runtime: LevelRuntime, pipe: Any, resample: bool) -> Any:
         runtime.level = plan.steps[step_of(timesteps, timestep, len(plan.steps), order)]
 
     return follow
+
+
+def _folds(model: nn.Module, plan: TemporalPlan) -> dict[Fold, Folding]:
+    """Smoothing and rotation, which all levels share as they share the weights."""
+    foldings: dict[str, Folding] = {}
+    for level, own in plan.levels.items():
+        for name, folding in foldings_of(own.layers if own is not None else {}).items():
+            if foldings.setdefault(name, folding) != folding:
+                raise ScheduleError(
+                    f"layer {name!r}: level {level!r} has another smoothing or rotation than the levels before it; "
+                    "calibrate all levels with one calibration"
+                )
+    return planned_folds(model, foldings)
 
 
 def _forms(name: str, plan: TemporalPlan, keep_full: bool) -> dict[str, LayerPlan | None] | None:

@@ -27,6 +27,7 @@ from ..search.probe_batch import BatchProbe, batches, signs
 from ..search.probe_delta import LayerDeltas, deltas_of
 from ..search.probe_trace import frozen_pipeline
 from ..search.sensitivity import Kind, LayerSensitivity, Sensitivity
+from ..search.smoothing import as_calibrated
 from ..search.store import Store, fingerprint
 
 AT_ONCE = 4
@@ -76,25 +77,26 @@ def probe_steps(
         options: dict[str, Any] = {"guidance_scale": guidance_scale, "seed": seed, "batch_size": batch_size}
         calibration = calibrate(pipe, texts, steps=steps, **options)
     model = denoiser(pipe)
-    deltas = deltas_of(model, calibration, weight_bits, act_bits)
-    settings = {
-        "method": "probe each step",
-        "prompts": texts,
-        "sampling": asdict(sampling),
-        "calibration": calibration_key(calibration),
-        "bits": [list(weight_bits), list(act_bits)],
-    }
-    with Store(store, fingerprint(model, settings)) as results:
-        for index, part in enumerate(batches(texts, sampling)):
-            todo = [k for k in range(probes) if results.get(_key(k, index)) is None]
-            if todo:
-                batch = BatchProbe(pipe, *part, index, deltas, set(deltas), budget)
-                for k, record in _records(batch, todo, steps):
-                    results.put(_key(k, index), record)
-        counts = range(math.ceil(len(texts) / batch_size))
-        records = [results.results[_key(k, index)] for k in range(probes) for index in counts]
-    metadata = {"prompts": len(texts), "sampling": asdict(sampling), "method": "probe each step", "probes": probes}
-    return {s: _sensitivity(s, records, deltas, calibration, metadata) for s in range(steps)}
+    with as_calibrated(model, calibration) as calibration:
+        deltas = deltas_of(model, calibration, weight_bits, act_bits)
+        settings = {
+            "method": "probe each step",
+            "prompts": texts,
+            "sampling": asdict(sampling),
+            "calibration": calibration_key(calibration),
+            "bits": [list(weight_bits), list(act_bits)],
+        }
+        with Store(store, fingerprint(model, settings)) as results:
+            for index, part in enumerate(batches(texts, sampling)):
+                todo = [k for k in range(probes) if results.get(_key(k, index)) is None]
+                if todo:
+                    batch = BatchProbe(pipe, *part, index, deltas, set(deltas), budget)
+                    for k, record in _records(batch, todo, steps):
+                        results.put(_key(k, index), record)
+            counts = range(math.ceil(len(texts) / batch_size))
+            records = [results.results[_key(k, index)] for k in range(probes) for index in counts]
+        metadata = {"prompts": len(texts), "sampling": asdict(sampling), "method": "probe each step", "probes": probes}
+        return {s: _sensitivity(s, records, deltas, calibration, metadata) for s in range(steps)}
 
 
 def over_the_run(steps: Mapping[int, Sensitivity]) -> Sensitivity:
