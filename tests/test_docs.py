@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 from importlib import import_module
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def test_commands_are_accepted(page, capsys):
     for name in re.findall(r"`mixdq ([a-z]+)", TEXTS[page]):
         assert name in COMMANDS
     for line in "\n".join(blocks(TEXTS[page], "")).replace("\\\n", " ").splitlines():
-        words = line.partition("#")[0].split()
+        words = shlex.split(line, comments=True) if line.startswith("mixdq ") else []
         if words[:1] == ["mixdq"]:
             try:
                 parser().parse_args(words[1:])
