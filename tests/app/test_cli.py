@@ -14,6 +14,7 @@ import torch
 
 from mixdq_ao.app import cli
 from mixdq_ao.plan import LayerPlan, Plan
+from mixdq_ao.search.calibration import Calibration
 from mixdq_ao.search.sensitivity import Sensitivity
 from tests.command import run
 
@@ -152,6 +153,18 @@ def test_where_a_result_goes_is_checked_before_the_work(capsys, tmp_path, prompt
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     code, out, err = run(capsys, "calibrate", PIPELINE, *texts, "--out", folder / "c.json")
     assert code == 2 and f"{folder} is not writable" in err
+
+
+def test_calibrate_smooths_and_rotates(capsys, tmp_path, prompts):
+    out = tmp_path / "calibration.json"
+    texts = ("--prompts", prompts, "--out", out)
+    code, _, err = run(capsys, "calibrate", PIPELINE, *texts, "--smoothing", 1.5)
+    assert code == 2 and "smoothing is 1.5, expected 0 to 1" in err and not out.exists()
+    code, shown, err = run(capsys, "calibrate", PIPELINE, *texts, "--smoothing", 0.5, "--rotation", "--json")
+    layers = Calibration.load(out).layers.values()
+    folded = sum(layer.rotation is not None or layer.smoothing is not None for layer in layers)
+    assert code == 0 and 0 < folded < len(layers)
+    assert json.loads(shown)["layers_folded"] == folded and f"{folded} smoothed or rotated" in err
 
 
 def test_a_device_that_is_not_here_is_one_line(capsys, tmp_path, prompts):

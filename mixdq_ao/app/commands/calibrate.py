@@ -23,6 +23,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="minmax",
         help="how a range follows from the values seen (default minmax)",
     )
+    parser.add_argument(
+        "--smoothing",
+        type=float,
+        metavar="STRENGTH",
+        help="0 to 1: make channels that stand out smaller by powers of two, folded into the weights (0.5 is usual)",
+    )
+    parser.add_argument(
+        "--rotation", action="store_true", help="rotate the values of attention within heads, folded into the weights"
+    )
     options.as_json(parser)
 
 
@@ -39,11 +48,20 @@ def run(args: argparse.Namespace) -> None:
         guidance_scale=args.guidance_scale,
         batch_size=args.batch_size,
         seed=args.seed,
+        smoothing=args.smoothing,
+        rotation=args.rotation,
     )
     result.save(args.out)
     aware = sum(layer.prompt_range is not None for layer in result.layers.values())
     bos = f"BOS kept apart in {aware}" if result.bos_embedding else "no BOS row stands out"
+    folded = sum(layer.smoothing is not None or layer.rotation is not None for layer in result.layers.values())
+    bos += f", {folded} smoothed or rotated" if folded else ""
     wrote(args.out, f"ranges of {len(result.layers)} layers from {counted(len(prompts), 'prompt')}, {bos}")
     if args.json:
-        figures = {"layers": len(result.layers), "layers_with_bos_apart": aware, "prompts": len(prompts)}
+        figures = {
+            "layers": len(result.layers),
+            "layers_with_bos_apart": aware,
+            "prompts": len(prompts),
+            "layers_folded": folded,
+        }
         show_json({"calibration": str(args.out), **figures})
