@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .quantize.tensor import MixDQTensor
     from .search.allocate import allocate
     from .search.allocation import Allocation
-    from .search.analyze import analyze
+    from .search.analyze import analyze, analyze_part
     from .search.calibrate import Calibrator, calibrate
     from .search.calibration import Calibration
     from .search.distributed import RayWorkers
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from .search.orthogonality import Orthogonality, orthogonality
     from .search.orthogonality_allocate import allocate_orthogonal
     from .search.pareto import pareto, pareto_jointly
+    from .search.part import Part
+    from .search.prediction import check_prediction
     from .search.sensitivity import LayerSensitivity, Sensitivity
     from .search.smoothing import smooth_
     from .temporal.plan import TemporalPlan
@@ -91,6 +93,7 @@ _HOME = {
     "Allocation": "search.allocation",
     "allocate": "search.allocate",
     "analyze": "search.analyze",
+    "analyze_part": "search.analyze",
     "Calibrator": "search.calibrate",
     "calibrate": "search.calibrate",
     "Calibration": "search.calibration",
@@ -105,6 +108,8 @@ _HOME = {
     "allocate_orthogonal": "search.orthogonality_allocate",
     "pareto": "search.pareto",
     "pareto_jointly": "search.pareto",
+    "Part": "search.part",
+    "check_prediction": "search.prediction",
     "LayerSensitivity": "search.sensitivity",
     "Sensitivity": "search.sensitivity",
     "smooth_": "search.smoothing",
