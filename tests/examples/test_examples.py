@@ -169,7 +169,7 @@ def test_an_lcm_lora_makes_a_quantized_many_step_model_draw_in_few(bundled, shap
     assert psnr(with_it, lcm_lora.draw(pipe, texts, 2)).mean() > 35
 
 
-@pytest.mark.parametrize("how", ["rule", "probes"])
+@pytest.mark.parametrize("how", ["rule", pytest.param("probes", marks=pytest.mark.slow)])
 def test_flux(how, tmp_path, capsys):
     """Quantized, stored, compiled by blocks; what is stored draws the same."""
     from diffusers import DiffusionPipeline

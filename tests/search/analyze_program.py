@@ -31,4 +31,5 @@ class Pipe:
 if __name__ == "__main__":
     pipe = Pipe()
     calibration = calibrate(pipe.unet, run=lambda: pipe.unet(**pipe.inputs))
-    analyze(pipe, ["a", "b"], store=sys.argv[1], calibration=calibration, batch_size=2).save(sys.argv[2])
+    bits = {"weight_bits": (2,), "act_bits": (8,)}
+    analyze(pipe, ["a", "b"], store=sys.argv[1], calibration=calibration, batch_size=2, **bits).save(sys.argv[2])
