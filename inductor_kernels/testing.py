@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 PTX_PRODUCT = r"((?:wgmma\.mma_async|\bmma)\.sync\.aligned\.m[\w.]+|tcgen05\.mma[\w.:]+)"
-ONE_CHOICE = {"max_autotune": False, "max_autotune_gemm": False}
+ONE_CHOICE = {"max_autotune": False, "max_autotune_gemm": False, "shape_padding": False}
+"""Nothing is chosen by timing, for which a GPU would have to be there."""
 MACHINE_PRODUCT = r"\b((?:IMMA|HMMA|IGMMA|HGMMA|UTC\w*MMA)[\w.]*)"
 
 
