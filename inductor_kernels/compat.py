@@ -115,23 +115,18 @@ def call_python(node, expression: str) -> None:
 
 def replace_sums(op, arguments: int, worth, replace) -> None:
     """In graphs about to be lowered, call ``replace(match, *arguments of op, other)`` for ``op(...) + other`` where
-    nothing else reads the result of ``op`` and ``worth(match)``."""
+    nothing else reads the result of ``op`` and ``worth(match, *arguments of op, other)``."""
     add, args = torch.ops.aten.add.Tensor, [Arg() for _ in range(arguments)]
     late: Any = pass_patterns[2]
-    product = CallFunction(op, *args, _users=1)
-    register_graph_pattern(CallFunction(add, product, Arg()), extra_check=worth, pass_dict=late)(replace)
 
-    def other_way(match, other, *rest):
-        replace(match, *rest, other)
+    def register(pattern, ordered) -> None:
+        """``ordered``: what the pattern found, as arguments of ``op`` and then the other summand."""
+        check = lambda match: worth(match, *ordered(*match.args))  # noqa: E731
+        act = lambda match, *found: replace(match, *ordered(*found))  # noqa: E731
+        register_graph_pattern(pattern, extra_check=check, pass_dict=late)(act)
 
-    def worth_other_way(match):
-        match.args = [*match.args[1:], match.args[0]]
-        good = worth(match)
-        match.args = [match.args[-1], *match.args[:-1]]
-        return good
-
-    reverse = CallFunction(add, Arg(), CallFunction(op, *args, _users=1))
-    register_graph_pattern(reverse, extra_check=worth_other_way, pass_dict=late)(other_way)
+    register(CallFunction(add, CallFunction(op, *args, _users=1), Arg()), lambda *found: found)
+    register(CallFunction(add, Arg(), CallFunction(op, *args, _users=1)), lambda other, *rest: (*rest, other))
 
 
 def replace_output(match, op, arguments: tuple) -> None:

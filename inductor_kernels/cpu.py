@@ -123,7 +123,7 @@ def _scaled(total: Tensor, scale: Tensor, row_scale: Tensor | None, bias: Tensor
 
 def _float(bias: Tensor | None) -> Tensor | None:
     """oneDNN adds a bias of 16 bits to its int8 products by a reference path that is thousands of times slower."""
-    return bias if bias is None or bias.dtype == torch.float32 else bias.float()
+    return None if bias is None else bias.float()
 
 
 def _onednn_linear(x: Tensor, zero_point: int, packed: Tensor, scale: Tensor, bias: Tensor | None, dtype):

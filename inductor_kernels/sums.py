@@ -15,9 +15,9 @@ from . import compat, cpu
 OPS = torch.ops.inductor_kernels
 
 
-def _worth(match: Any) -> bool:
+def _worth(match: Any, *arguments: Any) -> bool:
     """Both are of one shape and type, and the product is large enough for oneDNN."""
-    codes, *_, row_scale, bits, dtype, other = match.args
+    codes, *_, row_scale, bits, dtype, other = arguments
     if not isinstance(other, torch.fx.Node):
         return False
     values: list[Any] = [node.meta["val"] for node in (match.output_node(), codes, other)]
