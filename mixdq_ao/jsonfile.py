@@ -29,6 +29,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return document
 
 
+def read_text(path: str | os.PathLike[str], error: type[MixDQError], hint: str = "") -> str:
+    """The text of a file. Raises ``error``, naming the file and ending with ``hint``, where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as e:
+        raise error(f"{os.fspath(path)}: cannot be read: {e.strerror or e}{hint}") from e
+    except UnicodeDecodeError as e:
+        raise error(f"{os.fspath(path)}: cannot be read as UTF-8 text (byte {e.start}){hint}") from e
+
+
 def read_document(path: str | os.PathLike[str], kind: str, version: int, error: type[MixDQError]) -> dict[str, Any]:
     """The object in a JSON file whose header must be ``{"format": kind, "version": version}``.
 
@@ -36,12 +46,7 @@ def read_document(path: str | os.PathLike[str], kind: str, version: int, error: 
     key, or has another header.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as e:
-        raise error(f"{path}: cannot be read: {e.strerror or e}; expected a {kind} file") from e
-    except UnicodeDecodeError as e:
-        raise error(f"{path}: cannot be read as UTF-8 text (byte {e.start}); expected a {kind} file") from e
+    text = read_text(path, error, f"; expected a {kind} file")
     try:
         document = parse(text)
     except (ValueError, RecursionError) as e:

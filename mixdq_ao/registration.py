@@ -47,14 +47,18 @@ def _tables(home: str, quantizer: str) -> Callable[[ModuleType], None]:
     return fill
 
 
+def is_ours(weight: object) -> bool:
+    """Whether a tensor is a quantized weight, told by name: nothing is imported."""
+    return type(weight).__name__ in ("MixDQTensor", "SplitMixDQTensor")
+
+
 def _adapters(module: ModuleType) -> None:
     """peft takes every tensor of torchao's kind for the weight of an nn.Linear; ours go to layers of our own."""
     theirs = module.dispatch_torchao
 
     def dispatch_torchao(target: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         layer = getattr(target, "base_layer", target)
-        ours = type(getattr(layer, "weight", None)).__name__ in ("MixDQTensor", "SplitMixDQTensor")
-        if ours or getattr(layer, "folded", False):
+        if is_ours(getattr(layer, "weight", None)) or getattr(layer, "folded", False):
             from .models.lora import adapted_layer
 
             return adapted_layer(target, adapter_name, *args, **kwargs)

@@ -13,6 +13,11 @@ def pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "pipeline", metavar="PIPELINE", help="directory of a diffusers pipeline, or its name on the hub"
     )
+    machine(parser)
+
+
+def machine(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Where a pipeline runs and in which type."""
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     parser.add_argument(
         "--dtype",
@@ -25,7 +30,9 @@ def prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line, UTF-8")
 
 
-def sampling(parser: argparse.ArgumentParser, steps: str, batch_size: int, *, several: bool = False) -> None:
+def sampling(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup, steps: str, batch_size: int, *, several: bool = False
+) -> None:
     """Steps (a list where ``several``), guidance, batch size and seed."""
     text = "denoising steps, separated by commas where several" if several else "denoising steps"
     kind: Any = integers if several else at_least(1)

@@ -28,9 +28,9 @@ def apply_plan(pipe: Any, plan: Plan, moments: Path | None = None) -> None:
     check_text_encoders(pipe, plan)
 
 
-def check_text_encoders(pipe: Any, plan: Plan) -> None:
-    """Text encoders check their BOS row from here on, where the plan handles it apart."""
-    if any(layer.bos for layer in plan.layers.values()):
+def check_text_encoders(pipe: Any, *plans: Plan | None) -> None:
+    """Text encoders check their BOS row from here on, where a plan handles it apart."""
+    if any(layer.bos for plan in plans if plan is not None for layer in plan.layers.values()):
         bos_aware(pipe)
 
 
@@ -59,10 +59,7 @@ def make_scheduled(
 ) -> None:
     """A loaded full-precision pipeline runs each step at the level ``schedule`` gives it; compiled if so asked."""
     runtime = prepare(denoiser(pipe), schedule, storage=storage, keep_full=keep_full)
-    for plan in schedule.levels.values():
-        if plan is not None and any(layer.bos for layer in plan.layers.values()):
-            bos_aware(pipe)
-            break
+    check_text_encoders(pipe, *schedule.levels.values())
     if compiled:
         compile_denoiser(pipe)
     runtime.follow(pipe)

@@ -33,7 +33,7 @@ from torchao.utils import TorchAOBaseTensor
 from ..errors import CheckpointError, PlanError
 from ..layers import find_layers
 from ..plan import Plan
-from ..quantize.config import check_model, mixdq_config
+from ..quantize.config import check_model, mixdq_config, overridden
 from ..quantize.folds import find_folds
 from ..quantize.heap import page_out
 from ..quantize.tensor import is_quantized
@@ -85,8 +85,9 @@ class MixDQConfig(QuantizationConfigMixin):
 
     def _check_moments(self) -> None:
         needed = [n for n, layer in self.plan.layers.items() if layer.quantized and layer.needs_moment]
+        decided = overridden(self.overrides)
         for name in needed:
-            if name in (self.moments or {}) or _named(self.overrides, name):
+            if name in (self.moments or {}) or decided(name):
                 continue
             layer = self.plan.layers[name]
             count = "" if len(needed) == 1 else f" (and {len(needed) - 1} more)"
@@ -335,11 +336,6 @@ def _loaded(moments: Mapping[str, Tensor] | str | os.PathLike[str] | None) -> Ma
     from ..search.moments_file import read_moments
 
     return read_moments(moments)[0]
-
-
-def _named(overrides: Mapping[str, Any], layer: str) -> bool:
-    """Whether ``overrides`` say what becomes of a layer."""
-    return any(re.fullmatch(k[3:], layer) if k.startswith("re:") else k == layer for k in overrides)
 
 
 def resolve(configs: Mapping[str, AOBaseConfig | None], parameter: str) -> tuple[str, AOBaseConfig | None]:

@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import QuantizationError
+from ..registration import is_ours
 
 OF_PIPELINES = (
     "load_lora_weights",
@@ -110,4 +111,4 @@ def _kept(where: str) -> QuantizationError:
 
 
 def _quantized(model: nn.Module) -> bool:
-    return any(type(p).__name__ in ("MixDQTensor", "SplitMixDQTensor") for p in model.parameters())
+    return any(map(is_ours, model.parameters()))

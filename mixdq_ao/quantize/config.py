@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -111,17 +112,15 @@ def mixdq_config(
     Raises:
         PlanError: a layer lacks its range or its moment, or cannot be quantized as asked.
     """
-    import re
-
     overrides = dict(overrides or {})
-    patterns = [re.compile(k[3:]) for k in overrides if k.startswith("re:")]
+    decided = overridden(overrides)
     bos = None if plan.bos_embedding is None else torch.tensor(plan.bos_embedding, dtype=torch.float32)
     if moments is not None:
         needing = {n: Folding.of(v) for n, v in plan.layers.items() if v.needs_moment and v.folds_input}
         moments = folded_moments(moments, needing) if needing else moments
     configs: OrderedDict[str, AOBaseConfig | None] = OrderedDict(overrides)
     for name, layer in plan.layers.items():
-        if name in overrides or any(p.fullmatch(name) for p in patterns) or not layer.quantized:
+        if decided(name) or not layer.quantized:
             continue
         if not layer.calibrated:
             raise PlanError(
@@ -222,6 +221,12 @@ def quantize_(model: nn.Module, config: AOBaseConfig, **kwargs: object) -> None:
         from ..models.diffusers_quantizer import attach_quantizer
 
         attach_quantizer(model, config.plan if isinstance(config, MixDQConfig) else None)
+
+
+def overridden(overrides: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Whether ``overrides`` (names, or "re:" and an expression) say what becomes of the layer of a name."""
+    patterns = [re.compile(k[3:]) for k in overrides if k.startswith("re:")]
+    return lambda name: name in overrides or any(p.fullmatch(name) for p in patterns)
 
 
 def check_model(model: nn.Module, config: MixDQConfig) -> dict[Fold, Folding]:

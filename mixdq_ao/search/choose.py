@@ -131,15 +131,15 @@ def _close(drawn: Any, references: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _judged(objective: str, allocation: Allocation, plan: Plan, decibel: Tensor, similarity: Tensor) -> Judged:
-    error = decibel.std().item() / math.sqrt(len(decibel)) if len(decibel) > 1 else math.nan
-    measured = {"psnr": decibel.mean().item(), "pictures": len(decibel)}
-    chosen = {**plan.metadata, "measured_psnr": measured["psnr"], "measured_pictures": len(decibel)}
+    mean, pictures = decibel.mean().item(), len(decibel)
+    error = decibel.std().item() / math.sqrt(pictures) if pictures > 1 else math.nan
+    metadata = {**plan.metadata, "measured_psnr": mean, "measured_pictures": pictures}
     return Judged(
         objective=objective,
         allocation=allocation,
-        plan=replace(plan, metadata=chosen),
-        psnr=measured["psnr"],
+        plan=replace(plan, metadata=metadata),
+        psnr=mean,
         error=error,
         ssim=similarity.mean().item() if len(similarity) else None,
-        pictures=len(decibel),
+        pictures=pictures,
     )

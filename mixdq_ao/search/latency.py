@@ -44,6 +44,7 @@ def layer_latencies(
         CalibrationError: ``run`` calls no linear or convolution layer that was calibrated.
     """
     calls = _calls(model, calibration, run)
+    calibration = calibration.of_folded_model()  # what is folded into weights costs no time
     pairs = [(16, 16), *((w, a) for w in sorted(set(weight_bits)) for a in sorted(set(act_bits)))]
     known: dict[Any, dict[Pair, float]] = {}
     table: dict[tuple[str, int, int], float] = {}
@@ -121,8 +122,7 @@ def _quantized(module: nn.Linear | nn.Conv2d, name: str, calibration: Calibratio
     """A copy; ranges and BOS treatment as calibrated."""
     layer = copy.deepcopy(module)
     if pair != (16, 16):
-        own = calibration.of_folded_model().layers[name]  # what is folded into weights costs no time
-        plan = own.plan(LayerPlan(weight_bits=pair[0], act_bits=pair[1]), bos=True, split=True)
+        plan = calibration.layers[name].plan(LayerPlan(weight_bits=pair[0], act_bits=pair[1]), bos=True, split=True)
         embedding = calibration.bos_embedding
         bos = None if embedding is None or not plan.bos else torch.tensor(embedding, device=module.weight.device)
         quantize_(layer, MixDQLayerConfig(plan, "real", bos, name), filter_fn=lambda m, _: m is layer)

@@ -12,10 +12,10 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ..errors import ScheduleError
+from ..jsonfile import read_text
 from ..plan import Plan
 from .plan import TemporalPlan
 
@@ -202,12 +202,9 @@ def read_policy(path: str | os.PathLike[str]) -> StepPolicy:
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A denoiser's config.json as it stands. Raises ScheduleError naming the file."""
+    text = read_text(path, ScheduleError)
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ScheduleError(f"{os.fspath(path)}: cannot be read: {e.strerror or e}") from e
-    except UnicodeDecodeError as e:
-        raise ScheduleError(f"{os.fspath(path)}: cannot be read as UTF-8 text (byte {e.start})") from e
+        config = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise ScheduleError(f"{os.fspath(path)}: not valid JSON ({e}), expected a model's config.json") from e
     if not isinstance(config, dict):

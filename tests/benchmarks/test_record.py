@@ -11,8 +11,8 @@ from benchmarks import record
     ("given", "kept"),
     [
         ([], ""),
-        (["--prompts", "64", "--work", "/tmp/x", "--only", "a b"], " --prompts 64 --only 'a b'"),
-        (["--work=/tmp/x", "--whole"], " --whole"),
+        (["--prompts", "64", "--work", "elsewhere", "--only", "a b"], " --prompts 64 --only 'a b'"),
+        (["--work=elsewhere", "--whole"], " --whole"),
         (["--whole", "--out", "x", "--work", "y"], " --whole"),
     ],
 )

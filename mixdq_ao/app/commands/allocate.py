@@ -51,34 +51,28 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _measuring(group: argparse._ArgumentGroup) -> None:
+    several: dict[str, Any] = {"type": at_least(2), "nargs": "?", "const": 12, "metavar": "N"}
     group.add_argument(
         "--pipeline", metavar="PIPELINE", help="directory or name on the hub: measure the plan's error there too"
     )
     group.add_argument("--prompts", type=Path, metavar="FILE", help="what it draws for that; one prompt a line, UTF-8")
     group.add_argument(
         "--choose",
-        type=at_least(2),
-        nargs="?",
-        const=12,
-        metavar="N",
+        **several,
         help="of at most N candidates (default 12: all objectives, unless --objective names one, and ways to divide "
         "the budget) take the one whose pictures are closest to full precision's",
     )
     group.add_argument(
         "--check",
-        type=at_least(2),
-        nargs="?",
-        const=12,
-        metavar="N",
+        **several,
         help="measure N random plans as well (default 12): whether predicted errors hold on this model",
     )
     group.add_argument("--seeds", type=at_least(1), default=1, metavar="N", help="pictures per prompt to choose by")
     group.add_argument(
         "--moments", type=Path, metavar="FILE", help="saved input_moments(...), for compensated rounding"
     )
-    group.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
-    group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="type of the weights")
-    options.sampling(group, "1", 16)  # type: ignore[arg-type]  # a group takes arguments as a parser does
+    options.machine(group)
+    options.sampling(group, "1", 16)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompts)
     pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
     from mixdq_ao import calibrate
+    from mixdq_ao.quantize.folds import Folding
 
     result = calibrate(
         pipe,
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     result.save(args.out)
     aware = sum(layer.prompt_range is not None for layer in result.layers.values())
     bos = f"BOS kept apart in {aware}" if result.bos_embedding else "no BOS row stands out"
-    folded = sum(layer.smoothing is not None or layer.rotation is not None for layer in result.layers.values())
+    folded = sum(map(bool, map(Folding.of, result.layers.values())))
     bos += f", {folded} smoothed or rotated" if folded else ""
     wrote(args.out, f"ranges of {len(result.layers)} layers from {counted(len(prompts), 'prompt')}, {bos}")
     if args.json:
