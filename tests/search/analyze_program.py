@@ -1,4 +1,4 @@
-"""An analysis in a process of its own, for the test that kills it: python analyze_program.py STORE OUT."""
+"""An analysis for the test that kills it, in a process of its own: python analyze_program.py STORE OUT."""
 
 from __future__ import annotations
 
@@ -28,8 +28,12 @@ class Pipe:
         return SimpleNamespace(images=y if kwargs["output_type"] == "latent" else pictures)
 
 
-if __name__ == "__main__":
+def run(store: str | Path, out: str | Path) -> None:
     pipe = Pipe()
     calibration = calibrate(pipe.unet, run=lambda: pipe.unet(**pipe.inputs))
     bits = {"weight_bits": (2,), "act_bits": (8,)}
-    analyze(pipe, ["a", "b"], store=sys.argv[1], calibration=calibration, batch_size=2, **bits).save(sys.argv[2])
+    analyze(pipe, ["a", "b"], store=store, calibration=calibration, batch_size=2, **bits).save(out)
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])

@@ -18,8 +18,16 @@ from mixdq_ao.models.pipelines import generate_all
 from mixdq_ao.search.metrics import error_power, ssim
 from mixdq_ao.search.trial import Trials
 
+from . import analyze_program
+
 LAYERS = ("conv_in", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k", "up_blocks.2.resnets.1.conv_shortcut")
-PROGRAM = Path(__file__).with_name("analyze_program.py")
+
+
+@pytest.fixture(scope="module")
+def analyzed(_bundled):
+    """Every layer of the bundled pipeline at 2 and 4 bits."""
+    options = {"calibration": _bundled.calibration, "weight_bits": (2, 4), "act_bits": (), "batch_size": 2}
+    return analyze(_bundled.pipe, _bundled.prompts[:2], **options)
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -42,9 +50,9 @@ def test_a_small_memory_budget_changes_speed_only(bundled):
     assert results[0] == results[1]
 
 
-def test_scores_are_what_quantizing_that_layer_alone_gives(bundled):
+@pytest.mark.xdist_group("analyzed")
+def test_scores_are_what_quantizing_that_layer_alone_gives(bundled, analyzed):
     pipe, prompts = bundled.pipe, bundled.prompts[:2]
-    result = analyze(pipe, prompts, calibration=bundled.calibration, weight_bits=(4,), act_bits=(), batch_size=2)
     outputs = []
     reference_images = generate_all(pipe, prompts, Sampling(batch_size=2))
     handle = pipe.unet.register_forward_hook(lambda m, a, o: outputs.append(o[0]))
@@ -55,7 +63,7 @@ def test_scores_are_what_quantizing_that_layer_alone_gives(bundled):
         quantize_(pipe.unet, mixdq_config(plan))
         images = generate_all(pipe, prompts, Sampling(batch_size=2))
         pipe.unet.get_submodule(name).weight = original
-        layer = result.layers[name]
+        layer = analyzed.layers[name]
         assert layer.weight_errors[4] == pytest.approx(error_power(outputs[0], outputs[-1]), rel=1e-2)
         if layer.group == "content":
             assert layer.weight_scores[4] == pytest.approx(ssim(images, reference_images).mean().item(), abs=1e-6)
@@ -66,24 +74,17 @@ def test_scores_are_what_quantizing_that_layer_alone_gives(bundled):
     handle.remove()
 
 
-def test_more_bits_hurt_less(bundled):
-    result = analyze(
-        bundled.pipe,
-        bundled.prompts[:2],
-        calibration=bundled.calibration,
-        weight_bits=(2, 8),
-        act_bits=(),
-        batch_size=2,
-    )
-    assert len(result.layers) == 175
-    better = [v.weight_errors[2] > v.weight_errors[8] for v in result.layers.values()]
+@pytest.mark.xdist_group("analyzed")
+def test_more_bits_hurt_less(analyzed):
+    assert len(analyzed.layers) == 175
+    better = [v.weight_errors[2] > v.weight_errors[4] for v in analyzed.layers.values()]
     assert sum(better) > 0.97 * len(better)
-    assert {v.group for v in result.layers.values()} == {"content", "quality"}
+    assert {v.group for v in analyzed.layers.values()} == {"content", "quality"}
 
 
 def run_program(store: Path, out: Path) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, str(PROGRAM), str(store), str(out)], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        [sys.executable, analyze_program.__file__, str(store), str(out)], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     )
 
 
@@ -101,7 +102,7 @@ def test_kill_nine_in_the_middle_loses_nothing_and_repeats_nothing(tmp_path):
     assert run_program(store, tmp_path / "resumed.json").wait() == 0
     keys = [json.loads(line)["key"] for line in store.read_text().splitlines()[1:]]
     assert keys[: len(done)] == done and len(set(keys)) == len(keys)
-    assert run_program(tmp_path / "fresh.jsonl", tmp_path / "fresh.json").wait() == 0
+    analyze_program.run(tmp_path / "fresh.jsonl", tmp_path / "fresh.json")
     assert (tmp_path / "resumed.json").read_text() == (tmp_path / "fresh.json").read_text()
 
 
