@@ -43,7 +43,7 @@ from .tables import behind, cells, table
 RESULTS = Path(__file__).parents[1] / "results"
 ROUNDS, BATCH = 7, 32
 BITS = (2.25, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
-WEIGHT_ONLY_BITS = (4.0, 6.0, 8.0)
+WEIGHT_ONLY_BITS = (2.5, 3.0, 4.0, 6.0, 8.0)
 PUBLISHED_BITS = (3.0, 4.0, 5.0, 6.0, 8.0)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
