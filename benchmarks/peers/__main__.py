@@ -3,11 +3,12 @@
     python -m benchmarks.peers [--only TEXT ...] [--prompts 128] [--work out/peers]
 
 Every contender quantizes a copy of the full-precision UNet; captions that nothing saw are drawn at 1 and 4 steps from
-the same noise and compared with full precision. Beside each peer stands our best plan that holds no more bytes. Eager
-latency: a call with 32 captions and one of float32's in turn, as times float32. Call: the most memory that such a call
-takes beyond the weights. Seconds: of one core, all that comes before the first picture (calibration, search,
-quantization). A row that fails says why. Writes benchmarks/results/peers.json and peers.md; finished rows are kept in
---work and not measured again. ``python -m benchmarks.peers.latency`` has compiled latencies.
+the same noise and compared with full precision. Beside each peer stands our best plan that holds no more bytes, of
+those that quantize activations where the peer does. Eager latency: a call with 32 captions and one of float32's in
+turn, as times float32. Call: the most memory that such a call takes beyond the weights. Seconds: of one core, all that
+comes before the first picture (calibration, search, quantization). A row that fails says why. Writes
+benchmarks/results/peers.json and peers.md; finished rows are kept in --work and not measured again.
+``python -m benchmarks.peers.latency`` has compiled latencies.
 """
 
 from __future__ import annotations
@@ -42,8 +43,11 @@ from .tables import behind, cells, table
 
 RESULTS = Path(__file__).parents[1] / "results"
 ROUNDS, BATCH = 7, 32
-BITS = (2.25, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
-WEIGHT_ONLY_BITS = (2.5, 3.0, 4.0, 6.0, 8.0)
+OURS = (  # what the row says, bits of weights, bits of activations
+    ("", (2.25, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0), 8),
+    (", sensitive activations in 16 bits", (3.0, 4.0, 5.0, 6.0, 8.0), 8.25),
+    (", weights only", (2.5, 3.0, 4.0, 6.0, 8.0), 16),
+)
 PUBLISHED_BITS = (3.0, 4.0, 5.0, 6.0, 8.0)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
@@ -81,9 +85,11 @@ def planned(subject: Subject, method: Ours | Published, make: Callable[[], Plan]
     unet = method.quantize(copy.deepcopy(subject.pipe.unet), plan)
     seconds = time.process_time() - start + method.seconds
     bits = plan.summary(subject.pipe.unet).average_weight_bits
+    integers = any(layer.act_bits < 16 for layer in plan.layers.values())
+    does = "linear, convolution, " + ("activations, mixed bits" if integers else "mixed bits")
     with torch.no_grad():
         figures = measured(subject, unet, model_bytes(unet), inputs)
-    return {"seconds": seconds, "average_weight_bits": bits, "does": "linear, convolution, mixed bits"} | figures
+    return {"seconds": seconds, "average_weight_bits": bits, "does": does} | figures
 
 
 def full_precision(subject: Subject, inputs: dict[str, Any]) -> Row:
@@ -119,17 +125,16 @@ def all_rows(subject: Subject, rows: Rows, wanted: Callable[[str], bool], work: 
         for bits in PUBLISHED_BITS:
             name = f"MixDQ as published, {bits:g} bits"
             row(name, lambda b=bits: planned(subject, published, lambda: published.plan(b), inputs))
-    for bits in BITS:
-        row(f"ours, {bits:g} bits", lambda b=bits: planned(subject, method, lambda: method.plan(b), inputs))
-    for bits in WEIGHT_ONLY_BITS:
-        name = f"ours, {bits:g} bits, weights only"
-        row(name, lambda b=bits: planned(subject, method, lambda: method.plan(b, act_bits=16), inputs))
+    for kind, budgets, act_bits in OURS:
+        for bits in budgets:
+            make = lambda b=bits, a=act_bits: method.plan(b, a)  # noqa: E731
+            row(f"ours, {bits:g} bits{kind}", lambda make=make: planned(subject, method, make, inputs))
     return shown
 
 
 def verdict(rows: dict[str, Row]) -> str:
-    better = behind(rows)
-    said = f"Better at 4 steps than every plan of ours of at most its bytes: {', '.join(better) or 'none of them'}."
+    better = ", ".join(behind(rows)) or "none of them"
+    said = f"Better at 4 steps than every plan of ours of their kind and at most their bytes: {better}."
     return f"{said} What does not take part: {', '.join(n for n, r in rows.items() if 'error' in r) or 'none'}."
 
 

@@ -29,9 +29,10 @@ class Ours:
         )  # fmt: skip
         self.seconds = kept_seconds(work / "probes.json", time.process_time() - start)
 
-    def plan(self, weight_bits: float, act_bits: int = 8) -> Plan:
-        """The plan of the least predicted error at so many bits on average."""
-        found = allocate(self.sensitivity, weight_bits=weight_bits, act_bits=act_bits, objective="additive")
+    def plan(self, weight_bits: float, act_bits: float = 8) -> Plan:
+        """The plan of the least predicted error at so many bits on average; activations have 8 or 16."""
+        budgets = {"weight_bits": weight_bits, "act_bits": act_bits, "act_choices": (8, 16)}
+        found = allocate(self.sensitivity, objective="additive", **budgets)
         return found.plan.with_calibration(self.calibration)
 
     def quantize(self, unet: nn.Module, plan: Plan) -> nn.Module:

@@ -12,7 +12,7 @@ from benchmarks.peers.tables import behind, best_within, table
 
 def row(size, psnr, **more):
     pictures = {"agreement": 1.0, "psnr": psnr, "ssim": 0.9, "frechet": 1.0}
-    figures = {"speedup": 1.0, "call_peak": 2**20, "seconds": 3.0}
+    figures = {"does": "linear", "speedup": 1.0, "call_peak": 2**20, "seconds": 3.0}
     return {"bytes": size, "pictures": {"1": pictures, "4": pictures}} | figures | more
 
 
@@ -38,6 +38,14 @@ def test_who_is_behind():
     """Better, or smaller than anything of ours; a peer that fails is neither."""
     assert behind(ROWS) == ["large peer", "tiny peer"]
     assert behind(ROWS | {"large peer": row(4 << 20, 53.0)}) == ["tiny peer"]
+
+
+def test_activations_are_compared_with_activations():
+    """Weights that are multiplied in 16 bits are no rival of those multiplied as integers."""
+    peer, ours = row(2 << 20, 50.0, does="linear, activations"), row(2 << 20, 48.0, does="linear, activations")
+    rows = {"peer": peer, "ours, 4 bits": ours, "ours, 4 bits, weights only": row(2 << 20, 60.0)}
+    assert best_within(peer, list(rows.values())[1:]) is ours and behind(rows) == ["peer"]
+    assert behind(rows | {"peer": row(2 << 20, 50.0)}) == []
 
 
 def test_table():
