@@ -11,28 +11,25 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mixdq_ao import Plan, analyze, mixdq_config, quantize_
-from mixdq_ao.app.quantized import quantized
-from mixdq_ao.models.pipelines import Sampling, generate_all
 from mixdq_ao.search.allocate import sweep
 from mixdq_ao.search.calibration import Calibration
-from mixdq_ao.search.metrics import psnr
 
+from .judge import Judge
 from .kept import kept_seconds
 from .subject import Subject
 
-ANALYZED, JUDGED = 8, 16
+ANALYZED = 8
 
 
 class Published:
     """``seconds``: of one core for the sensitivities, with what comes before a changed layer computed once."""
 
     def __init__(self, subject: Subject, calibration: Calibration, work: Path) -> None:
-        self.subject, self.calibration = subject, calibration
+        self.calibration = calibration
         start = time.process_time()
         self.sensitivity = analyze(
             subject.pipe, subject.calibrating[:ANALYZED], store=work / "one_at_a_time.jsonl", calibration=calibration,
@@ -41,20 +38,13 @@ class Published:
         self.seconds = kept_seconds(work / "one_at_a_time.json", time.process_time() - start)
         errors = {n: layer.act_errors[8] for n, layer in self.sensitivity.layers.items()}
         self.protected = sorted(errors, key=errors.__getitem__, reverse=True)[: math.ceil(0.01 * len(errors))]
-        self.sampling, self.judged = Sampling(seed=500, batch_size=JUDGED), subject.judged(JUDGED)
-        self.reference = self._pictures(subject.pipe)
-
-    def _pictures(self, pipe: Any) -> Tensor:
-        return generate_all(pipe, self.judged, self.sampling)
+        self.judge = Judge(subject, self.quantize)
 
     def plan(self, weight_bits: float) -> Plan:
         """Raises AllocationError where no plan has so few bits."""
         found = sweep(self.sensitivity, weight_bits=weight_bits, objective="decoupled", protect=self.protected)
         plans = {a.weight_bytes: a.plan.with_calibration(self.calibration) for a in found}
-        return max(plans.values(), key=self._quality)
-
-    def _quality(self, plan: Plan) -> float:
-        return psnr(self._pictures(quantized(self.subject.pipe, plan)), self.reference).mean().item()
+        return self.judge.best(plans.values())
 
     def quantize(self, unet: nn.Module, plan: Plan) -> nn.Module:
         quantize_(unet, mixdq_config(plan))
