@@ -26,17 +26,10 @@ from mixdq_ao import (
 )
 from mixdq_ao.quantize.folds import fold_, foldings_of, planned_folds
 from mixdq_ao.search.prediction import measured_errors
-from tests.quantize.test_folds import BLOCK, PROMPTS, call, toy
+from tests.quantize import folding
+from tests.quantize.folding import BLOCK, PROMPTS, call, toy
 
-
-@pytest.fixture(scope="module")
-def calibration() -> Calibration:
-    return calibrate(toy(), PROMPTS, smoothing=0.5, rotation=True)
-
-
-@pytest.fixture(scope="module")
-def plan(calibration: Calibration) -> Plan:
-    return Plan.uniform(toy().transformer, 8, 8).with_calibration(calibration)
+calibration, plan = folding.calibration, folding.plan
 
 
 def test_a_saved_model_loads_and_its_plan_makes_it_again(plan: Plan, tmp_path: Any):
