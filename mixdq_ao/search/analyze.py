@@ -2,60 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from ..errors import MixDQError, SensitivityError
-from ..layers import Group, GroupRule, LayerShape, check_layer, group_of, stored_bytes
+from ..errors import MixDQError
+from ..layers import GroupRule, group_of
 from ..models.pipelines import Sampling, check_prompts, denoiser
-from ..plan import LayerPlan
-from ..progress import progress
 from ..quantize.folds import Folding, fold_, folded_moments, foldings_of, planned_folds
+from .analysis import Analysis, of_same_model
 from .calibrate import calibrate
-from .calibration import Calibration, layer_to_json
-from .distributed import Build, RayWorkers, pool_of
-from .moments_file import fingerprint_of
+from .calibration import Calibration
+from .distributed import RayWorkers
+from .evaluation import Evaluation
+from .one_at_a_time import one_at_a_time
 from .part import WHOLE, Part, Unfinished
-from .roundings import PLAIN, best_of, check_roundings, rounded_as, usable
-from .sensitivity import LayerSensitivity, Sensitivity, sqnr_from_error
+from .probe import probe_sensitivity
+from .roundings import PLAIN, check_roundings
+from .sensitivity import Sensitivity
 from .smoothing import as_calibrated
-from .store import Store, fingerprint
-from .trial import Trials
 
-Kind = Literal["weight", "act"]
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """One trial: which layer, weight or activation, how many bits, and how a weight is rounded."""
-
-    name: str
-    kind: Kind
-    bits: int
-    rounding: str = PLAIN
-
-    @property
-    def label(self) -> str:
-        """Bits, and the rounding where it is not plain."""
-        return str(self.bits) if self.rounding == PLAIN else f"{self.bits} {self.rounding}"
-
-    @property
-    def key(self) -> str:
-        return f"{self.name}|{self.kind}|{self.label}"
-
-    def layer(self, calibration: Calibration) -> LayerPlan:
-        """The layer with only its weight, or only its input, quantized."""
-        if self.kind == "weight":
-            plan = rounded_as(LayerPlan(weight_bits=self.bits), self.rounding)
-        else:
-            plan = LayerPlan(act_bits=self.bits)
-        return calibration.layers[self.name].plan(plan, bos=True, split=True)
+__all__ = ["Evaluation", "analyze", "analyze_part", "folding_workers", "of_same_model"]
 
 
 def analyze(
@@ -127,15 +97,26 @@ def analyze(
         )
     foldings = foldings_of(calibration.layers)
     moments = None if moments is None else folded_moments(moments, foldings)
-    own: dict[str, Any] = {"weight_bits": weight_bits, "act_bits": act_bits, "roundings": roundings, "moments": moments}
-    own |= {"store": store, "rule": rule, "budget": budget, "workers": folding_workers(workers, foldings)}
-    own |= {"merge": tuple(merge), "part": part}
     with as_calibrated(denoiser(pipe), calibration) as calibration:
+        analysis = Analysis(
+            pipe=pipe,
+            prompts=prompts,
+            sampling=sampling,
+            calibration=calibration,
+            weight_bits=weight_bits,
+            act_bits=act_bits,
+            roundings=roundings,
+            moments=moments,
+            rule=rule,
+            budget=budget,
+            store=store,
+            merge=tuple(merge),
+            part=part,
+            workers=folding_workers(workers, foldings),
+        )
         if method == "probe":
-            from .probe import probe_sensitivity
-
-            return probe_sensitivity(pipe, prompts, sampling, calibration, probes=probes, precision=precision, **own)
-        return _one_at_a_time(pipe, prompts, sampling, calibration, replay=replay, **own)
+            return probe_sensitivity(analysis, probes=probes, precision=precision)
+        return one_at_a_time(analysis, replay=replay)
 
 
 def analyze_part(
@@ -172,154 +153,3 @@ def folding_workers(workers: RayWorkers | None, foldings: Mapping[str, Folding])
         return pipe
 
     return replace(workers, load=folding)
-
-
-def _one_at_a_time(
-    pipe: Any,
-    prompts: list[str],
-    sampling: Sampling,
-    calibration: Calibration,
-    *,
-    store: str | os.PathLike[str] | None,
-    weight_bits: Sequence[int],
-    act_bits: Sequence[int],
-    roundings: Sequence[str],
-    moments: Mapping[str, Tensor] | None,
-    rule: GroupRule,
-    replay: bool,
-    budget: int,
-    workers: RayWorkers | None,
-    merge: Sequence[str | os.PathLike[str]],
-    part: Part,
-) -> Sensitivity:
-    """``analyze`` of a model that is as it was calibrated."""
-    settings = {"prompts": prompts, "sampling": asdict(sampling), "calibration": calibration_key(calibration)}
-    settings |= rounding_settings(roundings, moments)
-    with Store(store, fingerprint(denoiser(pipe), settings)) as results, torch.no_grad():
-        results.merge(merge)
-        trials = Trials(pipe, prompts, sampling, replay=replay, budget=budget)
-        kinds: tuple[tuple[Kind, Sequence[int]], ...] = (("weight", weight_bits), ("act", act_bits))
-        todo = [
-            Evaluation(n, k, b, r)
-            for n in trials.called()
-            for k, bits in kinds
-            for b in bits
-            for r in (usable(roundings, n, trials.layers[n], moments) if k == "weight" else (PLAIN,))
-        ]
-        for e in todo:
-            check_layer(trials.layers[e.name], e.layer(calibration))
-        todo_now = [e for e in part.of_items(todo) if results.get(e.key) is None]
-        if workers is None:
-            build = lambda _: _evaluator(trials, calibration, rule, moments)  # noqa: E731
-        else:
-            build = _remote(prompts, sampling, calibration, rule, moments, {"replay": replay, "budget": budget})
-            build = of_same_model(build, settings, results.fingerprint)
-        with pool_of(workers, pipe, build) as pool, progress("analyzing", len(todo_now)) as bar:
-            for e, result in pool.run(todo_now):
-                results.put(e.key, result)
-                bar.advance(note=e.key)
-        part.check_whole(sum(e.key in results.results for e in todo), len(todo))
-        values = {e: results.results[e.key] for e in todo}
-    metadata = {"prompts": len(prompts), "sampling": asdict(sampling), "method": "one_at_a_time"}
-    return Sensitivity({n: _layer(trials, n, values, calibration, rule(n)) for n in trials.called()}, metadata)
-
-
-def of_same_model(build: Build, settings: Mapping[str, Any], expected: str) -> Build:
-    """``build``, for a worker: what it loaded must be the model that is analyzed. Raises SensitivityError."""
-
-    def checked(pipe: Any) -> Any:
-        if fingerprint(denoiser(pipe), settings) != expected:
-            raise SensitivityError(
-                "a worker's pipeline is not the one that is analyzed (its weights differ); make RayWorkers.load give "
-                "the same weights in the same type"
-            )
-        return build(pipe)
-
-    return checked
-
-
-def rounding_settings(roundings: Sequence[str], moments: Mapping[str, Tensor] | None) -> dict[str, Any]:
-    """What roundings add to a store's fingerprint; nothing where they are plain."""
-    settings: dict[str, Any] = {} if tuple(roundings) == (PLAIN,) else {"roundings": list(roundings)}
-    return settings if moments is None or not settings else settings | {"moments": fingerprint_of(moments)}
-
-
-def calibration_key(calibration: Calibration) -> dict[str, Any]:
-    """What results depend on, for a store's fingerprint."""
-    return {"layers": {n: layer_to_json(v) for n, v in calibration.layers.items()}, "bos": calibration.bos_embedding}
-
-
-def _evaluator(
-    trials: Trials, calibration: Calibration, rule: GroupRule, moments: Mapping[str, Tensor] | None
-) -> Callable[[Evaluation], dict[str, float]]:
-    """What makes an evaluation's figures, here."""
-    embedding = None if calibration.bos_embedding is None else torch.tensor(calibration.bos_embedding)
-
-    @torch.no_grad()
-    def evaluate(e: Evaluation) -> dict[str, float]:
-        moment = None if moments is None else moments.get(e.name)
-        return _finite(e, trials, calibration, embedding, moment, images=rule(e.name) == "content")
-
-    return evaluate
-
-
-def _remote(
-    prompts: list[str],
-    sampling: Sampling,
-    calibration: Calibration,
-    rule: GroupRule,
-    moments: Mapping[str, Tensor] | None,
-    options: dict[str, Any],
-) -> Build[Evaluation, dict[str, float]]:
-    """What makes them on a worker, whose reference run is its own."""
-
-    @torch.no_grad()
-    def build(pipe: Any) -> Callable[[Evaluation], dict[str, float]]:
-        return _evaluator(Trials(pipe, prompts, sampling, **options), calibration, rule, moments)
-
-    return build
-
-
-def _finite(
-    e: Evaluation,
-    trials: Trials,
-    calibration: Calibration,
-    embedding: Tensor | None,
-    moment: Tensor | None,
-    *,
-    images: bool,
-) -> dict[str, float]:
-    """The trial's figures; an output that overflows is an error power of 1e6 and an SSIM of 0."""
-    result = trials.measure(e.name, e.layer(calibration), embedding, images=images, moment=moment)
-    error = result["error"]
-    finite = {"error": error if math.isfinite(error) else 1e6}
-    if "ssim" in result:
-        finite["ssim"] = result["ssim"] if math.isfinite(result["ssim"]) else 0.0
-    return finite
-
-
-def _layer(
-    trials: Trials,
-    name: str,
-    values: dict[Evaluation, dict[str, float]],
-    calibration: Calibration,
-    group: Group,
-) -> LayerSensitivity:
-    every = {e: v for e, v in values.items() if e.name == name}
-    best = best_of({(e.bits, e.rounding): v["error"] for e, v in every.items() if e.kind == "weight"})
-    own = {(e.kind, e.bits): v for e, v in every.items() if e.kind == "act" or e.rounding == best[e.bits]}
-    shape = LayerShape.of(trials.layers[name])
-    score = lambda v: v["ssim"] if group == "content" else sqnr_from_error(v["error"])  # noqa: E731
-    bits = sorted(b for k, b in own if k == "weight")
-    plan = lambda b: calibration.layers[name].plan(LayerPlan(weight_bits=b, act_bits=8), bos=True, split=True)  # noqa: E731
-    return LayerSensitivity(
-        group=group,
-        weight_size=shape.weights,
-        act_size=calibration.layers[name].act_size,
-        weight_scores={b: score(v) for (k, b), v in own.items() if k == "weight"},
-        act_scores={b: score(v) for (k, b), v in own.items() if k == "act"},
-        weight_errors={b: v["error"] for (k, b), v in own.items() if k == "weight"},
-        act_errors={b: v["error"] for (k, b), v in own.items() if k == "act"},
-        weight_bytes={b: stored_bytes(shape, plan(b)) for b in bits},
-        weight_roundings={b: r for b, r in best.items() if r != PLAIN},
-    )

@@ -2,53 +2,28 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
-
 from ..errors import SensitivityError
-from ..layers import GroupRule
 from ..models.pipelines import Sampling, denoiser
 from ..progress import Bar, progress
-from .analyze import calibration_key, of_same_model, rounding_settings
-from .calibration import Calibration
-from .distributed import Pool, RayWorkers, pool_of
+from .analysis import Analysis
+from .distributed import Pool
 from .part import WHOLE, Part
 from .probe_batch import BatchProbe, Record, batches
 from .probe_delta import LayerDeltas, deltas_of
 from .probe_result import to_sensitivity
 from .probe_stats import Estimates
-from .roundings import PLAIN
 from .sensitivity import Sensitivity
-from .store import Store, fingerprint
+from .store import Store
 
 MAX_PROBES = 32
 AT_ONCE = 4
 """Probes of a batch between two writes to the store; with several steps each step's graph serves so many."""
 
 
-def probe_sensitivity(
-    pipe: Any,
-    prompts: list[str],
-    sampling: Sampling,
-    calibration: Calibration,
-    *,
-    store: str | os.PathLike[str] | None,
-    weight_bits: Sequence[int],
-    act_bits: Sequence[int],
-    rule: GroupRule,
-    roundings: Sequence[str] = (PLAIN,),
-    moments: Mapping[str, Tensor] | None = None,
-    probes: int | None = None,
-    precision: float = 0.995,
-    budget: int = 4 << 30,
-    workers: RayWorkers | None = None,
-    merge: Sequence[str | os.PathLike[str]] = (),
-    part: Part = WHOLE,
-) -> Sensitivity:
+def probe_sensitivity(analysis: Analysis, *, probes: int | None = None, precision: float = 0.995) -> Sensitivity:
     """What ``analyze`` gives, estimated to first order by random probes (see BatchProbe and Estimates).
 
     ``weight_errors`` and ``act_errors`` are relative error powers of the denoiser's output, each step's own call on
@@ -72,41 +47,31 @@ def probe_sensitivity(
     ``rounding_errors``, the errors of all of them, whereas all other figures are of the best.
 
     Args:
-        pipe, prompts, store, weight_bits, act_bits, rule, roundings, moments, workers, merge, part: see ``analyze``.
+        analysis: its ``budget`` is bytes of layers' output changes kept between probes; what does not fit is computed
+            again.
         probes: exactly so many probes; None: as many as ``precision`` asks for.
-        budget: bytes of layers' output changes kept between probes; what does not fit is computed again.
 
     Raises:
         SensitivityError: a layer is out of the gradient's reach, the store cannot be used, an argument is wrong.
     """
+    _check(analysis.part, probes, precision)
+    deltas = deltas_of(analysis.model, *analysis.choices)
+    content = {name for name in deltas if analysis.rule(name) == "content"}
+    settings = analysis.settings(method="probe 2", bits=analysis.bits, content=sorted(content))
+    parts = list(batches(analysis.prompts, analysis.sampling))
+    here = lambda pipe: _prober(pipe, parts, deltas, content, analysis.budget)  # noqa: E731
+    away = _remote(analysis, parts, content)
+    with analysis.results(settings) as results, analysis.pool(here, away, settings, results) as pool:
+        estimates = _Runs(pool, len(parts), results, analysis.part).settle(probes, precision)
+    metadata = analysis.metadata("probe", precision=precision)
+    return to_sensitivity(estimates, deltas, analysis.calibration, analysis.rule, metadata)
+
+
+def _check(part: Part, probes: int | None, precision: float) -> None:
     if (probes is not None and probes < 1) or not 0 < precision < 1:
         raise SensitivityError(f"probes is {probes}, precision {precision}; expected at least 1, and between 0 and 1")
     if part != WHOLE and probes is None:
         raise SensitivityError(f"part {part.index}/{part.of} of how many probes? give probes")
-    model = denoiser(pipe)
-    deltas = deltas_of(model, calibration, weight_bits, act_bits, roundings, moments)
-    content = {name for name in deltas if rule(name) == "content"}
-    settings = {
-        "method": "probe 2",
-        "prompts": prompts,
-        "sampling": asdict(sampling),
-        "calibration": calibration_key(calibration),
-        "bits": [list(weight_bits), list(act_bits)],
-        "content": sorted(content),
-        **rounding_settings(roundings, moments),
-    }
-    parts = list(batches(prompts, sampling))
-    if workers is None:
-        build = lambda _: _prober(pipe, parts, deltas, content, budget)  # noqa: E731
-    else:
-        build = _remote(parts, calibration, (weight_bits, act_bits, roundings), moments, content, budget)
-    key = fingerprint(model, settings)
-    build = build if workers is None else of_same_model(build, settings, key)
-    with Store(store, key) as results, pool_of(workers, pipe, build) as pool:
-        results.merge(merge)
-        estimates = _Runs(pool, len(parts), results, part).settle(probes, precision)
-    metadata = {"prompts": len(prompts), "sampling": asdict(sampling), "method": "probe", "precision": precision}
-    return to_sensitivity(estimates, deltas, calibration, rule, metadata)
 
 
 Item = tuple[int, tuple[int, ...]]
@@ -135,17 +100,13 @@ def _prober(
 
 
 def _remote(
-    parts: list[tuple[list[str], Sampling]],
-    calibration: Calibration,
-    choices: tuple[Sequence[int], Sequence[int], Sequence[str]],
-    moments: Mapping[str, Tensor] | None,
-    content: set[str],
-    budget: int,
+    analysis: Analysis, parts: list[tuple[list[str], Sampling]], content: set[str]
 ) -> Callable[[Any], Callable[[Item], list[Record]]]:
     """The same on a worker, which rounds its own weights."""
+    choices, budget = analysis.choices, analysis.budget
 
     def build(pipe: Any) -> Callable[[Item], list[Record]]:
-        return _prober(pipe, parts, deltas_of(denoiser(pipe), calibration, *choices, moments), content, budget)
+        return _prober(pipe, parts, deltas_of(denoiser(pipe), *choices), content, budget)
 
     return build
 

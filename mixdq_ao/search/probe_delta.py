@@ -16,8 +16,8 @@ from ..quantize.bos import bos_mask
 from ..quantize.config import MixDQLayerConfig, fake_quantizer
 from ..quantize.fake import FakeQuantizer
 from ..quantize.quantizer import refuse_unusable
-from .analyze import Evaluation
 from .calibration import Calibration
+from .evaluation import Evaluation
 from .roundings import PLAIN, usable
 
 

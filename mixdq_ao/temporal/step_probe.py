@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +20,7 @@ from ..layers import LayerShape, group_of, stored_bytes
 from ..models.pipelines import Sampling, check_prompts, denoiser
 from ..plan import LayerPlan
 from ..progress import progress
-from ..search.analyze import calibration_key
+from ..search.analysis import Analysis
 from ..search.calibrate import calibrate
 from ..search.calibration import Calibration
 from ..search.probe_batch import BatchProbe, batches, signs
@@ -28,7 +28,6 @@ from ..search.probe_delta import LayerDeltas, deltas_of
 from ..search.probe_trace import frozen_pipeline
 from ..search.sensitivity import Kind, LayerSensitivity, Sensitivity
 from ..search.smoothing import as_calibrated
-from ..search.store import Store, fingerprint
 
 AT_ONCE = 4
 """Probes of a batch between two writes to the store; they share the graphs of all steps."""
@@ -76,27 +75,34 @@ def probe_steps(
     if calibration is None:
         options: dict[str, Any] = {"guidance_scale": guidance_scale, "seed": seed, "batch_size": batch_size}
         calibration = calibrate(pipe, texts, steps=steps, **options)
-    model = denoiser(pipe)
-    with as_calibrated(model, calibration) as calibration:
-        deltas = deltas_of(model, calibration, weight_bits, act_bits)
-        settings = {
-            "method": "probe each step",
-            "prompts": texts,
-            "sampling": asdict(sampling),
-            "calibration": calibration_key(calibration),
-            "bits": [list(weight_bits), list(act_bits)],
-        }
-        with Store(store, fingerprint(model, settings)) as results:
-            for index, part in enumerate(batches(texts, sampling)):
-                todo = [k for k in range(probes) if results.get(_key(k, index)) is None]
-                if todo:
-                    batch = BatchProbe(pipe, *part, index, deltas, set(deltas), budget)
-                    for k, record in _records(batch, todo, steps):
-                        results.put(_key(k, index), record)
-            counts = range(math.ceil(len(texts) / batch_size))
-            records = [results.results[_key(k, index)] for k in range(probes) for index in counts]
-        metadata = {"prompts": len(texts), "sampling": asdict(sampling), "method": "probe each step", "probes": probes}
-        return {s: _sensitivity(s, records, deltas, calibration, metadata) for s in range(steps)}
+    with as_calibrated(denoiser(pipe), calibration) as calibration:
+        analysis = Analysis(
+            pipe=pipe,
+            prompts=texts,
+            sampling=sampling,
+            calibration=calibration,
+            weight_bits=weight_bits,
+            act_bits=act_bits,
+            budget=budget,
+            store=store,
+        )
+        return _each_step(analysis, probes)
+
+
+def _each_step(analysis: Analysis, probes: int) -> dict[int, Sensitivity]:
+    """``probe_steps`` of a model that is as it was calibrated."""
+    deltas = deltas_of(analysis.model, *analysis.choices)
+    parts, steps = list(batches(analysis.prompts, analysis.sampling)), analysis.sampling.steps
+    with analysis.results(analysis.settings(method="probe each step", bits=analysis.bits)) as results:
+        for index, part in enumerate(parts):
+            todo = [k for k in range(probes) if results.get(_key(k, index)) is None]
+            if todo:
+                batch = BatchProbe(analysis.pipe, *part, index, deltas, set(deltas), analysis.budget)
+                for k, record in _records(batch, todo, steps):
+                    results.put(_key(k, index), record)
+        records = [results.results[_key(k, index)] for k in range(probes) for index in range(len(parts))]
+    metadata = analysis.metadata("probe each step", probes=probes)
+    return {s: _sensitivity(s, records, deltas, analysis.calibration, metadata) for s in range(steps)}
 
 
 def over_the_run(steps: Mapping[int, Sensitivity]) -> Sensitivity:

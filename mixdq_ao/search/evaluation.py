@@ -1,0 +1,37 @@
+"""What one trial of a sensitivity analysis changes: the weight or the input of one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..plan import LayerPlan
+from .calibration import Calibration
+from .roundings import PLAIN, rounded_as
+from .sensitivity import Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One trial: which layer, weight or activation, how many bits, and how a weight is rounded."""
+
+    name: str
+    kind: Kind
+    bits: int
+    rounding: str = PLAIN
+
+    @property
+    def label(self) -> str:
+        """Bits, and the rounding where it is not plain."""
+        return str(self.bits) if self.rounding == PLAIN else f"{self.bits} {self.rounding}"
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}|{self.kind}|{self.label}"
+
+    def layer(self, calibration: Calibration) -> LayerPlan:
+        """The layer with only its weight, or only its input, quantized."""
+        if self.kind == "weight":
+            plan = rounded_as(LayerPlan(weight_bits=self.bits), self.rounding)
+        else:
+            plan = LayerPlan(act_bits=self.bits)
+        return calibration.layers[self.name].plan(plan, bos=True, split=True)
