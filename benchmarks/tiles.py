@@ -1,7 +1,7 @@
 """Tiles of the kernels: which is the default for SDXL's shapes, and what the assembler says of every one.
 
     python -m benchmarks.tiles table                          the modelled part of inductor_kernels/tuned.json
-    python -m benchmarks.tiles compile [--arch 80 89 90] [--limit SECONDS]
+    python -m benchmarks.tiles compile [--arch 80 90 ...] [--limit SECONDS]
                                                               benchmarks/results/tiles.json and .md, resumable
     python -m benchmarks.tiles roofline                       benchmarks/results/roofline.md
 
@@ -52,20 +52,26 @@ def compile_all(arches: list[int], limit: float) -> None:
     from tests.kernels import kernels
 
     path, start = RESULTS / "tiles.json", time.monotonic()
+    every = [(c, t, b, f) for c in tiles.TILES for t in tiles.TILES[c] for b in (8, 4, 2) for f in kernels.BUILDERS]
+    cases = {_name(*case): case for case in sorted(every, key=lambda case: -case[1].m * case[1].n * case[1].k)}
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [row for row in rows if row["case"] in cases]
     known = {row["case"] for row in rows}
-    cases = [(c, t, b, f) for c in arches for t in tiles.TILES[c] for b in (8, 4, 2) for f in kernels.BUILDERS]
-    for capability, tile, bits, builder in sorted(cases, key=lambda case: -case[1].m * case[1].n * case[1].k):
-        case = f"sm_{capability} {builder} W{bits} {tile.m}x{tile.n}x{tile.k}, {tile.stages} stages, {tile.warps} warps"
-        if case in known or time.monotonic() - start > limit:
+    for name, (capability, tile, bits, builder) in cases.items():
+        if capability not in arches or name in known or time.monotonic() - start > limit:
             continue
         info = kernels.compiled(builder, bits, capability, tile)
         found = {"shared": info.shared_bytes, "registers": info.registers, "spilled": info.spill_bytes}
         good = info.fits and not info.spill_bytes and kernels.uses_tensor_cores(builder, info)
-        rows.append({"case": case, **found, "good": good, "instructions": list(info.instructions)})
+        rows.append({"case": name, **found, "good": good, "instructions": list(info.instructions)})
         write_document(path, {"of": len(cases), "rows": rows})
-        print(case, found, "" if good else "BAD", flush=True)
+        print(name, found, "" if good else "BAD", flush=True)
+    write_document(path, {"of": len(cases), "rows": rows})
     (RESULTS / "tiles.md").write_text(_tiles_page(rows, len(cases)))
+
+
+def _name(capability: int, tile: tiles.Tile, bits: int, builder: str) -> str:
+    return f"sm_{capability} {builder} W{bits} {tile.m}x{tile.n}x{tile.k}, {tile.stages} stages, {tile.warps} warps"
 
 
 def _tiles_page(rows: list[dict[str, Any]], total: int) -> str:
@@ -154,15 +160,17 @@ def _total(found: Counter[Product], capability: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("table", "compile", "roofline"))
-    parser.add_argument("--arch", type=int, nargs="+", choices=tuple(tiles.TILES), default=[80, 89, 90])
+    parser.add_argument(
+        "--arch", type=int, nargs="+", choices=tuple(tiles.TILES), help="default: all; 90 of the roofline"
+    )
     parser.add_argument("--limit", type=float, default=900, help="seconds after which nothing more is compiled")
     options = parser.parse_args()
     if options.what == "table":
         write_table()
     elif options.what == "compile":
-        compile_all(options.arch, options.limit)
+        compile_all(options.arch or list(tiles.TILES), options.limit)
     else:
-        (RESULTS / "roofline.md").write_text(roofline_page(options.arch[-1]))
+        (RESULTS / "roofline.md").write_text(roofline_page((options.arch or [90])[0]))
 
 
 if __name__ == "__main__":

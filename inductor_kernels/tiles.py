@@ -40,7 +40,9 @@ _HOPPER = [
     Tile(128, 128, 128, 3, 8),
 ]
 
-TILES = {80: _AMPERE, 86: _SMALL_SHARED, 89: _SMALL_SHARED, 90: _HOPPER, 100: _HOPPER, 120: _SMALL_SHARED}
+_BLACKWELL = _HOPPER[:-1]  # the largest spills where results pass through tensor memory
+
+TILES = {80: _AMPERE, 86: _SMALL_SHARED, 89: _SMALL_SHARED, 90: _HOPPER, 100: _BLACKWELL, 120: _SMALL_SHARED}
 
 
 def family(capability: int) -> int:
