@@ -4,7 +4,7 @@ Each contender's repeated blocks are compiled (diffusers' ``compile_repeated_blo
 whole UNet (minutes each; PT2E's graph, with its weights frozen, only then). A call with 32 captions of each in turn
 within one process, as times compiled float32, with 95 % intervals. First: seconds to the end of the first call, which
 compiles or finds code in Inductor's cache. A contender that does not compile says why. Writes
-benchmarks/results/peers_latency.json and peers_latency.md.
+benchmarks/results/peers_latency.json and .md, with --whole peers_latency_whole.json and .md.
 """
 
 from __future__ import annotations
@@ -135,11 +135,12 @@ def main() -> None:
     e = environment()
     command = record.command("benchmarks.peers.latency")
     document = {"command": command, "rows": rows, "environment": e}
-    write_document(options.out / "peers_latency.json", document)
+    stem = "peers_latency_whole" if options.whole else "peers_latency"
+    write_document(options.out / f"{stem}.json", document)
     machine = f"{e['processor']}, {e['cpu_capability']}, {e['threads']} threads"
     where = f"{machine}, torch {e['packages']['torch']}, commit {e['commit']}"
     text = "\n\n".join([(__doc__ or "").strip(), table(rows), where])
-    (options.out / "peers_latency.md").write_text(text + "\n", encoding="utf-8")
+    (options.out / f"{stem}.md").write_text(text + "\n", encoding="utf-8")
     print(table(rows))
 
 
