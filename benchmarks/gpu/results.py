@@ -41,6 +41,8 @@ def report(folder: Path) -> str:
     parts = ["# Measured on a GPU"]
     for path in sorted(folder.glob("*.json")):
         document = json.loads(path.read_text())
+        if "rows" not in document:  # the tiles of a dry run
+            continue
         about = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
         parts += [f"## {path.stem}", ("Dry run: the figures mean nothing. " if document["dry_run"] else "") + about]
         columns = list(dict.fromkeys(key for row in document["rows"] for key in row))

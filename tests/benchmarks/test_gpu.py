@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from benchmarks.gpu import results
 from benchmarks.gpu import tiles as timed
 from benchmarks.gpu.__main__ import main
 from inductor_kernels import roofline, tiles, tuned
@@ -34,6 +35,22 @@ def test_tiles_worth_timing_are_those_the_model_ranks_first():
     assert len(found) == len(set(found)) == timed.TRIED and found[0] == tuned.modelled(90, SMALL)
     expected = [roofline.seconds(SMALL, tiles.narrowed(tile, SMALL.k), 90) for tile in found]
     assert expected == sorted(expected)
+
+
+def test_the_page_has_a_table_for_every_step_and_leaves_other_files_alone(tmp_path):
+    """One step that was cut off after its first row, one that measured nothing, the tiles of a dry run."""
+
+    def cut_off():
+        yield {"variant": "W8A8", "ms": 1.23456}
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        results.write(tmp_path, "unet-512-1", cut_off(), dry=True)
+    results.write(tmp_path, "kernels", [{"what": "gemm"}, {"what": "conv", "error": "none"}], dry=False)
+    (tmp_path / "tuned.json").write_text(tuned.document({90: ("modelled", {tuned.key(SMALL): tiles.TILES[90][0]})}))
+    page = results.report(tmp_path)
+    assert page == (tmp_path / "results.md").read_text() and "tuned" not in page
+    assert "| W8A8 | 1.235 |" in page and "| gemm |  |" in page and page.count("Dry run") == 1
 
 
 @pytest.mark.parametrize("step", ["unet-512", "tiles-512-1", "unet", "kernel"])
