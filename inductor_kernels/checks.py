@@ -8,6 +8,7 @@ from torch import Tensor
 from .packing import packed_length
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu")
 
 
 def _require(condition: bool, op: str, name: str, value: object, expected: str) -> None:
@@ -39,10 +40,15 @@ def weight(op: str, weight: Tensor, zero_point: Tensor | None, bits: int, length
         _vector(op, "weight_zero_point", zero_point, weight.shape[0], (torch.int8,))
 
 
+def _scalar(op: str, name: str, tensor: Tensor | None, dtype: torch.dtype) -> None:
+    good = tensor is not None and tensor.ndim == 0 and tensor.dtype == dtype
+    article = "an" if dtype == torch.int32 else "a"
+    _require(good, op, name, _describe(tensor), f"{article} {str(dtype)[6:]} tensor without dimensions")
+
+
 def _codes(op: str, x_q: Tensor, zero_point: Tensor, out_dtype: torch.dtype) -> None:
     _require(x_q.dtype in (torch.uint8, torch.int8), op, "x_q", _describe(x_q), "uint8 or int8 codes")
-    good = zero_point.ndim == 0 and zero_point.dtype == torch.int32
-    _require(good, op, "zero_point", _describe(zero_point), "an int32 tensor without dimensions")
+    _scalar(op, "zero_point", zero_point, torch.int32)
     _require(out_dtype in FLOATS, op, "out_dtype", out_dtype, "float32, bfloat16 or float16")
 
 
@@ -76,10 +82,8 @@ def quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int) -> N
     """All arguments of ``inductor_kernels::quantize``."""
     op = "quantize"
     _require(x.dtype in FLOATS, op, "x", _describe(x), "float32, bfloat16 or float16")
-    good = inv_scale.ndim == 0 and inv_scale.dtype == torch.float32
-    _require(good, op, "inv_scale", _describe(inv_scale), "a float32 tensor without dimensions")
-    good = zero_point.ndim == 0 and zero_point.dtype == torch.int32
-    _require(good, op, "zero_point", _describe(zero_point), "an int32 tensor without dimensions")
+    _scalar(op, "inv_scale", inv_scale, torch.float32)
+    _scalar(op, "zero_point", zero_point, torch.int32)
     _require(0 < levels <= 255, op, "levels", levels, "the largest code, 1 to 255")
 
 
@@ -97,10 +101,16 @@ def linear(x_q, w, weight_zero_point, weight_sum, scale, zero_point, bias, row_s
         _require(good, op, "row_scale", _describe(row_scale), f"float32 {list(x_q.shape[:-1])}")
 
 
-def other(x_q, w, summand, out_dtype) -> None:
-    """What ``inductor_kernels::linear_add`` adds."""
-    good = summand.dtype == out_dtype and summand.shape == (*x_q.shape[:-1], w.shape[0])
-    _require(good, "linear_add", "other", _describe(summand), f"{out_dtype} {[*x_q.shape[:-1], w.shape[0]]}")
+def post(x_q, w, out_dtype, other, activation, inv_scale, zero_point) -> None:
+    """What ``inductor_kernels::linear_post`` does after the product."""
+    op = "linear_post"
+    if other is not None:
+        good = other.dtype == out_dtype and other.shape == (*x_q.shape[:-1], w.shape[0])
+        _require(good, op, "other", _describe(other), f"{out_dtype} {[*x_q.shape[:-1], w.shape[0]]}")
+    _require(activation in ACTIVATIONS, op, "activation", repr(activation), " or ".join(map(repr, ACTIVATIONS)))
+    if inv_scale is not None or zero_point is not None:
+        _scalar(op, "out_inv_scale", inv_scale, torch.float32)
+        _scalar(op, "out_zero_point", zero_point, torch.int32)
 
 
 def conv2d(

@@ -8,11 +8,12 @@ import torch
 import torch.utils._triton
 from torch._inductor import config, ir
 from torch._inductor.choices import InductorChoices
+from torch._inductor.fx_passes import mkldnn_fusion
 from torch._inductor.fx_passes.post_grad import pass_patterns
 from torch._inductor.kernel.mm_common import mm_grid
 from torch._inductor.lowering import fallback_handler, register_lowering
 from torch._inductor.lowering import view as _view
-from torch._inductor.pattern_matcher import Arg, CallFunction, register_graph_pattern
+from torch._inductor.pattern_matcher import Arg, CallFunction, KeywordArg, register_graph_pattern
 from torch._inductor.select_algorithm import (
     SymbolicGridFn,
     TritonTemplate,
@@ -23,9 +24,13 @@ from torch._inductor.virtualized import V
 from torch.torch_version import TorchVersion
 
 __all__ = [
+    "Arg",
+    "CallFunction",
+    "KeywordArg",
     "SymbolicGridFn",
     "TritonTemplate",
     "V",
+    "activation_patterns",
     "allow_prologue",
     "call_python",
     "computed_by_template",
@@ -42,7 +47,7 @@ __all__ = [
     "realize_inputs",
     "register_lowering",
     "replace_output",
-    "replace_sums",
+    "rewrite",
     "select",
     "tag_caches",
     "triton_device",
@@ -113,20 +118,19 @@ def call_python(node, expression: str) -> None:
         kernel.python_kernel_name = expression
 
 
-def replace_sums(op, arguments: int, worth, replace) -> None:
-    """In graphs about to be lowered, call ``replace(match, *arguments of op, other)`` for ``op(...) + other`` where
-    nothing else reads the result of ``op`` and ``worth(match, *arguments of op, other)``."""
-    add, args = torch.ops.aten.add.Tensor, [Arg() for _ in range(arguments)]
-    late: Any = pass_patterns[2]
+def rewrite(pattern, check, replace, *, stage: int) -> None:
+    """In graphs about to be lowered, call ``replace(match, ...)`` for what ``pattern`` finds, where ``check(match,
+    ...)`` allows it, both with what its ``Arg`` and ``KeywordArg`` stand for. Stages 0 to 2 run one after the other."""
+    allowed = lambda match: check(match, *match.args, **match.kwargs)  # noqa: E731
+    stages: Any = pass_patterns
+    register_graph_pattern(pattern, extra_check=allowed, pass_dict=stages[stage])(replace)
 
-    def register(pattern, ordered) -> None:
-        """``ordered``: what the pattern found, as arguments of ``op`` and then the other summand."""
-        check = lambda match: worth(match, *ordered(*match.args))  # noqa: E731
-        act = lambda match, *found: replace(match, *ordered(*found))  # noqa: E731
-        register_graph_pattern(pattern, extra_check=check, pass_dict=late)(act)
 
-    register(CallFunction(add, CallFunction(op, *args, _users=1), Arg()), lambda *found: found)
-    register(CallFunction(add, Arg(), CallFunction(op, *args, _users=1)), lambda other, *rest: (*rest, other))
+def activation_patterns() -> dict[str, tuple[Any, int]]:
+    """Inductor's own patterns for what it makes of activation functions: (a function of the pattern of their argument,
+    how often they read it). None where torch is built without oneDNN."""
+    names = {"gelu": ("_gelu_fusion_1", 2), "gelu_tanh": ("_gelu_fusion_2", 4), "silu": ("_silu_fusion", 2)}
+    return {k: (getattr(mkldnn_fusion, name), n) for k, (name, n) in names.items() if hasattr(mkldnn_fusion, name)}
 
 
 def replace_output(match, op, arguments: tuple) -> None:

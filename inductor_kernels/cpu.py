@@ -25,6 +25,7 @@ from . import avx2, checks, reference, weights
 SMALL = 1 << 21  # products of fewer multiplications run in float32: oneDNN's int8 call costs 50 us before it starts
 SMALL_AVX2 = 1 << 26  # below, the C kernel is the faster one also where oneDNN is exact
 CODES = (torch.uint8, torch.int8)
+POST_OPS = {"none": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", "")}
 
 
 def weight_cache(mode: str) -> None:
@@ -42,13 +43,12 @@ def int8_is_exact() -> bool:
         return False
     x = torch.full((64, 128), 255, dtype=torch.uint8)
     w = torch.full((64, 128), 127, dtype=torch.int8)
-    y = _onednn_linear(x, 0, torch.ops.onednn.qlinear_prepack(w, None), torch.ones(64), None, torch.float32)
+    y = _onednn_linear(x, 0, torch.ops.onednn.qlinear_prepack(w, None), torch.ones(64), None)
     return bool((y == 255 * 127 * 128).all())
 
 
 @functools.cache
-def _writes_bf16() -> bool:
-    """oneDNN's int8 kernels write bfloat16 themselves only from AVX-512 on; below, a 100x slower one is taken."""
+def _avx512() -> bool:
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
@@ -126,10 +126,22 @@ def _float(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.float()
 
 
-def _onednn_linear(x: Tensor, zero_point: int, packed: Tensor, scale: Tensor, bias: Tensor | None, dtype):
+def _packed_linear(prepared: weights.Prepared, weight: Tensor, zero_point: Tensor | None) -> Tensor:
+    packed = prepared.forms.get("onednn")
+    if packed is None:
+        w = weights.integers(weight, zero_point, prepared.bits, prepared.length)
+        packed = prepared.keep("onednn", torch.ops.onednn.qlinear_prepack(w, None))
+    return packed
+
+
+def _onednn_linear(
+    x: Tensor, zero_point: int, packed: Tensor, scale: Tensor, bias: Tensor | None, out_scale=1.0, out_zero_point=0,
+    dtype=torch.float32, activation="none",
+) -> Tensor:  # fmt: skip
     return torch.ops.onednn.qlinear_pointwise.default(
-        x, 1.0, zero_point, packed, scale, _zeros(scale.shape[0]), _float(bias), 1.0, 0, dtype, "none", [], ""
-    )
+        x, 1.0, zero_point, packed, scale, _zeros(scale.shape[0]), _float(bias), out_scale, out_zero_point, dtype,
+        POST_OPS[activation][0], [], POST_OPS[activation][1],
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
@@ -176,47 +188,65 @@ def linear(
             return y if out_dtype is torch.float32 else y.to(out_dtype)
         total = F.linear(_centered(x_q, z), _float_linear(prepared, weight, weight_zero_point))
         return _scaled(total, scale, row_scale, bias, out_dtype)
-    packed = prepared.forms.get("onednn")
-    if packed is None:
-        w = weights.integers(weight, weight_zero_point, weight_bits, k)
-        packed = prepared.keep("onednn", torch.ops.onednn.qlinear_prepack(w, None))
+    packed = _packed_linear(prepared, weight, weight_zero_point)
     x = _unsigned(x_q.contiguous())
     direct = writes(out_dtype)
     if row_scale is None:
-        y = _onednn_linear(x, z, packed, scale, bias, out_dtype if direct else torch.float32)
+        y = _onednn_linear(x, z, packed, scale, bias, dtype=out_dtype if direct else torch.float32)
         return y if direct else y.to(out_dtype)
-    total = _onednn_linear(x, z, packed, scale, None, torch.float32).mul_(row_scale.unsqueeze(-1))
+    total = _onednn_linear(x, z, packed, scale, None).mul_(row_scale.unsqueeze(-1))
     return (total if bias is None else total.add_(bias)).to(out_dtype)
 
 
-def linear_add(
+def linear_post(
     x_q: Tensor, weight: Tensor, weight_zero_point: Tensor | None, weight_sum: Tensor | None, scale: Tensor,
-    zero_point: Tensor, bias: Tensor | None, other: Tensor, weight_bits: int, out_dtype: torch.dtype,
+    zero_point: Tensor, bias: Tensor | None, row_scale: Tensor | None, weight_bits: int, out_dtype: torch.dtype,
+    other: Tensor | None, activation: str, out_inv_scale: Tensor | None, out_zero_point: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """``inductor_kernels::linear_add``: oneDNN adds where it multiplies; the bits are those of adding afterwards."""
-    n, k = weight.shape[0], x_q.shape[-1]
+    """``inductor_kernels::linear_post``: oneDNN does it where it multiplies; for a sum the bits are those of adding
+    afterwards."""
+    n, k = weight.shape[0], x_q.shape[-1] if x_q.ndim else 0
+    product = (x_q, weight, weight_zero_point, weight_sum, scale, zero_point, bias, row_scale, weight_bits)
+    post = (other, activation, out_inv_scale, out_zero_point)
     prepared = weights.find(weight, weight_zero_point, weight_bits, k)
-    packed = None if prepared is None else prepared.forms.get("onednn")
-    alike = other.dtype is out_dtype and other.shape == (*x_q.shape[:-1], n)
+    if prepared is None or not _plain(x_q, scale, bias, n):
+        checks.linear(*product, out_dtype)
+    checks.post(x_q, weight, out_dtype, *post)
+    alone = other is None or (activation == "none" and out_inv_scale is None and writes(out_dtype))
+    multiplications = x_q.numel() * n
     if (
-        packed is None
-        or not alike
-        or x_q.numel() * n < _small()
-        or not writes(out_dtype)
-        or not _plain(x_q, scale, bias, n)
+        row_scale is not None
+        or not alone
+        or not 0 < multiplications >= _small()
+        or not _takes_int8(prepared := prepared or weights.add(weight, weight_zero_point, weight_bits, k), weight)
     ):
-        checks.other(x_q, weight, other, out_dtype)
-        product = (x_q, weight, weight_zero_point, weight_sum, scale, zero_point, bias, None, weight_bits, out_dtype)
-        return linear(*product) + other  # the first call, which lays the weight out
-    return torch.ops.onednn.qlinear_pointwise.binary(
-        _unsigned(x_q.contiguous()), 1.0, int(zero_point), packed, scale, _zeros(n), other.contiguous(), _float(bias),
-        1.0, 0, out_dtype, 1.0, 0, "add", 1.0, "none", [], "",
-    )  # fmt: skip
+        return reference.post(linear(*product, torch.float32), out_dtype, *post)
+    x, z = _unsigned(x_q.contiguous()), int(zero_point)
+    packed = _packed_linear(prepared, weight, weight_zero_point)
+    if other is not None:
+        return torch.ops.onednn.qlinear_pointwise.binary(
+            x, 1.0, z, packed, scale, _zeros(n), other.contiguous(), _float(bias), 1.0, 0, out_dtype, 1.0, 0,
+            "add", 1.0, "none", [], "",
+        )  # fmt: skip
+    if out_inv_scale is not None and out_zero_point is not None:
+        into = 1 / float(out_inv_scale), int(out_zero_point), torch.uint8
+    else:
+        into = 1.0, 0, out_dtype if writes(out_dtype) else torch.float32
+    y = _onednn_linear(x, z, packed, scale, bias, *into, activation)
+    return y if y.dtype in (out_dtype, torch.uint8) else y.to(out_dtype)
 
 
 def writes(out_dtype: torch.dtype) -> bool:
-    """Whether oneDNN's int8 products write this type themselves."""
-    return out_dtype is torch.float32 or (out_dtype is torch.bfloat16 and _writes_bf16())
+    """Whether oneDNN's int8 products write this type themselves: bfloat16 from AVX-512 on; below, a 100x slower kernel
+    is taken."""
+    return out_dtype is torch.float32 or (out_dtype is torch.bfloat16 and _avx512())
+
+
+def repays_activation(name: str) -> bool:
+    """Whether oneDNN computes this function no slower than generated code. Its tanh comes from tables, which AVX-512
+    holds in registers; AVX2 gathers them from memory: 5.5 ns per element on an EPYC (Zen 3), where generated code takes
+    3.4, or 1.5 as :mod:`inductor_kernels.gelu` writes it."""
+    return name != "gelu_tanh" or _avx512()
 
 
 def repays_onednn(multiplications: int, weight_bits: int) -> bool:

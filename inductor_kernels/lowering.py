@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import compat, roofline, sums, tuned
+from . import compat, gelu, post_ops, roofline, tuned
 from .compat import V, ir, log
 from .roofline import Product
 from .templates import conv2d, gemm
@@ -138,8 +138,8 @@ def _linear(capability, x, weight, wzp, weight_sum, scale, zero_point, bias, row
     return _product(x, weight, x.get_size()[:-1], named, dtype, bits, capability, prologue=True)
 
 
-@_lower(OPS.linear_add.default)
-def _linear_add(capability, *arguments):
+@_lower(OPS.linear_post.default)
+def _linear_post(capability, *arguments):
     """Graphs get it on a CPU only."""
     return None
 
@@ -171,7 +171,8 @@ def _conv2d_weight_only(capability, x, weight, wzp, scale, bias, bits, stride, p
     return _convolution(x, weight, named, x.get_dtype(), bits, geometry, capability, prologue=False)
 
 
-assert sums  # registers its patterns
+post_ops.register()
+gelu.register()
 
 
 def _version() -> str:

@@ -13,8 +13,13 @@ reference): small models need not store it.
              padding reads the zero point, so the correction stays one number per channel
 
 The integer difference is exact, the rest float32, rounded once to ``out_dtype``. The ``_weight_only`` variants take
-floating point activations and return their type. ``linear_add`` is ``linear`` plus ``other`` [..., N] of the result's
-type, which Inductor's graphs get where oneDNN adds it on the way (:mod:`inductor_kernels.sums`).
+floating point activations and return their type.
+
+``linear_post`` is ``linear`` and what follows it in a model, in float32 and rounded once; Inductor's graphs get it
+where oneDNN does that as it multiplies (:mod:`inductor_kernels.post_ops`).
+
+    linear_post   f(y + other), f one of "none", "gelu", "gelu_tanh" and "silu", other [..., N] of the result's type;
+                  with ``out_inv_scale`` and ``out_zero_point`` the codes of that, as ``quantize`` makes them
 
 For eager mode, where nothing fuses, ``quantize`` makes the codes in one pass,
 
@@ -39,8 +44,9 @@ _SCHEMAS = (
     "quantize(Tensor x, Tensor inv_scale, Tensor zero_point, int levels) -> Tensor",
     "linear(Tensor x_q, Tensor weight, Tensor? weight_zero_point, Tensor? weight_sum, Tensor scale, "
     "Tensor zero_point, Tensor? bias, Tensor? row_scale, int weight_bits, ScalarType out_dtype) -> Tensor",
-    "linear_add(Tensor x_q, Tensor weight, Tensor? weight_zero_point, Tensor? weight_sum, Tensor scale, "
-    "Tensor zero_point, Tensor? bias, Tensor other, int weight_bits, ScalarType out_dtype) -> Tensor",
+    "linear_post(Tensor x_q, Tensor weight, Tensor? weight_zero_point, Tensor? weight_sum, Tensor scale, "
+    "Tensor zero_point, Tensor? bias, Tensor? row_scale, int weight_bits, ScalarType out_dtype, "
+    "Tensor? other, str activation, Tensor? out_inv_scale, Tensor? out_zero_point) -> Tensor",
     "conv2d(Tensor x_q, Tensor weight, Tensor? weight_zero_point, Tensor? weight_sum, Tensor scale, "
     "Tensor zero_point, Tensor? bias, int weight_bits, SymInt[2] stride, SymInt[2] padding, "
     "SymInt[2] dilation, int groups, ScalarType out_dtype) -> Tensor",
@@ -81,11 +87,11 @@ def _linear_shape(x_q: Tensor, weight: Tensor, *rest) -> Tensor:
     return x_q.new_empty((*x_q.shape[:-1], weight.shape[0]), dtype=rest[-1])
 
 
-def _linear_add_shape(x_q: Tensor, weight: Tensor, *rest) -> Tensor:
-    product = [*rest[:5], None, *rest[6:]]
-    checks.linear(x_q, weight, *product)
-    checks.other(x_q, weight, rest[5], rest[-1])
-    return x_q.new_empty((*x_q.shape[:-1], weight.shape[0]), dtype=rest[-1])
+def _linear_post_shape(x_q: Tensor, weight: Tensor, *rest) -> Tensor:
+    product, post = rest[:8], rest[8:]
+    y = _linear_shape(x_q, weight, *product)
+    checks.post(x_q, weight, y.dtype, *post)
+    return y if post[2] is None else y.new_empty(y.shape, dtype=reference.code_dtype(y.device))
 
 
 def _conv2d_shape(x_q: Tensor, weight: Tensor, *rest) -> Tensor:

@@ -3,6 +3,8 @@
 Integer sums are formed in float64, where they are exact (below 2**53), on every device that has it.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -77,14 +79,34 @@ def linear(
     return _finish(x @ w.to(x.dtype).t(), scale, row_scale, bias, out_dtype)
 
 
-def linear_add(
+def linear_post(
     x_q: Tensor, weight: Tensor, weight_zero_point: Tensor | None, weight_sum: Tensor | None, scale: Tensor,
-    zero_point: Tensor, bias: Tensor | None, other: Tensor, weight_bits: int, out_dtype: torch.dtype,
+    zero_point: Tensor, bias: Tensor | None, row_scale: Tensor | None, weight_bits: int, out_dtype: torch.dtype,
+    other: Tensor | None, activation: str, out_inv_scale: Tensor | None, out_zero_point: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """``linear``, then the sum; each rounds to ``out_dtype``."""
-    checks.other(x_q, weight, other, out_dtype)
-    product = (x_q, weight, weight_zero_point, weight_sum, scale, zero_point, bias, None, weight_bits, out_dtype)
-    return linear(*product) + other
+    """``linear``, then what else is asked for, all in float32."""
+    checks.post(x_q, weight, out_dtype, other, activation, out_inv_scale, out_zero_point)
+    product = (x_q, weight, weight_zero_point, weight_sum, scale, zero_point, bias, row_scale, weight_bits)
+    return post(linear(*product, torch.float32), out_dtype, other, activation, out_inv_scale, out_zero_point)
+
+
+ACTIVATIONS = {
+    "none": lambda y: y,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def post(
+    y: Tensor, out_dtype: torch.dtype, other: Tensor | None, activation: str, inv_scale: Tensor | None,
+    zero_point: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """What ``linear_post`` does with the float32 product ``y`` [..., N]."""
+    y = ACTIVATIONS[activation](y if other is None else y + other)
+    if inv_scale is None or zero_point is None:
+        return y.to(out_dtype)
+    return quantize(y, inv_scale, zero_point, 255)
 
 
 def conv2d(

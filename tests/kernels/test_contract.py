@@ -20,7 +20,7 @@ def calls(bits):
         "quantize_conv2d of planes": (reference.like_planes(values[1]), *act, *image[1:5], *image[6:12]),
         "quantize_conv2d": (values[1], *act, *image[1:5], *image[6:12]),
         "linear": flat,
-        "linear_add": (*flat[:7], torch.randn(2, 5, 6), *flat[8:]),
+        "linear_post": (*flat[:7], None, *flat[8:], torch.randn(2, 5, 6), "none", None, None),
         "conv2d": image,
         "linear_weight_only": cases.weight_only(flat, torch.bfloat16, conv=False),
         "conv2d_weight_only": cases.weight_only(image, torch.float32, conv=True),

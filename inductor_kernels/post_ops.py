@@ -1,0 +1,107 @@
+"""What a CPU's products take along: oneDNN does it as it multiplies, not in a pass of its own over the result.
+
+    linear(...) + other                              ->   linear_post(..., other)
+    gelu or SiLU of linear(...)                      ->   linear_post(..., activation)
+    uint8 codes of linear(...), or of one of these   ->   linear_post(..., out_inv_scale, out_zero_point)
+
+where the product runs in oneDNN's int8 kernels and nothing else reads what is in between. Codes go from layer to layer
+without a float tensor in memory; they are those of the unrounded result, whatever type the model computes in.
+Convolutions stay as they are: oneDNN adds to theirs only in place.
+"""
+
+from typing import Any
+
+import torch
+
+from . import compat, cpu
+from .checks import FLOATS
+from .compat import Arg, CallFunction, KeywordArg
+
+OPS = torch.ops.inductor_kernels
+aten, convert = torch.ops.aten, torch.ops.prims.convert_element_type.default
+PRODUCT = 10  # arguments of ``linear``
+
+
+def _linear(users: int = 1) -> CallFunction:
+    return CallFunction(OPS.linear.default, *(Arg() for _ in range(PRODUCT)), _users=users)
+
+
+def _in_onednn(x: torch.Tensor, y: torch.Tensor, row_scale, bits: int) -> bool:
+    """Whether the product of codes ``x`` that makes ``y`` runs there; sizes must be known to tell."""
+    if y.device.type != "cpu" or compat.config.cpu_backend != "cpp" or row_scale is not None:
+        return False
+    return all(type(n) is int for n in x.shape) and cpu.repays_onednn(x.numel() * y.shape[-1], bits)
+
+
+def _values(match: Any, *nodes: torch.fx.Node) -> list[Any]:
+    return [node.meta["val"] for node in (match.output_node(), *nodes)]
+
+
+def _adds(match: Any, *product: Any, other: Any) -> bool:
+    """Both are of one shape and of a type that oneDNN writes."""
+    codes, *_, row_scale, bits, dtype = product
+    if not isinstance(other, torch.fx.Node):
+        return False
+    y, x, z = _values(match, codes, other)
+    alike = z.shape == y.shape and z.dtype == dtype and y.dtype == dtype
+    return alike and cpu.writes(dtype) and _in_onednn(x, y, row_scale, bits)
+
+
+def _add(match: Any, *product: Any, other: Any) -> None:
+    compat.replace_output(match, OPS.linear_post.default, (*product, other, "none", None, None))
+
+
+def _register_sums() -> None:
+    for operands in ((_linear(), KeywordArg("other")), (KeywordArg("other"), _linear())):
+        compat.rewrite(CallFunction(aten.add.Tensor, *operands), _adds, _add, stage=2)
+
+
+def _register_activation(name: str, of: Any, readers: int) -> None:
+    """``of``: the pattern of the function of a pattern that it reads ``readers`` times. It works in float32 on results
+    of 16 bits, and what it makes need not be narrowed again before it is quantized."""
+
+    def activates(match: Any, *product: Any, dtype=None) -> bool:
+        codes, *_, row_scale, bits, _ = product
+        y, x = _values(match, codes)
+        return y.dtype in FLOATS and cpu.repays_activation(name) and _in_onednn(x, y, row_scale, bits)
+
+    def activate(match: Any, *product: Any, dtype=None) -> None:
+        (y,) = _values(match)
+        compat.replace_output(match, OPS.linear_post.default, (*product[:-1], y.dtype, None, name, None, None))
+
+    widened = of(CallFunction(convert, _linear(), torch.float32, _users=readers))
+    for pattern in (of(_linear(readers)), widened, CallFunction(convert, widened, KeywordArg("dtype"))):
+        compat.rewrite(pattern, activates, activate, stage=1)
+
+
+def _quantizes(match: Any, *product: Any, inv_scale: Any, zero_point: Any, activation: str = "none") -> bool:
+    if not isinstance(inv_scale, torch.fx.Node) or not isinstance(zero_point, torch.fx.Node):
+        return False
+    codes, *_, row_scale, bits, _ = product
+    y, x, scale, zero = _values(match, codes, inv_scale, zero_point)
+    scalars = (scale.shape, scale.dtype, zero.shape, zero.dtype) == ((), torch.float32, (), torch.int32)
+    return scalars and _in_onednn(x, y, row_scale, bits)
+
+
+def _quantize(match: Any, *product: Any, inv_scale: Any, zero_point: Any, activation: str = "none") -> None:
+    post = (torch.float32, None, activation, inv_scale, zero_point)
+    compat.replace_output(match, OPS.linear_post.default, (*product[:-1], *post))
+
+
+def _register_codes() -> None:
+    """As ``reference.quantize`` writes them, with all 255 levels."""
+    args = [Arg() for _ in range(PRODUCT)]
+    activated = CallFunction(OPS.linear_post.default, *args, None, KeywordArg("activation"), None, None)
+    for y in (_linear(), activated):
+        for x in (y, CallFunction(convert, y, torch.float32)):
+            scaled = CallFunction(aten.mul.Tensor, x, KeywordArg("inv_scale"))
+            codes = CallFunction(aten.round.default, CallFunction(aten.add.Tensor, scaled, KeywordArg("zero_point")))
+            clamped = CallFunction(aten.clamp_max.default, CallFunction(aten.clamp_min.default, codes, 0), 255)
+            compat.rewrite(CallFunction(convert, clamped, torch.uint8), _quantizes, _quantize, stage=2)
+
+
+def register() -> None:
+    _register_sums()
+    for name, (of, readers) in compat.activation_patterns().items():
+        _register_activation(name, of, readers)
+    _register_codes()

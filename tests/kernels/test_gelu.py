@@ -1,0 +1,38 @@
+"""GELU's tanh form after a product: what is written instead, how exact that is, and where it is not."""
+
+import functools
+
+import pytest
+import torch
+from torch._inductor.utils import run_and_get_code
+from torch.nn import functional as F
+
+from inductor_kernels import gelu
+
+from . import cases
+
+OPS = torch.ops.inductor_kernels
+GELU = functools.partial(F.gelu, approximate="tanh")
+
+
+def test_as_exact_as_the_definition():
+    """A few units of float32 of the argument, up to where one of the two factors is 0 or 1."""
+    y = torch.cat([torch.linspace(-12, 12, 100_001), torch.tensor([-1e30, -100, 0, 100, 1e30])])
+    exact = GELU(y.double())
+    assert bool(((gelu._with_sigmoid(y) - exact).abs() <= 4 * cases.UNIT[torch.float32] * y.abs()).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_a_graph(dtype):
+    """Products take it; the tanh of other parts of a model stays."""
+    arguments, other = cases.linear((20,), 24, 32, 8, out=dtype), torch.randn(4, 16, dtype=dtype)
+
+    def f(other):
+        return GELU(OPS.linear(*arguments)), GELU(other)
+
+    with torch.no_grad():
+        found, (code,) = run_and_get_code(torch.compile(f, fullgraph=True), other)
+    tolerance = 2**-7 if dtype == torch.bfloat16 else 2**-20
+    for y, expected in zip(found, f(other), strict=True):
+        torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+    assert code.count(".tanh()") == code.count(".exp()") == 1

@@ -1,0 +1,165 @@
+"""What oneDNN does on the way: the sum, activation and codes of a product, and the graphs that get them."""
+
+import pytest
+import torch
+from torch._inductor.utils import run_and_get_code
+from torch.nn import functional as F
+
+from inductor_kernels import checks, cpu, reference, weights
+
+from . import cases
+
+OPS = torch.ops.inductor_kernels
+INVERSE, ZERO = torch.tensor(23.0), torch.tensor(31, dtype=torch.int32)
+FAST = ("gelu", "silu")  # taken by oneDNN on every machine
+
+
+@pytest.fixture(autouse=True)
+def onednn(monkeypatch):
+    weights.clear()
+    monkeypatch.setattr(cpu, "_small", lambda: 0)
+
+
+def activated(arguments, activation):
+    """(exact result in float64, bound of the float32 error).
+
+    No activation is steeper than 1.2. oneDNN's own error is measured at 1 unit of float32 of the argument, and the erf
+    it approximates has one of 1.5e-7 (Abramowitz and Stegun, 7.1.26), which counts for half the argument.
+    """
+    y, bound = cases.exact("linear", arguments)
+    return reference.ACTIVATIONS[activation](y), 1.2 * bound + 8 * cases.UNIT[torch.float32] * y.abs()
+
+
+def assert_codes(found, arguments, activation="none"):
+    """Rounded to the nearest code, so half a code at most from the exact value, and float32 errors where it is near a
+    tie."""
+    y, bound = activated(arguments, activation)
+    exact = y * INVERSE.double() + ZERO
+    allowed = 0.5 + bound * INVERSE.double() + 2.0**-21 * (exact.abs() + ZERO)
+    assert found.dtype == torch.uint8 and len(found.unique()) > 20
+    assert bool(((found.double() - exact.clamp(0, 255)).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("bits", cases.BITS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_the_bits_of_adding_afterwards(bits, dtype):
+    arguments, other = cases.linear((2, 9), 33, 70, bits, dtype), torch.randn(2, 9, 33)
+    expected = OPS.linear(*arguments) + other
+    for _ in range(2):  # the first call lays the weight out
+        assert torch.equal(OPS.linear_post(*arguments, other, "none", None, None), expected)
+
+
+@pytest.mark.skipif(not cpu.writes(torch.bfloat16), reason="oneDNN's int8 products write bfloat16 from AVX-512 on")
+def test_sixteen_bits_where_onednn_writes_them():
+    arguments, other = cases.linear((3,), 16, 32, 4, out=torch.bfloat16), torch.randn(3, 16).bfloat16()
+    expected = (OPS.linear(*arguments[:9], torch.float32) + other).bfloat16()
+    y = OPS.linear_post(*arguments, other, "none", None, None)
+    torch.testing.assert_close(y.float(), expected.float(), rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("bits", cases.BITS)
+@pytest.mark.parametrize("activation", checks.ACTIVATIONS)
+def test_activations_and_codes(activation, bits, rows):
+    """Also where it falls back: a scale per row, and 8 bits on machines that multiply them elsewhere."""
+    for out in (torch.float32, torch.bfloat16):
+        arguments = cases.linear((2, 9), 33, 70, bits, rows=rows, out=out)
+        exact, bound = activated(arguments, activation)
+        y = OPS.linear_post(*arguments, None, activation, None, None)
+        unit = 0 if out == torch.float32 else cases.UNIT[out]
+        assert y.dtype == out and bool(((y.double() - exact).abs() <= bound + unit * (exact.abs() + bound)).all())
+        assert_codes(OPS.linear_post(*arguments, None, activation, INVERSE, ZERO), arguments, activation)
+
+
+def test_nothing_to_multiply():
+    arguments = cases.linear((0,), 16, 32, 4)
+    assert OPS.linear_post(*arguments, None, "gelu", INVERSE, ZERO).shape == (0, 16)
+
+
+def test_what_does_not_fit_is_refused():
+    arguments = cases.linear((3,), 16, 32, 4)
+    OPS.linear(*arguments)
+    for other in (torch.zeros(16), torch.zeros(3, 16).half()):
+        with pytest.raises(ValueError, match=r"linear_post: other is .*expected torch.float32 \[3, 16\]"):
+            OPS.linear_post(*arguments, other, "none", None, None)
+    with pytest.raises(ValueError, match="linear_post: activation is 'tanh'; expected 'none' or 'gelu'"):
+        OPS.linear_post(*arguments, None, "tanh", None, None)
+    with pytest.raises(ValueError, match="linear_post: out_zero_point is None; expected an int32 tensor"):
+        OPS.linear_post(*arguments, None, "gelu", INVERSE, None)
+
+
+def taken(f, *inputs, dynamic=False):
+    """(results, generated code, how often it calls ``linear_post`` and ``linear``)."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found, (code,) = run_and_get_code(torch.compile(f, fullgraph=True, dynamic=dynamic), *inputs)
+    return found, code, (code.count("linear_post.on_cpu("), code.count("linear.on_cpu("))
+
+
+def test_sums_in_a_graph():
+    """Taken along in either order; not where the product is read twice or the other is broadcast."""
+    (a, b, c, d), other = [cases.linear((20,), 24, 32, 4) for _ in range(4)], torch.randn(20, 24)
+
+    def f(other, row):
+        twice = OPS.linear(*c)
+        return OPS.linear(*a) + other, other.relu() + OPS.linear(*b), twice + other, twice.relu(), OPS.linear(*d) + row
+
+    found, _, calls = taken(f, other, other[0])
+    for y, expected in zip(found, f(other, other[0]), strict=True):
+        torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+    assert calls == (2, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_in_a_graph(dtype):
+    """Nothing is left of the work between two layers; the codes are those of the unrounded results."""
+    layers = [cases.linear((20,), 24, 32, 4, out=dtype) for _ in range(3)]
+    names = ("none", *FAST)
+
+    def f(inverse, zero, *codes):
+        made = (reference.ACTIVATIONS[n](OPS.linear(x, *a[1:])) for n, x, a in zip(names, codes, layers, strict=True))
+        return [reference.quantize(y, inverse, zero, 255) for y in made]
+
+    found, code, calls = taken(f, INVERSE, ZERO, *(a[0] for a in layers))
+    for codes, arguments, name in zip(found, layers, names, strict=True):
+        assert_codes(codes, arguments, name)
+    assert calls == (3, 0) and "cpp_pybinding(" not in code
+
+
+def test_activations_in_a_graph():
+    """Without codes of 8 bits after it too: one kernel makes those of 4 bits."""
+    a, b = (cases.linear((20,), 24, 32, 4) for _ in range(2))
+
+    def f(inverse, zero):
+        return F.gelu(OPS.linear(*a)), reference.quantize(F.silu(OPS.linear(*b)), inverse, zero, 15)
+
+    (y, codes), code, calls = taken(f, INVERSE, ZERO)
+    exact, bound = activated(a, "gelu")
+    assert bool(((y - exact).abs() <= bound).all()) and codes.max() == 15
+    assert calls == (2, 0) and code.count("cpp_pybinding(") == 1 and ".erf()" not in code and ".exp()" not in code
+
+
+def test_what_stays_with_inductor():
+    """A result that something else reads too, a scale per row, and weights that another kernel multiplies."""
+    shared, rows = cases.linear((20,), 24, 32, 4), cases.linear((20,), 24, 32, 4, rows=True)
+
+    def f(inverse, zero):
+        y = OPS.linear(*shared)
+        return reference.quantize(y, inverse, zero, 255), F.gelu(y), F.silu(OPS.linear(*rows))
+
+    found, _, calls = taken(f, INVERSE, ZERO)
+    assert_codes(found[0], shared)
+    assert calls == (0, 2)
+
+
+@pytest.mark.parametrize("reason", ["small", "dynamic"])
+def test_products_not_known_to_be_large(reason, monkeypatch):
+    a = cases.linear((20,), 24, 32, 4)
+    monkeypatch.setattr(cpu, "_small", lambda: 0 if reason == "dynamic" else 20 * 24 * 32 + 1)
+
+    def f(x, inverse, zero):
+        return reference.quantize(F.gelu(OPS.linear(x, *a[1:])), inverse, zero, 255)
+
+    found, _, calls = taken(f, a[0], INVERSE, ZERO, dynamic=reason == "dynamic")
+    assert_codes(found, a, "gelu")
+    assert calls == (0, 1)
