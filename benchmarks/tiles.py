@@ -41,9 +41,10 @@ def write_table() -> None:
     """Measured tables stay as they are."""
     tables: dict[int, tuple[str, Any]] = dict(modelled_tables())
     if tuned.PATH.exists():
-        text = tuned.PATH.read_text()
-        sources = {int(arch[3:]): table["source"] for arch, table in json.loads(text).items()}
-        tables |= {c: (sources[c], found) for c, found in tuned.read(text).items() if sources[c] != MODELLED}
+        known = json.loads(tuned.PATH.read_text())
+        measured = {arch: table for arch, table in known.items() if table["source"] != MODELLED}
+        found = tuned.read(json.dumps(measured))
+        tables |= {c: (measured[f"sm_{c}"]["source"], found[c]) for c in found}
     tuned.PATH.write_text(tuned.document(tables))
 
 

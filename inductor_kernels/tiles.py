@@ -40,7 +40,14 @@ _HOPPER = [
     Tile(128, 128, 128, 3, 8),
 ]
 
-_BLACKWELL = _HOPPER[:-1]  # the largest spills where results pass through tensor memory
+_BLACKWELL = [  # sums pass from tensor memory through the registers of their warps: other tiles than Hopper's spill
+    Tile(16, 64, 128, 4, 4),
+    Tile(32, 64, 128, 4, 4),
+    Tile(64, 64, 128, 4, 4),
+    Tile(64, 128, 64, 4, 8),
+    Tile(128, 64, 128, 4, 4),
+    Tile(128, 128, 64, 4, 8),
+]
 
 TILES = {80: _AMPERE, 86: _SMALL_SHARED, 89: _SMALL_SHARED, 90: _HOPPER, 100: _BLACKWELL, 120: _SMALL_SHARED}
 
