@@ -244,8 +244,8 @@ def writes(out_dtype: torch.dtype) -> bool:
 
 def repays_activation(name: str) -> bool:
     """Whether oneDNN computes this function no slower than generated code. Its tanh comes from tables, which AVX-512
-    holds in registers; AVX2 gathers them from memory: 5.5 ns per element on an EPYC (Zen 3), where generated code takes
-    3.4, or 1.5 as :mod:`inductor_kernels.gelu` writes it."""
+    holds in registers; AVX2 gathers them from memory: 5.4 ns per element on an EPYC (Zen 3), where generated code takes
+    3.1, or 1.1 as :mod:`inductor_kernels.gelu` writes it. Not measured with AVX-512."""
     return name != "gelu_tanh" or _avx512()
 
 

@@ -7,6 +7,11 @@
 where the product runs in oneDNN's int8 kernels and nothing else reads what is in between. Codes go from layer to layer
 without a float tensor in memory; they are those of the unrounded result, whatever type the model computes in.
 Convolutions stay as they are: oneDNN adds to theirs only in place.
+
+Measured on an EPYC (Zen 3, no VNNI), one thread, 4-bit weights, float32: linear, activation, quantize, linear of 1024 x
+640 -> 2560 -> 640 run 1.04 (GELU) and 1.02 (SiLU, none) times as fast, and hold no float tensor of 10 MB; of 256 x 3072
+-> 12288 -> 3072, where the products are everything, as fast as before. The faster products of machines with VNNI, which
+what they write slows down, have not been measured.
 """
 
 from typing import Any
