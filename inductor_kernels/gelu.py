@@ -3,9 +3,9 @@
     y (1 + tanh u) / 2  =  y sigmoid(2 u)        u = sqrt(2 / pi) (y + 0.044715 y^3)
 
 The tanh that generated code calls takes three times as long as an exponential; the error stays at a few units of
-float32, and for negative y, where 1 + tanh u cancels, it shrinks. Measured on an EPYC (Zen 3), one thread: linear, GELU,
-quantize, linear of 1024 x 640 -> 2560 -> 640 with 4-bit weights run 1.09 times as fast, the first product and GELU alone
-1.19 times. Other parts of a model are left as they are.
+float32, and for negative y, where 1 + tanh u cancels, it shrinks. Measured on an EPYC (Zen 3), one thread: linear,
+GELU, quantize, linear of 1024 x 640 -> 2560 -> 640 with 4-bit weights run 1.09 times as fast, the first product and
+GELU alone 1.19 times. Other parts of a model are left as they are.
 """
 
 import math

@@ -1,8 +1,8 @@
 """What a CPU's products take along: oneDNN does it as it multiplies, not in a pass of its own over the result.
 
-    linear(...) + other                              ->   linear_post(..., other)
-    gelu or SiLU of linear(...)                      ->   linear_post(..., activation)
-    uint8 codes of linear(...), or of one of these   ->   linear_post(..., out_inv_scale, out_zero_point)
+    linear(...) + other                                ->   linear_post(..., other)
+    GELU or SiLU of linear(...)                        ->   linear_post(..., activation)
+    uint8 codes of linear(...), or of its GELU, SiLU   ->   linear_post(..., out_inv_scale, out_zero_point)
 
 where the product runs in oneDNN's int8 kernels and nothing else reads what is in between. Codes go from layer to layer
 without a float tensor in memory; they are those of the unrounded result, whatever type the model computes in.
