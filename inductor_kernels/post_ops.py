@@ -61,6 +61,15 @@ def _register_sums() -> None:
         compat.rewrite(CallFunction(aten.add.Tensor, *operands), _adds, _add, stage=2)
 
 
+def _gates(activation: torch.fx.Node) -> bool:
+    """Whether it is multiplied with another tensor of its size: that pass applies it in no extra time."""
+    for user in activation.users:
+        factors = [a.meta["val"].shape for a in user.args if isinstance(a, torch.fx.Node)]
+        if user.target is aten.mul.Tensor and factors == [user.meta["val"].shape] * 2:
+            return True
+    return False
+
+
 def _register_activation(name: str, of: Any, readers: int) -> None:
     """``of``: the pattern of the function of a pattern that it reads ``readers`` times. It works in float32 on results
     of 16 bits, and what it makes need not be narrowed again before it is quantized."""
@@ -68,7 +77,8 @@ def _register_activation(name: str, of: Any, readers: int) -> None:
     def activates(match: Any, *product: Any, dtype=None) -> bool:
         codes, *_, row_scale, bits, _ = product
         y, x = _values(match, codes)
-        return y.dtype in FLOATS and cpu.repays_activation(name) and _in_onednn(x, y, row_scale, bits)
+        taken = y.dtype in FLOATS and cpu.repays_activation(name) and not _gates(match.output_node())
+        return taken and _in_onednn(x, y, row_scale, bits)
 
     def activate(match: Any, *product: Any, dtype=None) -> None:
         (y,) = _values(match)

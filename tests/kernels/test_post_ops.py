@@ -140,16 +140,18 @@ def test_activations_in_a_graph():
 
 
 def test_what_stays_with_inductor():
-    """A result that something else reads too, a scale per row, and weights that another kernel multiplies."""
-    shared, rows = cases.linear((20,), 24, 32, 4), cases.linear((20,), 24, 32, 4, rows=True)
+    """A result that something else reads too, a scale per row, and a gate, which another tensor is multiplied with."""
+    shared, gate = cases.linear((20,), 24, 32, 4), cases.linear((20,), 24, 32, 4)
+    rows, up = cases.linear((20,), 24, 32, 4, rows=True), torch.randn(20, 24)
 
-    def f(inverse, zero):
+    def f(inverse, zero, up):
         y = OPS.linear(*shared)
-        return reference.quantize(y, inverse, zero, 255), F.gelu(y), F.silu(OPS.linear(*rows))
+        gated = F.silu(OPS.linear(*gate)) * up
+        return reference.quantize(y, inverse, zero, 255), F.gelu(y), F.silu(OPS.linear(*rows)), gated
 
-    found, _, calls = taken(f, INVERSE, ZERO)
+    found, _, calls = taken(f, INVERSE, ZERO, up)
     assert_codes(found[0], shared)
-    assert calls == (0, 2)
+    assert calls == (0, 3)
 
 
 @pytest.mark.parametrize("reason", ["small", "dynamic"])
