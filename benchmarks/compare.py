@@ -1,8 +1,9 @@
-"""Ratios of two benchmark runs on one machine: python -m benchmarks.compare RECORD.json NEW.json [--tolerance 0.15]
+"""Ratios of two benchmark runs on one machine: python -m benchmarks.compare RECORD.json [NEW.json] [--tolerance 0.15]
 
-Reads what ``pytest benchmarks --benchmark-json=FILE`` wrote. Only speed-ups over the reference of the same run are
-compared, never seconds of different runs. Ends with 1 where a ratio fell by more than the tolerance and the confidence
-intervals do not meet, with 2 where the files are not comparable: another processor, thread count or torch.
+Shows those of one run where one is given. Reads what ``pytest benchmarks --benchmark-json=FILE`` wrote. Only speed-ups
+over the reference of the same run are compared, never seconds of different runs. Ends with 1 where a ratio fell by more
+than the tolerance and the confidence intervals do not meet, with 2 where the files are not comparable: another
+processor, thread count or torch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 SAME = ("processor", "cpu_capability", "vnni", "amx", "threads", "gpu")
@@ -61,26 +63,37 @@ def fell(record: dict[str, float], new: dict[str, float], tolerance: float) -> b
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("record", type=Path)
-    parser.add_argument("new", type=Path)
+    parser.add_argument("new", type=Path, nargs="?")
     parser.add_argument("--tolerance", type=float, default=0.15, help="share of a ratio that may be lost")
     options = parser.parse_args(arguments)
     try:
-        record, new = read(options.record), read(options.new)
+        record = read(options.record)
+        new = read(options.new) if options.new else record
         check_same(record, new)
     except Incomparable as error:
         print(error, file=sys.stderr)
         return 2
     before, after = ratios(record), ratios(new)
+    if options.new is None:
+        Console().print(_shown(before))
+        return 0
     table, lost = Table("benchmark", "contender", "record", "now", ""), 0
     for key in sorted(before.keys() | after.keys()):
         cells = ["-" if key not in side else _cell(side[key]) for side in (before, after)]
         bad = key in before and key in after and fell(before[key], after[key], options.tolerance)
         lost += bad
-        table.add_row(*key, *cells, "slower" if bad else "")
+        table.add_row(*map(escape, key), *cells, "slower" if bad else "")
     Console().print(table)
     if lost:
         print(f"{lost} ratios fell by more than {options.tolerance:.0%}", file=sys.stderr)
     return int(lost > 0)
+
+
+def _shown(found: dict[tuple[str, str], dict[str, float]]) -> Table:
+    table = Table("benchmark", "contender", "ms", "times the reference")
+    for key, row in sorted(found.items()):
+        table.add_row(*map(escape, key), f"{row['ms']:.2f}", _cell(row))
+    return table
 
 
 def _cell(row: dict[str, float]) -> str:

@@ -48,6 +48,17 @@ def test_slower(tmp_path, record, now, status, capsys):
     assert ("fell by more than" in capsys.readouterr().err) == bool(status)
 
 
+def test_one_run_is_shown(tmp_path, record, capsys):
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    assert main([str(tmp_path / "record.json")]) == 0
+    assert (
+        "test_linear[a]" in (shown := capsys.readouterr().out)
+        and "2.00 [1.90, 2.10]" in shown
+        and "W8A8" in shown
+        and "float32" not in shown
+    )
+
+
 def test_the_tolerance_is_an_option(tmp_path, record):
     new = copy.deepcopy(record)
     new["benchmarks"][0]["extra_info"]["contenders"]["W8A8"] = row(1.5)
