@@ -13,6 +13,19 @@ from diffusers import UNet2DConditionModel
 
 from benchmarks.layouts import SDXL
 
+LONGEST = (  # modules of a minute and more
+    "test_compiled_pipeline",
+    "test_demo",
+    "test_analyze",
+    "test_distributed",
+    "test_caches",
+    "test_interpreter",
+    "test_portable",
+    "test_examples",
+    "test_compiled",
+    "test_recover_killed",
+    "test_fsdp",
+)
 MOST_WORKERS = 4  # each holds torch, diffusers and a compiler: more would fill a laptop's memory
 
 
@@ -27,6 +40,13 @@ def pytest_configure() -> None:
         threads = max(1, (os.cpu_count() or 1) // workers)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first, so that no worker is left with it at the end. A module stays in one process,
+    which builds its fixtures once."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(autouse=True)

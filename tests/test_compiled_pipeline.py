@@ -11,8 +11,6 @@ from mixdq_ao import LayerPlan, Plan, Sampling, mixdq_config, quantize_
 from mixdq_ao.models.pipelines import generate_all
 from mixdq_ao.search.metrics import psnr
 
-pytestmark = pytest.mark.xdist_group("compiled pipeline")
-
 
 @pytest.fixture(scope="module")
 def pipes(_bundled):

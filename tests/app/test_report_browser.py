@@ -12,10 +12,7 @@ from mixdq_ao.app.report import build
 from .browser import FOUND, NAMES, Browser
 from .synthetic import write
 
-pytestmark = [
-    pytest.mark.skipif(FOUND is None, reason=f"none of {', '.join(NAMES)} is installed"),
-    pytest.mark.xdist_group("browser"),
-]
+pytestmark = pytest.mark.skipif(FOUND is None, reason=f"none of {', '.join(NAMES)} is installed")
 
 # Helpers in the page: what the table shows, and what a reader does to it.
 HELP = """

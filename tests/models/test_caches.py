@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("caches")  # the first process compiles for all of them
 ROOT = Path(__file__).parents[2]
 
 

@@ -50,7 +50,6 @@ def test_a_small_memory_budget_changes_speed_only(bundled):
     assert results[0] == results[1]
 
 
-@pytest.mark.xdist_group("analyzed")
 def test_scores_are_what_quantizing_that_layer_alone_gives(bundled, analyzed):
     pipe, prompts = bundled.pipe, bundled.prompts[:2]
     outputs = []
@@ -74,7 +73,6 @@ def test_scores_are_what_quantizing_that_layer_alone_gives(bundled, analyzed):
     handle.remove()
 
 
-@pytest.mark.xdist_group("analyzed")
 def test_more_bits_hurt_less(analyzed):
     assert len(analyzed.layers) == 175
     better = [v.weight_errors[2] > v.weight_errors[4] for v in analyzed.layers.values()]

@@ -82,9 +82,6 @@ def content(name: str):
     return "content"
 
 
-pytestmark = pytest.mark.xdist_group("probes")
-
-
 @pytest.fixture(scope="module")
 def small():
     pipe = Small()

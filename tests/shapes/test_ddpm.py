@@ -35,7 +35,6 @@ from mixdq_ao.search.metrics import frechet_distance, psnr
 from mixdq_ao.temporal.step_probe import over_the_run
 
 shipped = pytest.mark.skipif(not (PIPELINE / "model_index.json").exists(), reason="no trained weights here")
-pytestmark = pytest.mark.xdist_group("ddpm")
 STEPS = 10
 
 

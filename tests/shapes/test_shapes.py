@@ -19,9 +19,6 @@ from examples.shapes.training import Recipe, Run, fit, generators
 shipped = pytest.mark.skipif(not (PIPELINE / "model_index.json").exists(), reason="no trained weights here")
 
 
-pytestmark = pytest.mark.xdist_group("shapes")
-
-
 @pytest.fixture(scope="module")
 def pipe():
     return load_pipeline()
