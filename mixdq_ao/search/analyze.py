@@ -14,7 +14,7 @@ from ..layers import GroupRule, group_of
 from ..models.pipelines import Sampling, check_prompts, denoiser
 from ..quantize.folds import Folding, fold_, folded_moments, foldings_of, planned_folds
 from .analysis import Analysis, of_same_model
-from .calibrate import calibrate
+from .calibrate import calibrate_as_drawn
 from .calibration import Calibration
 from .distributed import RayWorkers
 from .evaluation import Evaluation
@@ -92,9 +92,7 @@ def analyze(
     prompts = check_prompts(prompts)
     sampling = Sampling(steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size)
     if calibration is None:
-        calibration = calibrate(
-            pipe, prompts, steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size
-        )
+        calibration = calibrate_as_drawn(pipe, prompts, sampling)
     foldings = foldings_of(calibration.layers)
     moments = None if moments is None else folded_moments(moments, foldings)
     with as_calibrated(denoiser(pipe), calibration) as calibration:

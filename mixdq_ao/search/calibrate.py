@@ -164,6 +164,12 @@ class Calibrator:
         )
 
 
+def calibrate_as_drawn(pipe: Any, prompts: Sequence[str], sampling: Sampling) -> Calibration:
+    """The ranges over what an analysis draws, for one that was given no calibration. Raises as ``calibrate``."""
+    options: dict[str, Any] = {"guidance_scale": sampling.guidance_scale, "seed": sampling.seed}
+    return calibrate(pipe, prompts, steps=sampling.steps, batch_size=sampling.batch_size, **options)
+
+
 def calibrate(
     pipe: Any,
     prompts: Sequence[str] | None = None,

@@ -21,7 +21,7 @@ from ..models.pipelines import Sampling, check_prompts, denoiser
 from ..plan import LayerPlan
 from ..progress import progress
 from ..search.analysis import Analysis
-from ..search.calibrate import calibrate
+from ..search.calibrate import calibrate_as_drawn
 from ..search.calibration import Calibration
 from ..search.probe_batch import BatchProbe, batches, signs
 from ..search.probe_delta import LayerDeltas, deltas_of
@@ -73,8 +73,7 @@ def probe_steps(
     texts = check_prompts(prompts)
     sampling = Sampling(steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size)
     if calibration is None:
-        options: dict[str, Any] = {"guidance_scale": guidance_scale, "seed": seed, "batch_size": batch_size}
-        calibration = calibrate(pipe, texts, steps=steps, **options)
+        calibration = calibrate_as_drawn(pipe, texts, sampling)
     with as_calibrated(denoiser(pipe), calibration) as calibration:
         analysis = Analysis(
             pipe=pipe,
