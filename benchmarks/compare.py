@@ -68,15 +68,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         record = read(options.record)
-        new = read(options.new) if options.new else record
+        if options.new is None:
+            Console().print(_shown(ratios(record)))
+            return 0
+        new = read(options.new)
         check_same(record, new)
     except Incomparable as error:
         print(error, file=sys.stderr)
         return 2
     before, after = ratios(record), ratios(new)
-    if options.new is None:
-        Console().print(_shown(before))
-        return 0
     table, lost = Table("benchmark", "contender", "record", "now", ""), 0
     for key in sorted(before.keys() | after.keys()):
         cells = ["-" if key not in side else _cell(side[key]) for side in (before, after)]

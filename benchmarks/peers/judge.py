@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -21,7 +22,11 @@ class Judge:
 
     def __init__(self, subject: Subject, quantize: Callable[[nn.Module, Plan], nn.Module]) -> None:
         self.subject, self.quantize, self.texts = subject, quantize, subject.judged(JUDGED)
-        self.reference = self._pictures(subject.pipe.unet)
+
+    @cached_property
+    def _reference(self) -> list[Tensor]:
+        """Drawn for the first plan that is judged; many budgets have one candidate alone."""
+        return self._pictures(self.subject.pipe.unet)
 
     def _pictures(self, unet: nn.Module) -> list[Tensor]:
         pipe = self.subject.with_unet(unet)
@@ -30,7 +35,7 @@ class Judge:
     def _quality(self, plan: Plan) -> float:
         """Mean PSNR at every judged number of steps."""
         drawn = self._pictures(self.quantize(copy.deepcopy(self.subject.pipe.unet), plan))
-        return sum(psnr(a, b).mean().item() for a, b in zip(drawn, self.reference, strict=True)) / len(drawn)
+        return sum(psnr(a, b).mean().item() for a, b in zip(drawn, self._reference, strict=True)) / len(drawn)
 
     def best(self, plans: Iterable[Plan]) -> Plan:
         """The plan whose pictures are the closest to full precision."""
