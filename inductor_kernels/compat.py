@@ -20,7 +20,7 @@ from torch._inductor.select_algorithm import (
     autotune_select_algorithm,
     realize_inputs,
 )
-from torch._inductor.virtualized import V
+from torch._inductor.virtualized import V, ops
 from torch.torch_version import TorchVersion
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "TritonTemplate",
     "V",
     "activation_patterns",
+    "aligned",
     "allow_prologue",
     "call_python",
     "computed_by_template",
@@ -53,6 +54,7 @@ __all__ = [
     "triton_device",
     "view",
     "zero",
+    "zero_points",
 ]
 
 log = logging.getLogger("inductor_kernels")
@@ -184,6 +186,30 @@ def view(x, sizes):
 
 def zero(size) -> bool:
     return V.graph.sizevars.statically_known_equals(size, 0)
+
+
+def aligned(x, size: int) -> bool:
+    """Whether every row (last dimension) of a buffer is known to begin at a multiple of ``size`` bytes."""
+    layout = x.get_layout()
+    starts = (layout.offset, *layout.stride[:-1])
+    return x.get_name() not in V.graph.unaligned_buffers and all(
+        multiple_of(start * layout.dtype.itemsize, size) for start in starts
+    )
+
+
+def zero_points(device: torch.device, dtype: torch.dtype, length: int):
+    """[256, length] activation codes, every row of the zero point that is its number; computed once per graph."""
+    known = V.graph.__dict__.setdefault("inductor_kernels_zero_points", {})
+    lowest = 0 if dtype == torch.uint8 else -128
+
+    def code(index):
+        return ops.to_dtype(ops.index_expr(index[0] + lowest, torch.int32), dtype)
+
+    if (device, dtype, length) not in known:
+        rows = ir.Pointwise.create(device=device, dtype=dtype, inner_fn=code, ranges=[256, length])
+        rows.realize()
+        known[device, dtype, length] = rows
+    return known[device, dtype, length]
 
 
 def contiguous(x):

@@ -1,7 +1,8 @@
-"""What Triton's interpreter lacks: device functions, and bfloat16 in products and conversions from integers."""
+"""What Triton's interpreter lacks: device functions, inline PTX, and bfloat16 in products and conversions."""
 
 import contextlib
 import math
+import re
 from unittest import mock
 
 import numpy as np
@@ -92,3 +93,61 @@ def bfloat16():
         mock.patch.object(InterpreterBuilder, "create_dot", create_dot),
     ):
         yield
+
+
+_PTX = {
+    "and.b32": np.bitwise_and, "or.b32": np.bitwise_or, "xor.b32": np.bitwise_xor, "shr.u32": np.right_shift,
+    "add.u32": np.add, "sub.u32": np.subtract,
+}  # fmt: skip
+
+
+def _lop3(a, b, c, table):
+    """Bitwise function of three numbers: bit ``4 a + 2 b + c`` of ``table``, of each of their bits."""
+    cases = ((a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c) for i in range(8) if int(table) >> i & 1)
+    return np.bitwise_or.reduce([*cases, np.zeros_like(a)])
+
+
+def _ptx(text: str, outputs: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
+    """Run ``{ .reg .b32 x, y; instruction; ... }`` on 32-bit registers; ``$0`` is the first output."""
+    registers = {f"${outputs + i}": value for i, value in enumerate(inputs)}
+    for line in filter(None, map(str.strip, text.strip("{} ").split(";"))):
+        name, *operands = re.split(r"[\s,]+", line)
+        if name == ".reg":
+            continue
+        target, *sources = operands
+        values = [registers[s] if s in registers else np.full_like(inputs[0], int(s, 0)) for s in sources]
+        if name == "lop3.b32":
+            registers[target] = _lop3(*values[:3], values[3].flat[0])
+        elif name in _PTX:
+            registers[target] = _PTX[name](*values)
+        else:
+            raise NotImplementedError(f"inline PTX: {line!r}; expected lop3.b32 or one of {', '.join(_PTX)}")
+    return [registers[f"${i}"] for i in range(outputs)]
+
+
+class _Results(list):
+    def get_result(self, index: int):
+        return self[index]
+
+
+@contextlib.contextmanager
+def inline_asm():
+    """Give the interpreter inline assembly whose operands are 8-bit numbers, four to a register."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_inline_asm(self, text, constraints, values, types, is_pure, pack):
+        arrays = [np.ascontiguousarray(value.data) for value in values]
+        shape = arrays[0].shape
+        if pack != 4 or any(array.itemsize != 1 or array.shape != shape or array.size % 4 for array in arrays):
+            raise NotImplementedError(f"inline PTX: pack={pack} of {[a.dtype for a in arrays]}; expected bytes by fours")
+        words = _ptx(text, len(types), [array.reshape(-1).view(np.uint32) for array in arrays])
+        numbers = [word.view(np.int8).reshape(shape) for word in words]
+        return _Results(TensorHandle(n, t.scalar) for n, t in zip(numbers, types, strict=True))
+
+    with mock.patch.object(InterpreterBuilder, "create_inline_asm", create_inline_asm):
+        yield
+
+
+def repairs() -> tuple[contextlib.AbstractContextManager, ...]:
+    """All of them, to be entered one after the other."""
+    return libdevice(), bfloat16(), inline_asm()

@@ -13,7 +13,7 @@ from .templates import conv2d, gemm
 from .tiles import Tile
 
 OPS = torch.ops.inductor_kernels
-ARGUMENTS = ("A", "B", "SCALE", "WSUM", "ZP", "WZP", "ROW", "BIAS")  # as templates/signature.jinja has them
+ARGUMENTS = ("A", "B", "SCALE", "WSUM", "ZP", "WZP", "ROW", "BIAS", "EDGES")  # as templates/signature.jinja has them
 GROUP_M = 8  # rows of tiles that take turns
 MIN_CAPABILITY = 80  # the first architecture with asynchronous copies and bfloat16
 
@@ -43,12 +43,16 @@ def _generate(template, shape, node_inputs: dict, out_size, dtype, capability: i
     x = node_inputs["A"]
     integer = "ZP" in node_inputs
     given = {name: node for name, node in node_inputs.items() if node is not None}
-    inputs = [compat.realize_inputs(given[name]) for name in ARGUMENTS if name in given]
     taps = options.get("KH", 1) * options.get("KW", 1)
     rows, columns, depth = compat.hint(m), compat.hint(n), compat.hint(k) * taps
     product = Product(rows, columns, depth, options["BITS"], dtype.itemsize, taps)
     candidates = tuned.candidates(capability, product, bytes_per_code=x.get_dtype().itemsize)
-    if prologue and _prologue_pays(inputs[0], product, candidates[0], capability):
+    given["A"] = x = compat.realize_inputs(x)
+    computed = prologue and _prologue_pays(x, product, candidates[0], capability)
+    if template is conv2d.template and integer and not computed and compat.aligned(x, 16):
+        given["EDGES"] = compat.zero_points(x.get_device(), x.get_dtype(), max(tile.k for tile in candidates))
+    inputs = [compat.realize_inputs(given[name]) for name in ARGUMENTS if name in given]
+    if computed:
         compat.allow_prologue(inputs[0])
     layout = ir.FixedLayout(x.get_device(), dtype, out_size)
     choices: list = []
@@ -64,6 +68,7 @@ def _generate(template, shape, node_inputs: dict, out_size, dtype, capability: i
             UNSIGNED=x.get_dtype() == torch.uint8,
             HAS_ROW="ROW" in given,
             HAS_BIAS="BIAS" in given,
+            HAS_EDGES="EDGES" in given,
             **tile.options(),
             **options,
         )

@@ -67,8 +67,9 @@ def interpreter():
 
     assert lowering
     options = {"cpu_backend": "triton", "compile_threads": 1, "force_disable_caches": True}
-    repairs = interpreted.libdevice(), interpreted.bfloat16()
-    with pretend.driver(90, "cpu"), repairs[0], repairs[1], compat.config.patch(options):
+    with contextlib.ExitStack() as stack:
+        for context in (pretend.driver(90, "cpu"), *interpreted.repairs(), compat.config.patch(options)):
+            stack.enter_context(context)
         torch._dynamo.reset()
         try:
             yield

@@ -28,6 +28,7 @@ def run(fn, *arguments, kernels=1, **options):
 
 
 def check(name, arguments, dtype=torch.float32, **options):
+    """``options``: of run() and torch.compile."""
     op = getattr(OPS, name)
     cases.assert_right(name, arguments, run(lambda *a: op(*a), *arguments, **options), dtype)
 
@@ -67,6 +68,42 @@ def test_extreme_codes(bits, z):
 )
 def test_conv2d(bits, geometry):
     check("conv2d", cases.conv2d(bits=bits, **geometry), geometry.get("out", torch.float32))
+
+
+@pytest.fixture
+def no_prologue(monkeypatch):
+    monkeypatch.setattr(roofline, "prologue_pays", lambda *a, **k: False)
+
+
+@pytest.mark.parametrize("bits", cases.BITS)
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        dict(dtype=torch.int8, c=32, z=0),
+        dict(dtype=torch.int8, c=48, z=255, stride=(2, 1), padding=(0, 2), kernel=(3, 2), extreme=True),
+        dict(dtype=torch.uint8, c=16, dilation=(2, 1), padding=(2, 1), size=(6, 5)),
+        dict(dtype=torch.uint8, c=20),  # rows that do not begin at multiples of 16 bytes
+    ],
+    ids=str,
+)
+def test_conv2d_reads_zero_points_past_the_edge(no_prologue, bits, geometry):
+    """Codes that are read, not computed; one more kernel makes a row of every zero point. Odd rows are masked."""
+    arguments = cases.conv2d(bits=bits, **geometry)
+    kernels = 1 if geometry["c"] == 20 else 3
+    y = run(lambda x, *rest: OPS.conv2d((x + 1) - 1, *rest), *arguments, kernels=kernels)
+    cases.assert_right("conv2d", arguments, y)
+
+
+def test_layers_share_the_rows_of_zero_points(no_prologue):
+    first, second = (cases.conv2d(c=16, o=16, dtype=torch.int8, z=z) for z in (3, 250))
+
+    def f(x, y, *rest):
+        return OPS.conv2d(x + 1, *rest[:12]) + OPS.conv2d(y + 1, *rest[12:])
+
+    arguments = first[0], second[0], *first[1:], *second[1:]
+    y, code = run_and_get_code(torch.compile(f, fullgraph=True), *arguments)
+    torch.testing.assert_close(y, f(*arguments))
+    assert code[0].count(".run(") == 5  # codes of x and y, the rows, two products
 
 
 @pytest.mark.parametrize("bits", cases.BITS)
@@ -136,8 +173,7 @@ def test_next_quantize_is_an_epilogue():
     torch.testing.assert_close(y, f(x, first, second), rtol=2e-2, atol=2e-2)
 
 
-def test_prologue_is_left_out_where_it_costs_more(monkeypatch):
-    monkeypatch.setattr(roofline, "prologue_pays", lambda *a, **k: False)
+def test_prologue_is_left_out_where_it_costs_more(no_prologue):
     arguments = cases.linear((20,), 24, 64, 8, torch.int8)
     x = torch.randn(20, 64)
     run(lambda x, *rest: OPS.linear(quantize(x, rest[4], torch.int8), *rest), x, *arguments[1:], kernels=2)
