@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from . import assembly
+
 PTX_PRODUCT = r"((?:wgmma\.mma_async|\bmma)\.sync\.aligned\.m[\w.]+|tcgen05\.mma[\w.:]+)"
 ONE_CHOICE = {"max_autotune": False, "max_autotune_gemm": False, "shape_padding": False}
 """Nothing is chosen by timing, for which a GPU would have to be there."""
-MACHINE_PRODUCT = r"\b((?:IMMA|HMMA|IGMMA|HGMMA|UTC\w*MMA)[\w.]*)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,8 @@ class KernelInfo:
 
     shared_bytes: shared memory per program; fits: whether the architecture has as much. registers: per thread.
     spill_bytes: local memory per thread, 0 when nothing spills. instructions: the tensor-core instructions in the
-    machine code and the PTX ("IMMA.16832.S8.S8.SAT", "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8").
+    machine code and the PTX ("IMMA.16832.S8.S8.SAT", "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8"). loop: what
+    :func:`inductor_kernels.assembly.loop` finds.
     """
 
     shared_bytes: int
@@ -42,6 +44,7 @@ class KernelInfo:
     instructions: tuple[str, ...]
     warps: int
     fits: bool
+    loop: assembly.Loop | None
 
 
 def capability(arch: str) -> int:
@@ -232,14 +235,15 @@ def _inspect(compiled, number: int, folder: str) -> KernelInfo:
         return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
 
     usage = tool(binaries / "cuobjdump", "-res-usage", path)
-    machine = tool(binaries / "nvdisasm", path)
+    machine = tool(binaries / "nvdisasm", "-c", path)
     ptx = re.findall(PTX_PRODUCT, compiled.asm["ptx"])
     used = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
     return KernelInfo(
         shared_bytes=compiled.metadata.shared,
         registers=used["REG"],
         spill_bytes=used["STACK"] + used["LOCAL"],
-        instructions=tuple(sorted({*ptx, *re.findall(MACHINE_PRODUCT, machine)})),
+        instructions=tuple(sorted({*ptx, *assembly.products(machine)})),
         warps=compiled.metadata.num_warps,
         fits=compiled.metadata.shared <= SHARED_BYTES[family(number)],
+        loop=assembly.loop(machine),
     )

@@ -8,33 +8,37 @@ from torch.nn import functional as F
 
 from inductor_kernels import testing, tiles, tuned
 
-from .layers import OPS, conv2d, image, linear, parameters, product, tokens
+from .layers import OPS, codes_conv2d, image, linear, parameters, product, tokens
 
 INTEGER = re.compile(r"IMMA\S*S8|IGMMA\S*S8|wgmma\S*s32\.s8\.s8|mma\S*s32\.s8\.s8\.s32|tcgen05")
 
 
+LENGTH = 8192  # long enough for a loop: of some dozen steps all are written out
+
+
 def gemm(bits):
-    p = parameters(1280, 640, bits)
+    p = parameters(1280, LENGTH, bits)
     return lambda x, r, *p: F.gelu(product(x, p, bits)) + r, [
-        tokens(4096, 640, dtype=torch.int8),
+        tokens(4096, LENGTH, dtype=torch.int8),
         tokens(4096, 1280),
         *p,
     ]
 
 
 def gemm_with_quantize(bits):
-    p = parameters(128, 640, bits)
-    return lambda x, r, *p: F.gelu(linear(x, p, bits)) + r, [tokens(4096, 640), tokens(4096, 128), *p]
+    p = parameters(128, LENGTH, bits)
+    return lambda x, r, *p: F.gelu(linear(x, p, bits)) + r, [tokens(4096, LENGTH), tokens(4096, 128), *p]
 
 
 def convolution(bits):
     p = parameters(320, 320, bits, (3, 3))
-    return lambda x, r, *p: conv2d(x, p, bits) + r, [image(2, 320, 64, 64), image(2, 320, 64, 64), *p]
+    inputs = image(2, 320, 64, 64, dtype=torch.int8), image(2, 320, 64, 64)
+    return lambda x, r, *p: codes_conv2d(x, p, bits) + r, [*inputs, *p]
 
 
 def weight_only(bits):
-    p = parameters(1280, 640, bits)
-    return lambda x, *p: OPS.linear_weight_only(x, *p[:2], p[3], p[5], bits), [tokens(4096, 640), *p]
+    p = parameters(1280, LENGTH, bits)
+    return lambda x, *p: OPS.linear_weight_only(x, *p[:2], p[3], p[5], bits), [tokens(4096, LENGTH), *p]
 
 
 BUILDERS = {f.__name__: f for f in (gemm, gemm_with_quantize, convolution, weight_only)}
@@ -42,7 +46,7 @@ BUILDERS = {f.__name__: f for f in (gemm, gemm_with_quantize, convolution, weigh
 
 def compiled(builder, bits, capability, tile):
     """What the assembler says of the one template kernel that ``tile`` gives."""
-    tile = tiles.narrowed(tile, 640, {"weight_only": 2}.get(builder, 1))
+    tile = tiles.narrowed(tile, LENGTH, {"weight_only": 2}.get(builder, 1))
     fn, inputs = BUILDERS[builder](bits)
     with mock.patch.object(tuned, "candidates", lambda *a, **k: [tile]):
         code = testing.cuda_code(fn, *inputs, arch=f"sm_{capability}")

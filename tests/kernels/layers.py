@@ -34,11 +34,16 @@ def linear(x, p, bits=8, out=torch.float16):
     return product(quantize(x, p[6], p[4]), p, bits, out)
 
 
-def conv2d(x, p, bits=8, stride=1, padding=1, out=torch.float16):
-    """Channels-last module: NCHW outside, NHWC inside."""
-    x_q = quantize(x, p[6], p[4]).permute(0, 2, 3, 1)
+def codes_conv2d(x_q, p, bits=8, stride=1, padding=1, out=torch.float16):
+    """Of codes, channels last: NCHW outside, NHWC inside."""
+    x_q = x_q.permute(0, 2, 3, 1)
     y = OPS.conv2d(x_q, *p[:6], bits, [stride] * 2, [padding] * 2, [1, 1], 1, out)
     return y.permute(0, 3, 1, 2)
+
+
+def conv2d(x, p, bits=8, stride=1, padding=1, out=torch.float16):
+    """A quantized module."""
+    return codes_conv2d(quantize(x, p[6], p[4]), p, bits, stride, padding, out)
 
 
 def image(*shape, dtype=torch.float16):
