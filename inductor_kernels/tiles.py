@@ -16,12 +16,20 @@ class Tile:
     stages: int
     warps: int
 
+    @property
+    def parts(self) -> int:
+        """How many groups of columns the work behind a product takes one after the other: the more, the fewer registers
+        it needs, but a row of each should be a sector of memory (32 bytes of codes) and keep a thread busy."""
+        most = min(self.n // 32, self.m * self.n // (self.warps * 32) // 16)
+        return 4 if most >= 4 else 2 if most >= 2 else 1
+
     def options(self) -> dict[str, int]:
         """As keyword arguments of a template."""
         return {
             "BLOCK_M": self.m,
             "BLOCK_N": self.n,
             "BLOCK_K": self.k,
+            "PARTS": self.parts,
             "num_stages": self.stages,
             "num_warps": self.warps,
         }

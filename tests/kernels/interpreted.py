@@ -5,7 +5,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
-from inductor_kernels import compat, roofline, testing
+from inductor_kernels import compat, roofline, testing, tiles, tuned
 
 from . import cases
 
@@ -158,6 +158,24 @@ def test_conv2d_fuses_what_surrounds_it(bits, kernel, c):
     y = run(f, x, residual, *rest)
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y, expected, rtol=2e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize("tile, parts", [((16, 64, 32, 2, 1), 2), ((32, 128, 32, 2, 1), 4)])
+@pytest.mark.parametrize("name", ["linear", "conv2d"])
+def test_columns_of_a_tile_are_finished_in_parts(monkeypatch, tile, parts, name):
+    tile = tiles.Tile(*tile)
+    monkeypatch.setattr(tuned, "candidates", lambda *a, **k: [tile])
+    assert tile.parts == parts
+    if name == "linear":
+        arguments = cases.linear((35,), 141, 45, 4, torch.int8, rows=True)
+    else:
+        arguments = cases.conv2d(1, (5, 6), 20, 141, bits=4, dtype=torch.int8)
+    residual = torch.randn_like(cases.exact(name, arguments)[0], dtype=torch.float32)
+
+    def f(residual, *rest):
+        return F.silu(getattr(OPS, name)(*rest)) + residual
+
+    torch.testing.assert_close(run(f, residual, *arguments), f(residual, *arguments))
 
 
 def test_next_quantize_is_an_epilogue():
