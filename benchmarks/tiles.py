@@ -63,6 +63,7 @@ def compile_all(arches: list[int], limit: float) -> None:
             continue
         info = kernels.compiled(builder, bits, capability, tile)
         found = {"shared": info.shared_bytes, "registers": info.registers, "spilled": info.spill_bytes}
+        found["loop"] = info.loop and [info.loop.instructions, info.loop.operations]
         good = info.fits and not info.spill_bytes and kernels.uses_tensor_cores(builder, info)
         rows.append({"case": name, **found, "good": good, "instructions": list(info.instructions)})
         write_document(path, {"of": len(cases), "rows": rows})
@@ -83,10 +84,15 @@ def _tiles_page(rows: list[dict[str, Any]], total: int) -> str:
         f"`python -m benchmarks.tiles compile`: {len(rows)} of {total} cases, ",
     ]
     lines[-1] += "Triton's own assembler. Good: fits shared memory, spills nothing, uses the tensor cores. "
-    lines[-1] += f"Not good: {', '.join(bad) or 'none'}."
-    lines += ["", "| case | shared memory | registers | spilled | good |", "|---|---|---|---|---|"]
+    lines[-1] += f"Not good: {', '.join(bad) or 'none'}. Operations per instruction: of the tensor cores, in the loop; "
+    lines[-1] += "they are kept busy by more than a quarter of what a processor can do in a cycle ("
+    lines[-1] += ", ".join(f"sm_{c} {per_cycle // 4}" for c, per_cycle in tiles.INT8_PER_CYCLE.items())
+    lines[-1] += " with 8 bits, half of it with 16). -: no loop is left, or (sm_100) its products do not say their size."
+    lines += ["", "| case | shared memory | registers | spilled | operations per instruction | good |"]
+    lines += ["|" + "---|" * 6]
     for row in sorted(rows, key=lambda row: row["case"]):
-        cells = row["case"], row["shared"], row["registers"], row["spilled"], "yes" if row["good"] else "no"
+        ratio = f"{row['loop'][1] / row['loop'][0]:.0f}" if row["loop"] else "-"
+        cells = row["case"], row["shared"], row["registers"], row["spilled"], ratio, "yes" if row["good"] else "no"
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 

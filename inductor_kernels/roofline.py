@@ -40,7 +40,8 @@ OTHERS = (  # the same architectures with other limits
 LAUNCH = 2e-6  # seconds from one kernel of a CUDA graph to the next
 CACHE = 60e9  # bytes per second that the second-level cache delivers to each processor
 LATENCY = 0.7e-6  # seconds from asking memory for the first bytes of a tile to having them
-RESIDENT_WARPS = 16  # per processor, at the 128 registers per thread that these kernels take
+REGISTERS = 65536  # per processor
+THREADS = 1536  # that a processor holds at least
 
 
 def machine(device_name: str) -> Machine | None:
@@ -83,7 +84,7 @@ def seconds(product: Product, tile: Tile, capability: int) -> float:
     architecture = family(capability)
     limits, processors = MACHINES[architecture], SMS[architecture]
     programs = math.ceil(product.m / tile.m) * math.ceil(product.n / tile.n)
-    resident = max(1, min(RESIDENT_WARPS // tile.warps, SHARED_BYTES[architecture] // shared_bytes(tile)))
+    resident = max(1, min(resident_programs(tile), SHARED_BYTES[architecture] // shared_bytes(tile)))
     waves, last = divmod(programs, processors * resident)
     steps = math.ceil(product.k / tile.k)
     waiting = LATENCY * (1 + steps / max(1, tile.stages - 1) / 4)  # with copies in flight, a quarter of a round trip
@@ -96,6 +97,13 @@ def seconds(product: Product, tile: Tile, capability: int) -> float:
 
     total = waves * wave(resident) + (wave(math.ceil(last / processors)) if last else 0)
     return LAUNCH + max(total, product.bytes / limits.bandwidth)
+
+
+def resident_programs(tile: Tile) -> int:
+    """Programs whose registers a processor holds: 32 and half as many again as sums for each thread, as the assembler
+    gives them (benchmarks/results/tiles.md)."""
+    threads = 32 * tile.warps
+    return min(THREADS // threads, int(REGISTERS // (threads * 32 + 1.5 * tile.m * tile.n)))
 
 
 def shared_bytes(tile: Tile, read: int = 1) -> int:

@@ -36,6 +36,7 @@ class Tile:
 
 
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # per block, opted in
+INT8_PER_CYCLE = {80: 4096, 86: 2048, 89: 2048, 90: 8192, 100: 16384, 120: 2048}  # operations of a processor, dense
 SMS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}  # of the largest chip
 
 _SMALL = [Tile(16, 64, 128, 4, 4), Tile(32, 64, 128, 4, 4), Tile(64, 64, 128, 3, 4), Tile(64, 128, 64, 4, 4)]
@@ -46,6 +47,7 @@ _HOPPER = [
     Tile(128, 64, 128, 4, 4),
     Tile(128, 128, 64, 4, 8),
     Tile(128, 128, 128, 3, 8),
+    Tile(256, 128, 64, 4, 8),
 ]
 
 _BLACKWELL = [  # sums pass from tensor memory through the registers of their warps: other tiles than Hopper's spill
