@@ -87,7 +87,7 @@ def _tiles_page(rows: list[dict[str, Any]], total: int) -> str:
     lines[-1] += f"Not good: {', '.join(bad) or 'none'}. Operations per instruction: of the tensor cores, in the loop; "
     lines[-1] += "they are kept busy by more than a quarter of what a processor can do in a cycle ("
     lines[-1] += ", ".join(f"sm_{c} {per_cycle // 4}" for c, per_cycle in tiles.INT8_PER_CYCLE.items())
-    lines[-1] += " with 8 bits, half of it with 16). -: no loop is left, or (sm_100) its products do not say their size."
+    lines[-1] += " with 8 bits, half of it with 16). -: no loop is left, or (sm_100) products do not say their size."
     lines += ["", "| case | shared memory | registers | spilled | operations per instruction | good |"]
     lines += ["|" + "---|" * 6]
     for row in sorted(rows, key=lambda row: row["case"]):

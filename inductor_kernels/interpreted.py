@@ -103,7 +103,8 @@ _PTX = {
 
 def _lop3(a, b, c, table):
     """Bitwise function of three numbers: bit ``4 a + 2 b + c`` of ``table``, of each of their bits."""
-    cases = ((a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c) for i in range(8) if int(table) >> i & 1)
+    ones = (i for i in range(8) if int(table) >> i & 1)
+    cases = ((a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c) for i in ones)
     return np.bitwise_or.reduce([*cases, np.zeros_like(a)])
 
 
@@ -139,7 +140,7 @@ def inline_asm():
         arrays = [np.ascontiguousarray(value.data) for value in values]
         shape = arrays[0].shape
         if pack != 4 or any(array.itemsize != 1 or array.shape != shape or array.size % 4 for array in arrays):
-            raise NotImplementedError(f"inline PTX: pack={pack} of {[a.dtype for a in arrays]}; expected bytes by fours")
+            raise NotImplementedError(f"inline PTX: pack={pack} of {[a.dtype for a in arrays]}; expected four bytes")
         words = _ptx(text, len(types), [array.reshape(-1).view(np.uint32) for array in arrays])
         numbers = [word.view(np.int8).reshape(shape) for word in words]
         return _Results(TensorHandle(n, t.scalar) for n, t in zip(numbers, types, strict=True))

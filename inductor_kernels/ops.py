@@ -4,9 +4,9 @@ Activation codes ``x_q`` are uint8 in ``[0, 255]``, or the same codes minus 128 
 tensor without dimensions in the unsigned convention; for int8 codes the effective one is ``zero_point - 128``.
 
 Weights of 8 bit are int8 in ``[-127, 127]``; those of 4 and 2 bit are packed as :mod:`inductor_kernels.packing`
-says and stand for ``code - weight_zero_point``, which is a code as well: at least 0. ``weight_sum`` is int32 ``[N]``, the sum of a channel's weights:
-redundant, but it spares a GPU kernel a pass over the weight. It may be None where no kernel takes it (a CPU, the
-reference): small models need not store it.
+says and stand for ``code - weight_zero_point``, of two numbers from 0 to ``2**bits - 1``. ``weight_sum`` is int32
+``[N]``, the sum of a channel's weights: redundant, but it spares a GPU kernel a pass over the weight. It may be None
+where no kernel takes it (a CPU, the reference): small models need not store it.
 
     linear   y[m, n] = (sum_k x_q[m, k] w[n, k] - z weight_sum[n]) * scale[n] (* row_scale[m]) + bias[n]
     conv2d   the same sum over the window of a pixel; NHWC in and out, weight [O, kh, kw, C / groups];
