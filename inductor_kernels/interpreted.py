@@ -3,6 +3,7 @@
 import contextlib
 import math
 import re
+from collections.abc import Callable
 from unittest import mock
 
 import numpy as np
@@ -95,7 +96,7 @@ def bfloat16():
         yield
 
 
-_PTX = {
+_PTX: dict[str, Callable[..., np.ndarray]] = {
     "and.b32": np.bitwise_and, "or.b32": np.bitwise_or, "xor.b32": np.bitwise_xor, "shr.u32": np.right_shift,
     "add.u32": np.add, "sub.u32": np.subtract,
 }  # fmt: skip
@@ -118,7 +119,8 @@ def _ptx(text: str, outputs: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
         target, *sources = operands
         values = [registers[s] if s in registers else np.full_like(inputs[0], int(s, 0)) for s in sources]
         if name == "lop3.b32":
-            registers[target] = _lop3(*values[:3], values[3].flat[0])
+            a, b, c, table = values
+            registers[target] = _lop3(a, b, c, table.flat[0])
         elif name in _PTX:
             registers[target] = _PTX[name](*values)
         else:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,14 +41,13 @@ def _generate(template, shape, node_inputs: dict, out_size, dtype, capability: i
     """One template node. ``shape``: (m, n, k) of the product, of one tap of a convolution; ``node_inputs``: by argument
     name, None left out."""
     m, n, k = shape
-    x = node_inputs["A"]
+    x: Any = compat.realize_inputs(node_inputs["A"])
     integer = "ZP" in node_inputs
-    given = {name: node for name, node in node_inputs.items() if node is not None}
+    given = {name: node for name, node in node_inputs.items() if node is not None} | {"A": x}
     taps = options.get("KH", 1) * options.get("KW", 1)
     rows, columns, depth = compat.hint(m), compat.hint(n), compat.hint(k) * taps
     product = Product(rows, columns, depth, options["BITS"], dtype.itemsize, taps)
     candidates = tuned.candidates(capability, product, bytes_per_code=x.get_dtype().itemsize)
-    given["A"] = x = compat.realize_inputs(x)
     computed = prologue and _prologue_pays(x, product, candidates[0], capability)
     if template is conv2d.template and integer and not computed and compat.aligned(x, 16):
         given["EDGES"] = compat.zero_points(x.get_device(), x.get_dtype(), max(tile.k for tile in candidates))
