@@ -20,7 +20,7 @@ class Tile:
     def parts(self) -> int:
         """How many groups of columns the work behind a product takes one after the other: the more, the fewer registers
         it needs, but a row of each should be a sector of memory (32 bytes of codes) and keep a thread busy."""
-        most = min(self.n // 32, self.m * self.n // (self.warps * 32) // 16)
+        most = min(self.n // 32, self.m * self.n // (self.warps * 32) // 8)
         return 4 if most >= 4 else 2 if most >= 2 else 1
 
     def options(self) -> dict[str, int]:
@@ -53,7 +53,7 @@ _HOPPER = [
 _BLACKWELL = [  # sums pass from tensor memory through the registers of their warps: other tiles than Hopper's spill
     Tile(16, 64, 128, 4, 4),
     Tile(32, 64, 128, 4, 4),
-    Tile(64, 64, 128, 4, 4),
+    Tile(64, 64, 128, 4, 8),
     Tile(64, 128, 64, 4, 8),
     Tile(128, 64, 128, 4, 4),
     Tile(128, 128, 64, 4, 8),
