@@ -48,12 +48,13 @@ def _generate(template, shape, node_inputs: dict, out_size, dtype, capability: i
     rows, columns, depth = compat.hint(m), compat.hint(n), compat.hint(k) * taps
     product = Product(rows, columns, depth, options["BITS"], dtype.itemsize, taps)
     candidates = tuned.candidates(capability, product, bytes_per_code=x.get_dtype().itemsize)
-    computed = prologue and _prologue_pays(x, product, candidates[0], capability)
-    if template is conv2d.template and integer and not computed and compat.aligned(x, 16):
+    computing = _prologue_tiles(x, product, candidates, capability) if prologue else []
+    if template is conv2d.template and integer and not computing and compat.aligned(x, 16):
         given["EDGES"] = compat.zero_points(x.get_device(), x.get_dtype(), max(tile.k for tile in candidates))
     inputs = [compat.realize_inputs(given[name]) for name in ARGUMENTS if name in given]
-    if computed:
-        compat.allow_prologue(inputs[0])
+    if computing:
+        candidates = computing
+        compat.allow_prologue(x)
     layout = ir.FixedLayout(x.get_device(), dtype, out_size)
     choices: list = []
     for tile in candidates if compat.autotunes() else candidates[:1]:
@@ -77,13 +78,19 @@ def _generate(template, shape, node_inputs: dict, out_size, dtype, capability: i
     return compat.select(template.name, choices, inputs, layout) if choices else None
 
 
-def _prologue_pays(x, product: Product, tile: Tile, capability: int) -> bool:
-    """Whether the product should compute its own codes. Work on the result of another product belongs to that one's
-    epilogue."""
-    work = compat.pointwise_work(x)
-    if work is None or compat.computed_by_template(x):
-        return False
-    return roofline.prologue_pays(product, tile, capability, work=work[0], read=work[1])
+def _prologue_tiles(x, product: Product, candidates: list[Tile], capability: int) -> list[Tile]:
+    """The candidates with which the product should compute its own codes, none where it should not. Work on the result
+    of another product belongs to that one's epilogue."""
+    found = compat.pointwise_work(x)
+    if found is None or compat.computed_by_template(x):
+        return []
+    work, read = found
+    fitting = [tile for tile in candidates if roofline.prologue_fits(tile, capability, read=read)]
+    if not fitting:
+        return []
+    best = candidates[0] if candidates[0] in fitting else tuned.modelled(capability, product, fitting)
+    pays = roofline.prologue_pays(product, best, capability, work=work, read=read, instead=candidates[0])
+    return sorted(fitting, key=lambda tile: tile != best) if pays else []
 
 
 def _product(x, weight, lead, named: dict, dtype, bits: int, capability: int, prologue: bool):

@@ -111,17 +111,19 @@ def shared_bytes(tile: Tile, read: int = 1) -> int:
     return tile.stages * tile.k * (tile.m * read + tile.n)
 
 
-def prologue_pays(product: Product, tile: Tile, capability: int, *, work: int, read: int) -> bool:
-    """Whether a product should compute its codes itself, once per column of tiles, rather than read those of a kernel
-    of their own. ``work``: operations per code; ``read``: bytes from which a code is made.
+def prologue_fits(tile: Tile, capability: int, *, read: int) -> bool:
+    """Whether a tile leaves room for ``read`` bytes from which each code is made."""
+    return shared_bytes(tile, read) <= SHARED_BYTES[family(capability)]
 
-    False also where what is read would not fit beside the tile.
+
+def prologue_pays(product: Product, tile: Tile, capability: int, *, work: int, read: int, instead: Tile) -> bool:
+    """Whether a product should compute its codes itself, once per column of tiles, rather than read those of a kernel
+    of their own. ``work``: operations per code; ``read``: bytes from which a code is made; ``instead``: the tile that
+    reads codes.
     """
     architecture = family(capability)
-    if shared_bytes(tile, read) > SHARED_BYTES[architecture]:
-        return False
     limits, columns = MACHINES[architecture], math.ceil(product.n / tile.n)
     used = product.m * product.k
     apart = LAUNCH + used / product.taps * (read + 1) / limits.bandwidth
     inside = used * columns * (work / limits.vector + (read - 1) / (CACHE * SMS[architecture]))
-    return inside <= apart
+    return inside + seconds(product, tile, capability) <= apart + seconds(product, instead, capability)

@@ -43,7 +43,7 @@ def test_every_tile(capability, tile, bits, builder):
 def test_largest_tiles(capability, index, bits, builder):
     info = compiled(builder, bits, capability, tiles.TILES[capability][index])
     check(builder, info)
-    if builder in ("gemm", "convolution") and info.loop:
+    if builder in ("gemm", "convolution") and info.loop and capability < 100:
         # the instructions of a step (copies, unpacking, addresses) are issued while its products run
         busy = info.loop.operations / info.loop.instructions / (tiles.INT8_PER_CYCLE[capability] / 4)
         assert busy > (1 if bits == 8 else 0.9), info.loop
@@ -106,7 +106,8 @@ def test_a_prologue_pays_for_few_columns_and_where_it_fits():
     tile = tiles.Tile(64, 64, 128, 3, 4)
 
     def pays(m, n, k, capability=90, work=10, read=2):
-        return roofline.prologue_pays(Product(m, n, k), tile, capability, work=work, read=read)
+        fits = roofline.prologue_fits(tile, capability, read=read)
+        return fits and roofline.prologue_pays(Product(m, n, k), tile, capability, work=work, read=read, instead=tile)
 
     assert pays(1, 1280, 1280) and pays(4096, 64, 640)
     assert not pays(77, 166400, 2048)  # text projections of a whole model as one product
