@@ -54,7 +54,6 @@ _BLACKWELL = [  # sums pass from tensor memory through the registers of their wa
     Tile(16, 64, 128, 4, 4),
     Tile(32, 64, 128, 4, 4),
     Tile(64, 64, 128, 4, 8),
-    Tile(64, 128, 64, 4, 8),
     Tile(128, 64, 128, 4, 4),
     Tile(128, 128, 64, 4, 8),
 ]
