@@ -86,7 +86,8 @@ def read(code: str) -> dict[str, Any]:
     for name, count in launches.items():
         kind, source = name.split("_")[1], sources[name]
         kinds[kind] += count
-        writes = len(re.findall(r"'\w*out_ptr\d+': '\*i8'", source))
+        reads = re.search(r"'(arg_A|in_out_ptr|in_ptr)\d*':", source)  # not so: rows of zero points for convolutions
+        writes = len(re.findall(r"'\w*out_ptr\d+': '\*i8'", source)) if reads else 0
         if kind == "tem":
             in_front = "arg_A" not in source.partition("@triton.jit")[2]
             quantizes["in front of the product"] += count * in_front
@@ -111,7 +112,7 @@ def _only_quantizes(source: str) -> bool:
     signature = re.search(r"def \w+\((.*?)\):", kernel)
     pointers = re.findall(r"\w*(in_out_ptr|out_ptr|in_ptr)\d+", signature[1] if signature else "")
     plain = not re.search(r"tl_math|libdevice\.(?!nearbyint|rint)|sigmoid", kernel)
-    return plain and "'*i8'" in source and pointers.count("in_ptr") <= 3 and pointers.count("out_ptr") == 1
+    return plain and "'*i8'" in source and 1 <= pointers.count("in_ptr") <= 3 and pointers.count("out_ptr") == 1
 
 
 def _largest(body: str) -> list[dict[str, Any]]:
