@@ -2,12 +2,12 @@
 
 import contextlib
 import math
-import re
-from collections.abc import Callable
 from unittest import mock
 
 import numpy as np
 import torch
+
+from . import ptx
 
 _UNARY = {
     "abs": np.abs, "ceil": np.ceil, "cos": np.cos, "exp": np.exp, "exp2": np.exp2, "expm1": np.expm1,
@@ -96,38 +96,6 @@ def bfloat16():
         yield
 
 
-_PTX: dict[str, Callable[..., np.ndarray]] = {
-    "and.b32": np.bitwise_and, "or.b32": np.bitwise_or, "xor.b32": np.bitwise_xor, "shr.u32": np.right_shift,
-    "add.u32": np.add, "sub.u32": np.subtract,
-}  # fmt: skip
-
-
-def _lop3(a, b, c, table):
-    """Bitwise function of three numbers: bit ``4 a + 2 b + c`` of ``table``, of each of their bits."""
-    ones = (i for i in range(8) if int(table) >> i & 1)
-    cases = ((a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c) for i in ones)
-    return np.bitwise_or.reduce([*cases, np.zeros_like(a)])
-
-
-def _ptx(text: str, outputs: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
-    """Run ``{ .reg .b32 x, y; instruction; ... }`` on 32-bit registers; ``$0`` is the first output."""
-    registers = {f"${outputs + i}": value for i, value in enumerate(inputs)}
-    for line in filter(None, map(str.strip, text.strip("{} ").split(";"))):
-        name, *operands = re.split(r"[\s,]+", line)
-        if name == ".reg":
-            continue
-        target, *sources = operands
-        values = [registers[s] if s in registers else np.full_like(inputs[0], int(s, 0)) for s in sources]
-        if name == "lop3.b32":
-            a, b, c, table = values
-            registers[target] = _lop3(a, b, c, table.flat[0])
-        elif name in _PTX:
-            registers[target] = _PTX[name](*values)
-        else:
-            raise NotImplementedError(f"inline PTX: {line!r}; expected lop3.b32 or one of {', '.join(_PTX)}")
-    return [registers[f"${i}"] for i in range(outputs)]
-
-
 class _Results(list):
     def get_result(self, index: int):
         return self[index]
@@ -143,7 +111,7 @@ def inline_asm():
         shape = arrays[0].shape
         if pack != 4 or any(array.itemsize != 1 or array.shape != shape or array.size % 4 for array in arrays):
             raise NotImplementedError(f"inline PTX: pack={pack} of {[a.dtype for a in arrays]}; expected four bytes")
-        words = _ptx(text, len(types), [array.reshape(-1).view(np.uint32) for array in arrays])
+        words = ptx.run(text, len(types), [array.reshape(-1).view(np.uint32) for array in arrays])
         numbers = [word.view(np.int8).reshape(shape) for word in words]
         return _Results(TensorHandle(n, t.scalar) for n, t in zip(numbers, types, strict=True))
 

@@ -115,6 +115,13 @@ def test_a_prologue_pays_for_few_columns_and_where_it_fits():
     assert not pays(1, 1280, 1280, capability=89, read=8)  # 196 KB where there are 99
 
 
+def test_a_prologue_counts_what_its_tile_is_slower():
+    product, small, large = Product(16384, 64, 640), tiles.Tile(16, 64, 128, 4, 4), tiles.Tile(128, 64, 128, 4, 4)
+    assert roofline.seconds(product, small, 90) > roofline.seconds(product, large, 90)
+    assert roofline.prologue_pays(product, small, 90, work=10, read=2, instead=small)
+    assert not roofline.prologue_pays(product, small, 90, work=10, read=2, instead=large)
+
+
 def test_table_holds_listed_tiles_and_says_where_they_come_from():
     text = tuned.PATH.read_text()
     table = tuned.read(text)
