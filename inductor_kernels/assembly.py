@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+PTX_PRODUCT = r"((?:wgmma\.mma_async|\bmma)\.sync\.aligned\.m[\w.]+|tcgen05\.mma[\w.:]+)"
 PRODUCT = r"\b((?:IMMA|HMMA|IGMMA|HGMMA|UTC\w*MMA)[\w.]*)"
 OF_A_WARP = r"[IH]MMA\.(16)(8)(\d+)"  # IMMA.16832
 OF_FOUR_WARPS = r"[IH]GMMA\.(\d+)x(\d+)x(\d+)"  # IGMMA.64x128x32
@@ -21,9 +22,9 @@ class Loop:
     operations: int
 
 
-def products(machine: str) -> set[str]:
-    """Names of the tensor-core instructions in the text of a disassembler."""
-    return set(re.findall(PRODUCT, machine))
+def products(machine: str, ptx: str = "") -> set[str]:
+    """Names of the tensor-core instructions in the text of a disassembler and in PTX."""
+    return {*re.findall(PRODUCT, machine), *re.findall(PTX_PRODUCT, ptx)}
 
 
 def loop(machine: str) -> Loop | None:

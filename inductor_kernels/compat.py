@@ -207,8 +207,7 @@ def zero_points(device: torch.device, dtype: torch.dtype, length: int):
 
     if (device, dtype, length) not in known:
         rows = ir.Pointwise.create(device=device, dtype=dtype, inner_fn=code, ranges=[256, length])
-        rows.realize()
-        known[device, dtype, length] = rows
+        known[device, dtype, length] = realize_inputs(rows)
     return known[device, dtype, length]
 
 

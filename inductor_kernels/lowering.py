@@ -14,7 +14,7 @@ from .templates import conv2d, gemm
 from .tiles import Tile
 
 OPS = torch.ops.inductor_kernels
-ARGUMENTS = ("A", "B", "SCALE", "WSUM", "ZP", "WZP", "ROW", "BIAS", "EDGES")  # as templates/signature.jinja has them
+ARGUMENTS = ("A", "B", "SCALE", "WSUM", "ZP", "WZP", "ROW", "BIAS")  # as templates/signature.jinja has them
 GROUP_M = 8  # rows of tiles that take turns
 MIN_CAPABILITY = 80  # the first architecture with asynchronous copies and bfloat16
 
@@ -41,17 +41,18 @@ def _generate(template, shape, node_inputs: dict, out_size, dtype, capability: i
     """One template node. ``shape``: (m, n, k) of the product, of one tap of a convolution; ``node_inputs``: by argument
     name, None left out."""
     m, n, k = shape
-    x: Any = compat.realize_inputs(node_inputs["A"])
     integer = "ZP" in node_inputs
-    given = {name: node for name, node in node_inputs.items() if node is not None} | {"A": x}
+    given = {name: node for name, node in node_inputs.items() if node is not None}
+    inputs: list[Any] = [compat.realize_inputs(given[name]) for name in ARGUMENTS if name in given]
+    x = inputs[0]
     taps = options.get("KH", 1) * options.get("KW", 1)
     rows, columns, depth = compat.hint(m), compat.hint(n), compat.hint(k) * taps
     product = Product(rows, columns, depth, options["BITS"], dtype.itemsize, taps)
     candidates = tuned.candidates(capability, product, bytes_per_code=x.get_dtype().itemsize)
     computing = _prologue_tiles(x, product, candidates, capability) if prologue else []
-    if template is conv2d.template and integer and not computing and compat.aligned(x, 16):
-        given["EDGES"] = compat.zero_points(x.get_device(), x.get_dtype(), max(tile.k for tile in candidates))
-    inputs = [compat.realize_inputs(given[name]) for name in ARGUMENTS if name in given]
+    edges = template is conv2d.template and integer and not computing and compat.aligned(x, 16)
+    if edges:
+        inputs.append(compat.zero_points(x.get_device(), x.get_dtype(), max(tile.k for tile in candidates)))
     if computing:
         candidates = computing
         compat.allow_prologue(x)
@@ -69,7 +70,7 @@ def _generate(template, shape, node_inputs: dict, out_size, dtype, capability: i
             UNSIGNED=x.get_dtype() == torch.uint8,
             HAS_ROW="ROW" in given,
             HAS_BIAS="BIAS" in given,
-            HAS_EDGES="EDGES" in given,
+            HAS_EDGES=edges,
             **tile.options(),
             **options,
         )

@@ -23,7 +23,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import assembly
 
-PTX_PRODUCT = r"((?:wgmma\.mma_async|\bmma)\.sync\.aligned\.m[\w.]+|tcgen05\.mma[\w.:]+)"
 ONE_CHOICE = {"max_autotune": False, "max_autotune_gemm": False, "shape_padding": False}
 """Nothing is chosen by timing, for which a GPU would have to be there."""
 
@@ -236,13 +235,12 @@ def _inspect(compiled, number: int, folder: str) -> KernelInfo:
 
     usage = tool(binaries / "cuobjdump", "-res-usage", path)
     machine = tool(binaries / "nvdisasm", "-c", path)
-    ptx = re.findall(PTX_PRODUCT, compiled.asm["ptx"])
     used = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
     return KernelInfo(
         shared_bytes=compiled.metadata.shared,
         registers=used["REG"],
         spill_bytes=used["STACK"] + used["LOCAL"],
-        instructions=tuple(sorted({*ptx, *assembly.products(machine)})),
+        instructions=tuple(sorted(assembly.products(machine, compiled.asm["ptx"]))),
         warps=compiled.metadata.num_warps,
         fits=compiled.metadata.shared <= SHARED_BYTES[family(number)],
         loop=assembly.loop(machine),

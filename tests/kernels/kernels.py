@@ -11,8 +11,6 @@ from inductor_kernels import testing, tiles, tuned
 from .layers import OPS, codes_conv2d, image, linear, parameters, product, tokens
 
 INTEGER = re.compile(r"IMMA\S*S8|IGMMA\S*S8|wgmma\S*s32\.s8\.s8|mma\S*s32\.s8\.s8\.s32|tcgen05")
-
-
 LENGTH = 8192  # long enough for a loop: of some dozen steps all are written out
 
 

@@ -31,6 +31,7 @@ def test_every_tile(capability, tile, bits, builder):
 @pytest.mark.parametrize(
     "capability, index, bits, builder",
     [
+        (80, -1, 8, "gemm"),
         (80, -1, 4, "convolution"),
         (89, -1, 8, "gemm_with_quantize"),
         (100, -1, 2, "convolution"),
