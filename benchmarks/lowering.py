@@ -64,16 +64,18 @@ def generated(weight_bits: int, pixels: int, arch: str, *, tiny: bool, apart: bo
 
 
 def _tie(unet: nn.Module) -> None:
-    """Layers share the tensors they would share off the meta device, where all made-up ranges are equal."""
-    first: dict[str, Tensor] = {}
-    for layer in unet.modules():
+    """Layers that read one tensor share tensors, as they do off the meta device, where values are compared."""
+    first: dict[tuple[str, str], Tensor] = {}
+    for name, layer in unet.named_modules():
         weight = getattr(layer, "weight", None)
-        for part in (weight.first, weight.second) if isinstance(weight, SplitMixDQTensor) else (weight,):
+        halves = (weight.first, weight.second) if isinstance(weight, SplitMixDQTensor) else (weight,)
+        for half, part in enumerate(halves):
             if isinstance(part, MixDQTensor):
                 held = part.stored_tensors()
-                for name in part.shared_tensors:
-                    if name in held:
-                        setattr(part, name, first.setdefault(name, held[name]))
+                for shared in part.shared_tensors:
+                    if shared in held:
+                        of = "text" if shared == "bos_embedding" else f"{subject.input_of(name)} {half}"
+                        setattr(part, shared, first.setdefault((shared, of), held[shared]))
 
 
 def read(code: str) -> dict[str, Any]:

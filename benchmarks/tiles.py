@@ -31,10 +31,10 @@ SIZES = (512, 1024)
 BATCHES = (1, 2, 4)
 
 
-def modelled_tables() -> dict[int, tuple[str, dict[str, tiles.Tile]]]:
+def modelled_tables() -> dict[int, tuple[str, dict[str, tuned.Way]]]:
     """The model's choice for every shape of SDXL's UNet on every architecture."""
     shapes = {replace(p, m=p.m * batch) for size in SIZES for p in products(size) for batch in BATCHES}
-    return {c: (MODELLED, {tuned.key(p): tuned.modelled(c, p) for p in shapes}) for c in tiles.TILES}
+    return {c: (MODELLED, {tuned.key(p): tuned.modelled_way(c, p) for p in shapes}) for c in tiles.TILES}
 
 
 def write_table() -> None:
@@ -53,18 +53,18 @@ def compile_all(arches: list[int], limit: float) -> None:
     from tests.kernels import kernels
 
     path, start = RESULTS / "tiles.json", time.monotonic()
-    every = [(c, t, b, f) for c in tiles.TILES for t in tiles.TILES[c] for b in (8, 4, 2) for f in kernels.BUILDERS]
+    every = [(c, t, b, f) for c in tiles.TILES for t in tiles.TILES[c] for b in (8, 4, 2) for f in kernels.KINDS]
     cases = {_name(*case): case for case in sorted(every, key=lambda case: -case[1].m * case[1].n * case[1].k)}
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = [row for row in rows if row["case"] in cases]
     known = {row["case"] for row in rows}
-    for name, (capability, tile, bits, builder) in cases.items():
+    for name, (capability, tile, bits, kind) in cases.items():
         if capability not in arches or name in known or time.monotonic() - start > limit:
             continue
-        info = kernels.compiled(builder, bits, capability, tile)
+        info = kernels.compiled(kind, bits, capability, tile)
         found = {"shared": info.shared_bytes, "registers": info.registers, "spilled": info.spill_bytes}
         found["loop"] = info.loop and [info.loop.instructions, info.loop.operations]
-        good = info.fits and not info.spill_bytes and kernels.uses_tensor_cores(builder, info)
+        good = info.fits and not info.spill_bytes and kernels.uses_tensor_cores(kind, info)
         rows.append({"case": name, **found, "good": good, "instructions": list(info.instructions)})
         write_document(path, {"of": len(cases), "rows": rows})
         print(name, found, "" if good else "BAD", flush=True)
@@ -72,8 +72,8 @@ def compile_all(arches: list[int], limit: float) -> None:
     (RESULTS / "tiles.md").write_text(_tiles_page(rows, len(cases)))
 
 
-def _name(capability: int, tile: tiles.Tile, bits: int, builder: str) -> str:
-    return f"sm_{capability} {builder} W{bits} {tile.m}x{tile.n}x{tile.k}, {tile.stages} stages, {tile.warps} warps"
+def _name(capability: int, tile: tiles.Tile, bits: int, kind: str) -> str:
+    return f"sm_{capability} {kind} W{bits} {tile.m}x{tile.n}x{tile.k}, {tile.stages} stages, {tile.warps} warps"
 
 
 def _tiles_page(rows: list[dict[str, Any]], total: int) -> str:
@@ -139,13 +139,13 @@ def _half(product: Product, limits: roofline.Machine) -> float:
 
 def _row(product: Product, count: int, capability: int) -> str:
     limits, four = MACHINES[capability], _halves(product)
-    tile = tuned.candidates(capability, product)[0]
+    way = tuned.way(capability, product)
     bound = "operations" if product.operations / limits.int8 > product.bytes / limits.bandwidth else "bytes"
     cells = [tuned.key(product), count, f"{product.operations / 1e9:.2f}", f"{product.bytes / 1e6:.2f}"]
     cells += [f"{four.bytes / 1e6:.2f}", bound]
     cells += [f"{1e6 * t:.2f}" for t in (roofline.least(product, limits), roofline.least(four, limits))]
-    cells += [f"{1e6 * _half(product, limits):.2f}", f"{tile.m}x{tile.n}x{tile.k}"]
-    cells.append(f"{1e6 * roofline.seconds(product, tile, capability):.2f}")
+    cells += [f"{1e6 * _half(product, limits):.2f}", str(way)]
+    cells.append(f"{1e6 * tuned.expected(capability, product, way):.2f}")
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
@@ -160,7 +160,7 @@ def _total(found: Counter[Product], capability: int) -> str:
     sums += [f"{1e6 * total(lambda p: roofline.least(p, limits)):.0f}"]
     sums += [f"{1e6 * total(lambda p: roofline.least(_halves(p), limits)):.0f}"]
     sums += [f"{1e6 * total(lambda p: _half(p, limits)):.0f}", ""]
-    best = total(lambda p: roofline.seconds(p, tuned.candidates(capability, p)[0], capability))
+    best = total(lambda p: tuned.expected(capability, p, tuned.way(capability, p)))
     return "| " + " | ".join(["all", str(found.total()), *sums, f"{1e6 * best:.0f}"]) + " |"
 
 

@@ -43,7 +43,9 @@ __all__ = [
     "ir",
     "mm_grid",
     "multiple_of",
+    "ops",
     "passed_as_number",
+    "pointwise",
     "pointwise_work",
     "realize_inputs",
     "register_lowering",
@@ -206,9 +208,16 @@ def zero_points(device: torch.device, dtype: torch.dtype, length: int):
         return ops.to_dtype(ops.index_expr(index[0] + lowest, torch.int32), dtype)
 
     if (device, dtype, length) not in known:
-        rows = ir.Pointwise.create(device=device, dtype=dtype, inner_fn=code, ranges=[256, length])
-        known[device, dtype, length] = realize_inputs(rows)
+        known[device, dtype, length] = realize_inputs(pointwise(device, dtype, code, [256, length]))
     return known[device, dtype, length]
+
+
+def pointwise(device: torch.device, dtype: torch.dtype, element, size):
+    """A tensor of this size; ``element`` makes of an index what is there, in terms of ``ops``. Computed once, however
+    many read it."""
+    made = ir.Pointwise.create(device=device, dtype=dtype, inner_fn=element, ranges=list(size))
+    made.realize()
+    return made
 
 
 def contiguous(x):
@@ -223,12 +232,12 @@ def _buffer(x) -> Any:
 
 
 def computed_by_template(x) -> bool:
-    """Whether ``x`` is pointwise work on the result of a template, whose epilogue it can become."""
+    """Whether ``x`` is pointwise work on the result of a template, whose epilogue it can become, or on such work."""
     buffer = _buffer(x)
-    if not isinstance(buffer, ir.ComputedBuffer):
+    if not isinstance(buffer, ir.ComputedBuffer) or not isinstance(buffer.data, ir.Pointwise):
         return False
-    read = (V.graph.try_get_buffer(name) for name in buffer.get_read_names())
-    return any(isinstance(source, ir.TemplateBuffer) for source in read)
+    read = [V.graph.try_get_buffer(name) for name in buffer.get_read_names()]
+    return any(isinstance(source, ir.TemplateBuffer) or computed_by_template(source) for source in read)
 
 
 def pointwise_work(x) -> tuple[int, int] | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import compat, gelu, post_ops, roofline, tuned
+from . import compat, gelu, post_ops, roofline, split_k, tuned
 from .compat import V, ir, log
 from .roofline import Product
 from .templates import conv2d, gemm
@@ -37,36 +37,42 @@ def _capability(x, weight) -> int | None:
     return capability
 
 
-def _generate(template, shape, node_inputs: dict, out_size, dtype, capability: int, prologue: bool, **options):
-    """One template node. ``shape``: (m, n, k) of the product, of one tap of a convolution; ``node_inputs``: by argument
-    name, None left out."""
+def _generate(kind, shape, node_inputs: dict, out_size, dtype, capability: int, prologue: bool, **options):
+    """One template node. ``kind``: the module of a template; ``shape``: (m, n, k) of the product, of one tap of a
+    convolution; ``node_inputs``: by argument name, None left out."""
     m, n, k = shape
     integer = "ZP" in node_inputs
     given = {name: node for name, node in node_inputs.items() if node is not None}
-    inputs: list[Any] = [compat.realize_inputs(given[name]) for name in ARGUMENTS if name in given]
-    x = inputs[0]
+    x = given["A"] = compat.realize_inputs(given["A"])
     taps = options.get("KH", 1) * options.get("KW", 1)
     rows, columns, depth = compat.hint(m), compat.hint(n), compat.hint(k) * taps
     product = Product(rows, columns, depth, options["BITS"], dtype.itemsize, taps)
-    candidates = tuned.candidates(capability, product, bytes_per_code=x.get_dtype().itemsize)
-    computing = _prologue_tiles(x, product, candidates, capability) if prologue else []
-    edges = template is conv2d.template and integer and not computing and compat.aligned(x, 16)
-    if edges:
-        inputs.append(compat.zero_points(x.get_device(), x.get_dtype(), max(tile.k for tile in candidates)))
+    chosen, shares, computing = _choose(x, product, capability, integer, prologue)
+    template, layout = kind.template, ir.FixedLayout(x.get_device(), dtype, out_size)
+    left: dict[str, Any] = {}
     if computing:
-        candidates = computing
         compat.allow_prologue(x)
-    layout = ir.FixedLayout(x.get_device(), dtype, out_size)
+    if shares > 1:
+        template = kind.split_k
+        layout = ir.FixedLayout(x.get_device(), torch.int32, [shares, *out_size])
+        left = {name: given.pop(name) for name in split_k.LEFT if name in given}
+        left["ZP"] = given["ZP"] if kind is conv2d else given.pop("ZP")  # padding reads it
+    inputs: list[Any] = [compat.realize_inputs(given[name]) for name in ARGUMENTS if name in given]
+    edges = kind is conv2d and integer and not computing and compat.aligned(x, 16)
+    if edges:
+        inputs.append(compat.zero_points(x.get_device(), x.get_dtype(), max(tile.k for tile in chosen)))
     choices: list = []
-    for tile in candidates if compat.autotunes() else candidates[:1]:
+    for tile in chosen if compat.autotunes() else chosen[:1]:
         error = template.maybe_append_choice(
             choices,
             input_nodes=tuple(inputs),
             layout=layout,
             GROUP_M=GROUP_M,
+            SPLIT_K=shares,
             EVEN_K=compat.multiple_of(k, tile.k),
             INTEGER=integer,
-            ZP_NUMBER=integer and compat.passed_as_number(given["ZP"]),
+            HAS_ZP="ZP" in given,
+            ZP_NUMBER="ZP" in given and compat.passed_as_number(given["ZP"]),
             UNSIGNED=x.get_dtype() == torch.uint8,
             HAS_ROW="ROW" in given,
             HAS_BIAS="BIAS" in given,
@@ -76,12 +82,28 @@ def _generate(template, shape, node_inputs: dict, out_size, dtype, capability: i
         )
         if error is not None:
             _note(str(error))
-    return compat.select(template.name, choices, inputs, layout) if choices else None
+    if not choices:
+        return None
+    node = compat.select(template.name, choices, inputs, layout)
+    return split_k.finish(node, shares, out_size, dtype, **left) if left else node
 
 
-def _prologue_tiles(x, product: Product, candidates: list[Tile], capability: int) -> list[Tile]:
+def _choose(x, product: Product, capability: int, integer: bool, prologue: bool) -> tuple[list[Tile], int, bool]:
+    """Tiles, the default first; how many programs share a reduction; whether the product computes its own codes."""
+    candidates = functools.partial(tuned.candidates, capability, product, bytes_per_code=x.get_dtype().itemsize)
+    shares = tuned.way(capability, product).shares if integer else 1
+    reading = candidates(shares=shares)
+    if prologue:
+        expected = roofline.seconds(product, reading[0], capability, shares)
+        computing = _prologue_tiles(x, product, candidates(), capability, expected)
+        if computing:
+            return computing, 1, True
+    return reading, shares, False
+
+
+def _prologue_tiles(x, product: Product, candidates: list[Tile], capability: int, expected: float) -> list[Tile]:
     """The candidates with which the product should compute its own codes, none where it should not. Work on the result
-    of another product belongs to that one's epilogue."""
+    of another product belongs to that one's epilogue. ``expected``: seconds when it reads codes."""
     found = compat.pointwise_work(x)
     if found is None or compat.computed_by_template(x):
         return []
@@ -90,7 +112,7 @@ def _prologue_tiles(x, product: Product, candidates: list[Tile], capability: int
     if not fitting:
         return []
     best = candidates[0] if candidates[0] in fitting else tuned.modelled(capability, product, fitting)
-    pays = roofline.prologue_pays(product, best, capability, work=work, read=read, instead=candidates[0])
+    pays = roofline.prologue_pays(product, best, capability, work=work, read=read, otherwise=expected)
     return sorted(fitting, key=lambda tile: tile != best) if pays else []
 
 
@@ -102,7 +124,7 @@ def _product(x, weight, lead, named: dict, dtype, bits: int, capability: int, pr
     if named.get("ROW") is not None:
         named["ROW"] = compat.view(compat.contiguous(named["ROW"]), [m])
     inputs = {"A": flat, "B": compat.contiguous(weight), **named}
-    node = _generate(gemm.template, (m, n, k), inputs, [m, n], dtype, capability, prologue, BITS=bits)
+    node = _generate(gemm, (m, n, k), inputs, [m, n], dtype, capability, prologue, BITS=bits)
     return None if node is None else compat.view(node, [*lead, n])
 
 
@@ -117,7 +139,7 @@ def _convolution(x, weight, named, dtype, bits, geometry, capability: int, prolo
     out_h = (high + 2 * padding[0] - dilation[0] * (kernel_h - 1) - 1) // stride[0] + 1
     out_w = (wide + 2 * padding[1] - dilation[1] * (kernel_w - 1) - 1) // stride[1] + 1
     return _generate(
-        conv2d.template, (batch * out_h * out_w, n, channels), {"A": x, "B": weight, **named},
+        conv2d, (batch * out_h * out_w, n, channels), {"A": x, "B": weight, **named},
         [batch, out_h, out_w, n], dtype, capability, prologue, BITS=bits,
         KH=int(kernel_h), KW=int(kernel_w), STRIDE_H=stride[0], STRIDE_W=stride[1], PAD_H=padding[0],
         PAD_W=padding[1], DILATION_H=dilation[0], DILATION_W=dilation[1],

@@ -40,6 +40,7 @@ OTHERS = (  # the same architectures with other limits
 LAUNCH = 2e-6  # seconds from one kernel of a CUDA graph to the next
 CACHE = 60e9  # bytes per second that the second-level cache delivers to each processor
 LATENCY = 0.7e-6  # seconds from asking memory for the first bytes of a tile to having them
+BETWEEN = 0.1e-6  # seconds from one step's products to the next step's in the same program: a barrier, fences, copies
 REGISTERS = 65536  # per processor
 THREADS = 1536  # that a processor holds at least
 
@@ -78,25 +79,32 @@ def least(product: Product, limits: Machine) -> float:
     return max(product.operations / limits.int8, product.bytes / limits.bandwidth)
 
 
-def seconds(product: Product, tile: Tile, capability: int) -> float:
+def seconds(product: Product, tile: Tile, capability: int, split_k: int = 1) -> float:
     """What a product is expected to take with a tile: programs come in waves over the processors, each limited by its
-    products, by what the cache delivers, or by waiting for memory."""
+    products, by what the cache delivers, by the steps it takes one after the other, or by waiting for memory.
+
+    split_k: programs that share the reduction of a tile. Their sums, 4 bytes each, are added by what reads them.
+    """
     architecture = family(capability)
     limits, processors = MACHINES[architecture], SMS[architecture]
-    programs = math.ceil(product.m / tile.m) * math.ceil(product.n / tile.n)
+    programs = math.ceil(product.m / tile.m) * math.ceil(product.n / tile.n) * split_k
     resident = max(1, min(resident_programs(tile), SHARED_BYTES[architecture] // shared_bytes(tile)))
     waves, last = divmod(programs, processors * resident)
-    steps = math.ceil(product.k / tile.k)
+    steps = math.ceil(math.ceil(product.k / tile.k) / split_k)
+    depth = min(product.k, steps * tile.k)
     waiting = LATENCY * (1 + steps / max(1, tile.stages - 1) / 4)  # with copies in flight, a quarter of a round trip
 
     def wave(each: int) -> float:
         """Seconds with ``each`` programs on a processor."""
-        multiply = each * 2 * tile.m * tile.n * product.k / (limits.int8 / processors)
-        loads = each * (tile.m + tile.n * product.bits / 8) * product.k
-        return max(multiply, loads / CACHE, waiting)
+        alone = 2 * tile.m * tile.n * depth / (limits.int8 / processors)
+        loads = each * (tile.m + tile.n * product.bits / 8) * depth
+        return max(each * alone, alone + steps * BETWEEN, loads / CACHE, waiting)
 
     total = waves * wave(resident) + (wave(math.ceil(last / processors)) if last else 0)
-    return LAUNCH + max(total, product.bytes / limits.bandwidth)
+    total = LAUNCH + max(total, product.bytes / limits.bandwidth)
+    if split_k > 1:
+        total += LAUNCH + 2 * 4 * split_k * product.m * product.n / (CACHE * processors)
+    return total
 
 
 def resident_programs(tile: Tile) -> int:
@@ -116,14 +124,14 @@ def prologue_fits(tile: Tile, capability: int, *, read: int) -> bool:
     return shared_bytes(tile, read) <= SHARED_BYTES[family(capability)]
 
 
-def prologue_pays(product: Product, tile: Tile, capability: int, *, work: int, read: int, instead: Tile) -> bool:
+def prologue_pays(product: Product, tile: Tile, capability: int, *, work: int, read: int, otherwise: float) -> bool:
     """Whether a product should compute its codes itself, once per column of tiles, rather than read those of a kernel
-    of their own. ``work``: operations per code; ``read``: bytes from which a code is made; ``instead``: the tile that
-    reads codes.
+    of their own. ``work``: operations per code; ``read``: bytes from which a code is made; ``otherwise``: seconds that
+    it takes when it reads codes.
     """
     architecture = family(capability)
     limits, columns = MACHINES[architecture], math.ceil(product.n / tile.n)
     used = product.m * product.k
     apart = LAUNCH + used / product.taps * (read + 1) / limits.bandwidth
     inside = used * columns * (work / limits.vector + (read - 1) / (CACHE * SMS[architecture]))
-    return inside + seconds(product, tile, capability) <= apart + seconds(product, instead, capability)
+    return inside + seconds(product, tile, capability) <= apart + otherwise

@@ -47,7 +47,7 @@ _HOPPER = [
     Tile(128, 64, 128, 4, 4),
     Tile(128, 128, 64, 4, 8),
     Tile(128, 128, 128, 3, 8),
-    Tile(256, 128, 64, 4, 8),
+    Tile(256, 128, 128, 3, 8),
 ]
 
 _BLACKWELL = [  # sums pass from tensor memory through the registers of their warps: other tiles than Hopper's spill

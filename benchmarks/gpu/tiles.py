@@ -11,7 +11,7 @@ import torch
 import inductor_kernels.ops  # noqa: F401
 from inductor_kernels import compat, tiles, tuned
 from inductor_kernels.roofline import Product
-from inductor_kernels.tiles import Tile
+from inductor_kernels.tuned import Way
 
 from ..shapes import products
 from . import kernels
@@ -19,10 +19,11 @@ from .timing import interleaved
 
 OPS = torch.ops.inductor_kernels
 TRIED = 4  # tiles of each shape, as the model ranks them
+SHARED = 2  # and ways to share its reductions
 
 
-def _call(product: Product, tile: Tile, device: str):
-    """The product of 4-bit weights (the slower ones to unpack) with this tile."""
+def _call(product: Product, way: Way, device: str):
+    """The product of 4-bit weights (the slower ones to unpack) done this way."""
     n, length = product.n, product.k // product.taps
     if product.taps > 1:
         size, kernel = kernels.square(product)
@@ -37,34 +38,33 @@ def _call(product: Product, tile: Tile, device: str):
         )
     torch._dynamo.reset()
     compiled = torch.compile(fn.func, fullgraph=True)
-    only = mock.patch.object(tuned, "candidates", lambda *a, **k: [tiles.narrowed(tile, length)])
-    with only, compat.config.patch(force_disable_caches=True):  # caches know the graph, not the tile
+    only = mock.patch.object(tuned, "candidates", lambda *a, **k: [tiles.narrowed(way.tile, length)])
+    shared = mock.patch.object(tuned, "way", lambda *a: way)
+    with only, shared, compat.config.patch(force_disable_caches=True):  # caches know the graph, not the tile
         compiled(*fn.args)
     return functools.partial(compiled, *fn.args)
 
 
-def ranked(capability: int, product: Product) -> list[Tile]:
-    """The tiles worth timing, in the order of the model."""
-    left, best = tiles.fitting(capability, product.m, product.n), []
-    while left and len(best) < TRIED:
-        best.append(tuned.modelled(capability, product, left))
-        left = [tile for tile in left if tile not in best]
-    return best
+def ranked(capability: int, product: Product) -> list[Way]:
+    """The ways worth timing, in the order of the model."""
+    every = tuned.ranked(capability, product)
+    kept = [way for way in every if way.shares == 1][:TRIED] + [way for way in every if way.shares > 1][:SHARED]
+    return [way for way in every if way in kept]
 
 
 def sweep(pixels: int, out: Path, *, dry: bool) -> Iterator[dict]:
     """One row for each shape: milliseconds by tile, the fastest, and what the model had chosen."""
     device = "cpu" if dry else "cuda"
     number = 90 if dry else 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
-    found: dict[str, Tile] = {}
+    found: dict[str, Way] = {}
     shapes = [kernels.small(p) for p in list(products(pixels))[:2]] if dry else list(products(pixels))
     for product in shapes:
         calls = {}
         row: dict = {"what": tuned.key(product)}
-        for tile in ranked(number, product):
-            name = f"{tile.m}x{tile.n}x{tile.k}/{tile.stages}/{tile.warps}"
+        for way in ranked(number, product):
+            name = f"{way} ({way.tile.stages} stages, {way.tile.warps} warps)"
             try:
-                calls[name] = tile, _call(product, tile, device)
+                calls[name] = way, _call(product, way, device)
             except Exception as error:
                 row[f"{name} error"] = f"{type(error).__name__}: {str(error)[:100]}"
         if calls:
@@ -83,7 +83,7 @@ def sweep(pixels: int, out: Path, *, dry: bool) -> Iterator[dict]:
     _write(path, tiles.family(number), name, found)
 
 
-def _write(path: Path, capability: int, source: str, found: dict[str, Tile]) -> None:
+def _write(path: Path, capability: int, source: str, found: dict[str, Way]) -> None:
     """What was timed here replaces what was known of those shapes, and the source says so once anything was."""
     text = tuned.PATH.read_text()
     sources = {int(arch[3:]): table["source"] for arch, table in json.loads(text).items()}

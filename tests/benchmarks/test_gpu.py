@@ -9,14 +9,14 @@ import pytest
 from benchmarks.gpu import results
 from benchmarks.gpu import tiles as timed
 from benchmarks.gpu.__main__ import main
-from inductor_kernels import roofline, tiles, tuned
+from inductor_kernels import tiles, tuned
 from inductor_kernels.roofline import Product
 
 SMALL, LARGE = Product(77, 1280, 2048), Product(4096, 320, 2880, taps=9)
 
 
 def test_what_was_timed_replaces_what_was_modelled(tmp_path, monkeypatch):
-    path, (first, *_, last) = tmp_path / "tuned.json", tiles.TILES[90]
+    path, (first, *_, last) = tmp_path / "tuned.json", map(tuned.Way, tiles.TILES[90])
     path.write_text(tuned.document({90: ("modelled, not measured", {tuned.key(p): first for p in (SMALL, LARGE)})}))
     monkeypatch.setattr(tuned, "PATH", path)
     timed._write(path, 90, "NVIDIA H200", {tuned.key(SMALL): last})
@@ -32,8 +32,10 @@ def test_what_was_timed_replaces_what_was_modelled(tmp_path, monkeypatch):
 
 def test_tiles_worth_timing_are_those_the_model_ranks_first():
     found = timed.ranked(90, SMALL)
-    assert len(found) == len(set(found)) == timed.TRIED and found[0] == tuned.modelled(90, SMALL)
-    expected = [roofline.seconds(SMALL, tiles.narrowed(tile, SMALL.k), 90) for tile in found]
+    assert len(set(found)) == len(found) and sum(way.shares == 1 for way in found) == timed.TRIED
+    assert sum(way.shares > 1 for way in found) == timed.SHARED
+    assert tuned.Way(tuned.modelled(90, SMALL)) in found and tuned.modelled_way(90, SMALL) in found
+    expected = [tuned.expected(90, SMALL, way) for way in found]
     assert expected == sorted(expected)
 
 
@@ -47,7 +49,9 @@ def test_the_page_has_a_table_for_every_step_and_leaves_other_files_alone(tmp_pa
     with pytest.raises(TimeoutError):
         results.write(tmp_path, "unet-512-1", cut_off(), dry=True)
     results.write(tmp_path, "kernels", [{"what": "gemm"}, {"what": "conv", "error": "none"}], dry=False)
-    (tmp_path / "tuned.json").write_text(tuned.document({90: ("modelled", {tuned.key(SMALL): tiles.TILES[90][0]})}))
+    (tmp_path / "tuned.json").write_text(
+        tuned.document({90: ("modelled", {tuned.key(SMALL): tuned.Way(tiles.TILES[90][0])})})
+    )
     page = results.report(tmp_path)
     assert page == (tmp_path / "results.md").read_text() and "tuned" not in page
     assert "| W8A8 | 1.235 |" in page and "| gemm |  |" in page and page.count("Dry run") == 1

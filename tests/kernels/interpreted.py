@@ -178,6 +178,61 @@ def test_columns_of_a_tile_are_finished_in_parts(monkeypatch, tile, parts, name)
     torch.testing.assert_close(run(f, residual, *arguments), f(residual, *arguments))
 
 
+@pytest.fixture
+def shared(monkeypatch):
+    """Three programs share every reduction."""
+    monkeypatch.setattr(tuned, "way", lambda arch, product: tuned.Way(tiles.fitting(arch, product.m, product.n)[-1], 3))
+
+
+@pytest.mark.parametrize(
+    "bits, lead, k, dtype, out, bias, rows",
+    [
+        (8, (2, 17), 300, torch.int8, torch.float16, True, True),
+        (4, (33,), 256, torch.uint8, torch.float32, False, False),
+        (2, (5,), 37, torch.int8, torch.bfloat16, True, False),  # fewer steps than programs
+    ],
+)
+def test_shared_reductions(shared, bits, lead, k, dtype, out, bias, rows):
+    arguments = cases.linear(lead, 70, k, bits, dtype, out=out, bias=bias, rows=rows)
+    check("linear", arguments, out, kernels=2)
+
+
+@pytest.mark.parametrize(
+    "bits, geometry, kernels",
+    [
+        (8, dict(dtype=torch.int8, c=32), 4),  # codes, rows of zero points, product, sum
+        (4, dict(dtype=torch.uint8, c=20, stride=(2, 1), padding=(0, 2), kernel=(3, 2), bias=False), 2),
+        (2, dict(dtype=torch.int8, c=100, kernel=(1, 1), padding=(0, 0)), 2),
+    ],
+    ids=str,
+)
+def test_shared_reductions_of_convolutions(shared, no_prologue, bits, geometry, kernels):
+    arguments = cases.conv2d(bits=bits, z=3, **geometry)
+    y = run(lambda x, *rest: OPS.conv2d((x + 1) - 1, *rest), *arguments, kernels=kernels)
+    cases.assert_right("conv2d", arguments, y)
+
+
+def test_shared_reductions_of_any_size_compile_once(shared):
+    compiled = torch.compile(lambda *a: OPS.linear(*a), fullgraph=True, dynamic=True)
+    for rows in (33, 20, 5):
+        arguments = cases.linear((2, rows), 30, 200, 4, torch.int8)
+        cases.assert_right("linear", arguments, compiled(*arguments))
+
+
+def test_what_follows_a_shared_reduction_adds_it_up(shared, no_prologue):
+    """Bias, SiLU, residual, norm and the next quantize: one kernel; then the next product and its sum."""
+    _, *first = cases.linear((20,), 48, 300, 8, torch.int8, out=torch.float16)
+    _, *second = cases.linear((20,), 24, 48, 4, torch.int8, out=torch.float16)
+    x, residual = cases.codes((20, 300), torch.int8), torch.randn(20, 48).half()
+
+    def f(x, residual, first, second):
+        y = F.layer_norm(F.silu(OPS.linear(x, *first)) + residual, (48,))
+        return OPS.linear(quantize(y, second[4], torch.int8), *second)
+
+    y = run(f, x, residual, first, second, kernels=4)
+    torch.testing.assert_close(y, f(x, residual, first, second), rtol=2e-2, atol=2e-2)
+
+
 def test_next_quantize_is_an_epilogue():
     """A product that feeds another hands over 8-bit codes."""
     _, *first = cases.linear((40,), 48, 64, 8, torch.int8, out=torch.float16)

@@ -39,21 +39,24 @@ def weight_only(bits):
     return lambda x, *p: OPS.linear_weight_only(x, *p[:2], p[3], p[5], bits), [tokens(4096, LENGTH), *p]
 
 
-BUILDERS = {f.__name__: f for f in (gemm, gemm_with_quantize, convolution, weight_only)}
+KINDS = {f.__name__: (f, 1) for f in (gemm, gemm_with_quantize, convolution, weight_only)}
+KINDS |= {f"{f.__name__}_shared": (f, 4) for f in (gemm, convolution)}  # four programs share a reduction
 
 
-def compiled(builder, bits, capability, tile):
+def compiled(kind, bits, capability, tile):
     """What the assembler says of the one template kernel that ``tile`` gives."""
-    tile = tiles.narrowed(tile, LENGTH, {"weight_only": 2}.get(builder, 1))
-    fn, inputs = BUILDERS[builder](bits)
-    with mock.patch.object(tuned, "candidates", lambda *a, **k: [tile]):
+    builder, shares = KINDS[kind]
+    tile = tiles.narrowed(tile, LENGTH, {"weight_only": 2}.get(kind, 1))
+    fn, inputs = builder(bits)
+    only = mock.patch.object(tuned, "candidates", lambda *a, **k: [tile])
+    with only, mock.patch.object(tuned, "way", lambda *a: tuned.Way(tile, shares)):
         code = testing.cuda_code(fn, *inputs, arch=f"sm_{capability}")
     (source,) = (source for name, source in testing.kernels(code).items() if "_tem_" in name)
     return testing.compile_for(source, f"sm_{capability}")
 
 
-def uses_tensor_cores(builder, info):
+def uses_tensor_cores(kind, info):
     """Those for integers where activations are."""
-    if builder == "weight_only":
+    if kind == "weight_only":
         return any("HMMA" in i or "HGMMA" in i for i in info.instructions)
     return any(INTEGER.search(i) for i in info.instructions)

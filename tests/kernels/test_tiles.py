@@ -1,6 +1,8 @@
 """Tiles compile for real architectures: they fit, spill nothing and use the integer tensor cores."""
 
 import json
+import re
+from dataclasses import astuple
 
 import pytest
 
@@ -8,28 +10,28 @@ from inductor_kernels import roofline, testing, tiles, tuned
 from inductor_kernels.roofline import Product
 
 from . import cases
-from .kernels import BUILDERS, compiled, uses_tensor_cores
+from .kernels import KINDS, compiled, uses_tensor_cores
 
 pytest.importorskip("triton")
 
 
-def check(builder, info):
+def check(kind, info):
     assert info.fits, f"{info.shared_bytes} bytes of shared memory"
     assert info.spill_bytes == 0, f"{info.spill_bytes} bytes spilled"
-    assert uses_tensor_cores(builder, info), info.instructions
+    assert uses_tensor_cores(kind, info), info.instructions
 
 
-EVERY = [(c, t, b, f) for c in tiles.TILES for t in tiles.TILES[c] for b in cases.BITS for f in BUILDERS]
+EVERY = [(c, t, b, f) for c in tiles.TILES for t in tiles.TILES[c] for b in cases.BITS for f in KINDS]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability, tile, bits, builder", EVERY, ids=str)
-def test_every_tile(capability, tile, bits, builder):
-    check(builder, compiled(builder, bits, capability, tile))
+@pytest.mark.parametrize("capability, tile, bits, kind", EVERY, ids=str)
+def test_every_tile(capability, tile, bits, kind):
+    check(kind, compiled(kind, bits, capability, tile))
 
 
 @pytest.mark.parametrize(
-    "capability, index, bits, builder",
+    "capability, index, bits, kind",
     [
         (80, -1, 8, "gemm"),
         (80, -1, 4, "convolution"),
@@ -39,12 +41,14 @@ def test_every_tile(capability, tile, bits, builder):
         (90, -1, 8, "convolution"),
         (89, -1, 8, "gemm"),
         (90, 0, 4, "weight_only"),
+        (90, -1, 4, "gemm_shared"),
+        (80, -1, 8, "convolution_shared"),
     ],
 )
-def test_largest_tiles(capability, index, bits, builder):
-    info = compiled(builder, bits, capability, tiles.TILES[capability][index])
-    check(builder, info)
-    if builder in ("gemm", "convolution") and info.loop and capability < 100:
+def test_largest_tiles(capability, index, bits, kind):
+    info = compiled(kind, bits, capability, tiles.TILES[capability][index])
+    check(kind, info)
+    if kind not in ("gemm_with_quantize", "weight_only") and info.loop and capability < 100:
         # the instructions of a step (copies, unpacking, addresses) are issued while its products run
         busy = info.loop.operations / info.loop.instructions / (tiles.INT8_PER_CYCLE[capability] / 4)
         assert busy > (1 if bits == 8 else 0.9), info.loop
@@ -91,6 +95,22 @@ def test_model_of_a_product(capability):
     assert small.m <= 64
 
 
+@pytest.mark.parametrize("capability", tiles.TILES)
+def test_reductions_are_shared_where_tiles_are_few_and_long(capability):
+    long, short = Product(256, 1280, 23040, taps=9), Product(4096, 1280, 640)
+    assert tuned.modelled_way(capability, long).shares > 1 and tuned.modelled_way(capability, short).shares == 1
+    for product in (long, short, Product(1, 4, 3)):
+        ways = tuned.ranked(capability, product)
+        assert len(set(ways)) == len(ways)
+        chosen, whole = tuned.modelled_way(capability, product), tuned.Way(tuned.modelled(capability, product))
+        gain = tuned.expected(capability, product, whole) / tuned.expected(capability, product, chosen)
+        assert chosen == whole or gain >= tuned.GAIN
+        for shares in (1, 4):
+            listed = tuned.candidates(capability, product, shares=shares)
+            best = min(roofline.seconds(product, tile, capability, shares) for tile in listed)
+            assert roofline.seconds(product, listed[0], capability, shares) == pytest.approx(best)
+
+
 def test_more_bytes_or_operations_take_longer():
     limits, base = roofline.MACHINES[90], Product(4096, 640, 640)
     for more in (
@@ -107,8 +127,9 @@ def test_a_prologue_pays_for_few_columns_and_where_it_fits():
     tile = tiles.Tile(64, 64, 128, 3, 4)
 
     def pays(m, n, k, capability=90, work=10, read=2):
-        fits = roofline.prologue_fits(tile, capability, read=read)
-        return fits and roofline.prologue_pays(Product(m, n, k), tile, capability, work=work, read=read, instead=tile)
+        product, fits = Product(m, n, k), roofline.prologue_fits(tile, capability, read=read)
+        otherwise = roofline.seconds(product, tile, capability)
+        return fits and roofline.prologue_pays(product, tile, capability, work=work, read=read, otherwise=otherwise)
 
     assert pays(1, 1280, 1280) and pays(4096, 64, 640)
     assert not pays(77, 166400, 2048)  # text projections of a whole model as one product
@@ -118,9 +139,10 @@ def test_a_prologue_pays_for_few_columns_and_where_it_fits():
 
 def test_a_prologue_counts_what_its_tile_is_slower():
     product, small, large = Product(16384, 64, 640), tiles.Tile(16, 64, 128, 4, 4), tiles.Tile(128, 64, 128, 4, 4)
-    assert roofline.seconds(product, small, 90) > roofline.seconds(product, large, 90)
-    assert roofline.prologue_pays(product, small, 90, work=10, read=2, instead=small)
-    assert not roofline.prologue_pays(product, small, 90, work=10, read=2, instead=large)
+    slow, fast = (roofline.seconds(product, tile, 90) for tile in (small, large))
+    assert slow > fast
+    assert roofline.prologue_pays(product, small, 90, work=10, read=2, otherwise=slow)
+    assert not roofline.prologue_pays(product, small, 90, work=10, read=2, otherwise=fast)
 
 
 def test_table_holds_listed_tiles_and_says_where_they_come_from():
@@ -129,16 +151,18 @@ def test_table_holds_listed_tiles_and_says_where_they_come_from():
     assert set(table) == set(tiles.TILES)
     for product in (Product(1024, 640, 640), Product(4096, 320, 2880, taps=9), Product(77, 1280, 2048)):
         for capability, known in table.items():
-            assert tuned.candidates(capability, product)[0].m == known[tuned.key(product)].m
+            assert tuned.way(capability, product) == known[tuned.key(product)]
     sources = {table["source"] for table in json.loads(text).values()}
     assert all("not measured" in source or "NVIDIA" in source for source in sources)
 
 
 def test_a_table_with_another_tile_is_refused():
-    with pytest.raises(ValueError, match=r"sm_90 1x2x3 is \[48, 64, 64, 3, 4\]; expected a tile"):
-        tuned.read('{"sm_90": {"source": "x", "tiles": {"1x2x3": [48, 64, 64, 3, 4]}}}')
+    listed = list(astuple(tiles.TILES[90][0]))
+    for numbers in ([48, 64, 64, 3, 4], [*listed, 5], [*listed, 2, 2], listed[:4], 7):
+        with pytest.raises(ValueError, match=rf"sm_90 1x2x3 is {re.escape(repr(numbers))}; expected a tile"):
+            tuned.read(json.dumps({"sm_90": {"source": "x", "tiles": {"1x2x3": numbers}}}))
 
 
 def test_written_tables_are_read_again():
-    found = {"77x1280x2048": tiles.TILES[90][0], "4096x320x2880/9": tiles.TILES[90][-1]}
+    found = {"77x1280x2048": tuned.Way(tiles.TILES[90][0]), "256x320x2880/9": tuned.Way(tiles.TILES[90][-1], 4)}
     assert tuned.read(tuned.document({90: ("x", found)})) == {90: found}
