@@ -2,16 +2,17 @@
 # Everything that needs a GPU, in steps of their own processes: one failure does not lose the rest.
 #
 #   benchmarks/gpu.sh [STEP ...]      tests kernels unet-512-1 unet-512-4 unet-1024-1 unet-1024-4 (default: these)
-#                                     unet-1024-4:W8A8,W4A8 for some variants beside fp16; tiles-512 tiles-1024 time
-#                                     tiles and write the defaults of this GPU into inductor_kernels/tuned.json
+#                                     unet-1024-4:W8A8,W4A8 for some variants beside fp16 (a variant takes minutes to
+#                                     compile); tiles-512 tiles-1024 time tiles and write the defaults of this GPU
+#                                     into inductor_kernels/tuned.json
 #   DRY=1                             walk the same code on a CPU with tiny sizes
 #   WHEELS=folder                     install the packages there first; no network is needed
-#   OUT=folder  PYTHON=python3  LIMIT=seconds per step
+#   OUT=folder  PYTHON=python3  LIMIT=seconds per step (580); rows measured before it are kept
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results/gpu}
-LIMIT=${LIMIT:-300}
+LIMIT=${LIMIT:-580}
 DRY=${DRY:+--dry-run}
 steps=("$@")
 [ ${#steps[@]} -gt 0 ] || steps=(tests kernels unet-512-1 unet-512-4 unet-1024-1 unet-1024-4)

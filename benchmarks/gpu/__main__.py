@@ -41,7 +41,10 @@ def _sized(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> It
     if found[1] == "tiles":
         return tiles.sweep(int(found[2]), arguments.out, dry=arguments.dry_run)
     only = tuple(filter(None, chosen.split(",")))
-    return unet.compare(int(found[2]), int(found[3]), dry=arguments.dry_run, only=only)
+    try:
+        return unet.compare(int(found[2]), int(found[3]), dry=arguments.dry_run, only=only)
+    except ValueError as error:
+        parser.error(f"step {arguments.step!r}: {error}")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,18 @@ def _text(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+BASES = ("fp16 eager", "fp16 compiled", "torchao-int8 compiled")  # what variants of a model are compared with
+
+
+def _compared(rows: list[dict]) -> list[dict]:
+    """With how many times as fast as each of ``BASES`` a variant is, where both were timed."""
+    times = {row["variant"]: row["ms"] for row in rows if {"variant", "ms"} <= set(row)}
+    against = {base: times[base] for base in BASES if base in times}
+    return [
+        row | ({f"times {base}": ms / row["ms"] for base, ms in against.items()} if "ms" in row else {}) for row in rows
+    ]
+
+
 def report(folder: Path) -> str:
     """Markdown tables of every step in the folder; also written to ``results.md``."""
     parts = ["# Measured on a GPU"]
@@ -45,9 +57,10 @@ def report(folder: Path) -> str:
             continue
         about = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
         parts += [f"## {path.stem}", ("Dry run: the figures mean nothing. " if document["dry_run"] else "") + about]
-        columns = list(dict.fromkeys(key for row in document["rows"] for key in row))
+        rows = _compared(document["rows"])
+        columns = list(dict.fromkeys(key for row in rows for key in row))
         table = [columns, ["---"] * len(columns)]
-        table += [[_text(row.get(column, "")) for column in columns] for row in document["rows"]]
+        table += [[_text(row.get(column, "")) for column in columns] for row in rows]
         parts.append("\n".join("| " + " | ".join(line) + " |" for line in table))
     text = "\n\n".join(parts) + "\n"
     (folder / "results.md").write_text(text)

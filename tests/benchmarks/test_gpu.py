@@ -57,9 +57,24 @@ def test_the_page_has_a_table_for_every_step_and_leaves_other_files_alone(tmp_pa
     assert "| W8A8 | 1.235 |" in page and "| gemm |  |" in page and page.count("Dry run") == 1
 
 
+def test_variants_are_compared_with_those_of_the_same_run(tmp_path):
+    rows = [{"variant": "fp16 compiled", "ms": 3.0}, {"variant": "W8A8 compiled", "ms": 2.0}]
+    results.write(tmp_path, "unet-512-1", [*rows, {"variant": "torchao-int8 compiled", "error": "none"}], dry=False)
+    page = results.report(tmp_path)
+    assert "| variant | ms | times fp16 compiled | error |" in page
+    assert "| W8A8 compiled | 2 | 1.5 |  |" in page and "| torchao-int8 compiled |  |  | none |" in page
+
+
 @pytest.mark.parametrize("step", ["unet-512", "tiles-512-1", "unet", "kernel"])
 def test_steps_that_are_none_are_named(step, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["gpu", step, "--dry-run", "--out", str(tmp_path)])
     with pytest.raises(SystemExit):
         main()
     assert f"step {step!r}: expected kernels, tiles-<pixels>" in capsys.readouterr().err
+
+
+def test_variants_that_are_none_are_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["gpu", "unet-512-1:W8A8,W3A8", "--dry-run", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert "variants W3A8: expected some of fp16, W8A8, W4A8" in capsys.readouterr().err
