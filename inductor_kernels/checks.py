@@ -9,6 +9,7 @@ from .packing import packed_length
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu")
+GATES = ACTIVATIONS[1:]
 
 
 def _require(condition: bool, op: str, name: str, value: object, expected: str) -> None:
@@ -111,6 +112,13 @@ def post(x_q, w, out_dtype, other, activation, inv_scale, zero_point) -> None:
     if inv_scale is not None or zero_point is not None:
         _scalar(op, "out_inv_scale", inv_scale, torch.float32)
         _scalar(op, "out_zero_point", zero_point, torch.int32)
+
+
+def glu(w: Tensor, activation: str) -> None:
+    """What ``inductor_kernels::linear_glu`` does after the product."""
+    op = "linear_glu"
+    _require(w.shape[0] % 2 == 0, op, "weight", _describe(w), "an even number of rows, values and gates")
+    _require(activation in GATES, op, "activation", repr(activation), " or ".join(map(repr, GATES)))
 
 
 def conv2d(

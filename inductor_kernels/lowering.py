@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import compat, gelu, post_ops, roofline, split_k, tuned
+from . import checks, compat, gelu, glu, post_ops, roofline, split_k, tuned
 from .compat import V, ir, log
 from .roofline import Product
 from .templates import conv2d, gemm
@@ -37,7 +37,9 @@ def _capability(x, weight) -> int | None:
     return capability
 
 
-def _generate(kind, shape, node_inputs: dict, out_size, dtype, capability: int, prologue: bool, **options):
+def _generate(
+    kind, shape, node_inputs: dict, out_size, dtype, capability: int, prologue: bool, gate: str = "none", **options
+):
     """One template node. ``kind``: the module of a template; ``shape``: (m, n, k) of the product, of one tap of a
     convolution; ``node_inputs``: by argument name, None left out."""
     m, n, k = shape
@@ -48,13 +50,13 @@ def _generate(kind, shape, node_inputs: dict, out_size, dtype, capability: int, 
     rows, columns, depth = compat.hint(m), compat.hint(n), compat.hint(k) * taps
     product = Product(rows, columns, depth, options["BITS"], dtype.itemsize, taps)
     chosen, shares, computing = _choose(x, product, capability, integer, prologue)
-    template, layout = kind.template, ir.FixedLayout(x.get_device(), dtype, out_size)
+    template, layout = kind.template if gate == "none" else kind.glu, ir.FixedLayout(x.get_device(), dtype, out_size)
     left: dict[str, Any] = {}
     if computing:
         compat.allow_prologue(x)
     if shares > 1:
         template = kind.split_k
-        layout = ir.FixedLayout(x.get_device(), torch.int32, [shares, *out_size])
+        layout = ir.FixedLayout(x.get_device(), torch.int32, [shares, *out_size[:-1], n])
         left = {name: given.pop(name) for name in split_k.LEFT if name in given}
         left["ZP"] = given["ZP"] if kind is conv2d else given.pop("ZP")  # padding reads it
     inputs: list[Any] = [compat.realize_inputs(given[name]) for name in ARGUMENTS if name in given]
@@ -77,7 +79,8 @@ def _generate(kind, shape, node_inputs: dict, out_size, dtype, capability: int, 
             HAS_ROW="ROW" in given,
             HAS_BIAS="BIAS" in given,
             HAS_EDGES=edges,
-            **tile.options(),
+            GLU=checks.ACTIVATIONS.index(gate) if shares == 1 else 0,
+            **tile.options() | ({} if gate == "none" else {"PARTS": max(2, tile.parts)}),
             **options,
         )
         if error is not None:
@@ -85,7 +88,7 @@ def _generate(kind, shape, node_inputs: dict, out_size, dtype, capability: int, 
     if not choices:
         return None
     node = compat.select(template.name, choices, inputs, layout)
-    return split_k.finish(node, shares, out_size, dtype, **left) if left else node
+    return split_k.finish(node, shares, out_size, dtype, gate, **left) if left else node
 
 
 def _choose(x, product: Product, capability: int, integer: bool, prologue: bool) -> tuple[list[Tile], int, bool]:
@@ -116,16 +119,17 @@ def _prologue_tiles(x, product: Product, candidates: list[Tile], capability: int
     return sorted(fitting, key=lambda tile: tile != best) if pays else []
 
 
-def _product(x, weight, lead, named: dict, dtype, bits: int, capability: int, prologue: bool):
-    """[..., K] times [N, K (packed)], leading dimensions folded into one and back."""
+def _product(x, weight, lead, named: dict, dtype, bits: int, capability: int, prologue: bool, gate: str = "none"):
+    """[..., K] times [N, K (packed)], leading dimensions folded into one and back. ``gate``: of ``linear_glu``."""
     k, n = x.get_size()[-1], weight.get_size()[0]
+    columns = n if gate == "none" else n // 2
     m = functools.reduce(lambda a, b: a * b, lead, 1)
     flat = compat.view(compat.contiguous(x), [m, k])
     if named.get("ROW") is not None:
         named["ROW"] = compat.view(compat.contiguous(named["ROW"]), [m])
     inputs = {"A": flat, "B": compat.contiguous(weight), **named}
-    node = _generate(gemm, (m, n, k), inputs, [m, n], dtype, capability, prologue, BITS=bits)
-    return None if node is None else compat.view(node, [*lead, n])
+    node = _generate(gemm, (m, n, k), inputs, [m, columns], dtype, capability, prologue, gate, BITS=bits)
+    return None if node is None else compat.view(node, [*lead, columns])
 
 
 def _convolution(x, weight, named, dtype, bits, geometry, capability: int, prologue: bool):
@@ -165,12 +169,17 @@ def _lower(op):
     return decorate
 
 
-@_lower(OPS.linear.default)
-def _linear(capability, x, weight, wzp, weight_sum, scale, zero_point, bias, row_scale, bits, dtype):
+def _integer_linear(
+    capability, x, weight, wzp, weight_sum, scale, zero_point, bias, row_scale, bits, dtype, gate="none"
+):
     if weight_sum is None:
         return _note("no weight_sum")
     named = {"WZP": wzp, "WSUM": weight_sum, "SCALE": scale, "ZP": zero_point, "BIAS": bias, "ROW": row_scale}
-    return _product(x, weight, x.get_size()[:-1], named, dtype, bits, capability, prologue=True)
+    return _product(x, weight, x.get_size()[:-1], named, dtype, bits, capability, prologue=True, gate=gate)
+
+
+_lower(OPS.linear.default)(_integer_linear)
+_lower(OPS.linear_glu.default)(_integer_linear)
 
 
 @_lower(OPS.linear_post.default)
@@ -208,6 +217,7 @@ def _conv2d_weight_only(capability, x, weight, wzp, scale, bias, bits, stride, p
 
 post_ops.register()
 gelu.register()
+glu.register(MIN_CAPABILITY)
 
 
 def _version() -> str:

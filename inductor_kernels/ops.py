@@ -21,6 +21,11 @@ where oneDNN does that as it multiplies (:mod:`inductor_kernels.post_ops`).
     linear_post   f(y + other), f one of "none", "gelu", "gelu_tanh" and "silu", other [..., N] of the result's type;
                   with ``out_inv_scale`` and ``out_zero_point`` the codes of that, as ``quantize`` makes them
 
+``linear_glu`` is ``linear`` and a gate, in float32 and rounded once; Inductor's graphs get it on a GPU, where a program
+computes both halves (:mod:`inductor_kernels.glu`).
+
+    linear_glu    y[..., :N / 2] * f(y[..., N / 2:]), f one of "gelu", "gelu_tanh" and "silu"
+
 For eager mode, where nothing fuses, ``quantize`` makes the codes in one pass,
 
     x_q = clamp(round(x * inv_scale + zero_point), 0, levels)    in float32, ties to even
@@ -47,6 +52,9 @@ _SCHEMAS = (
     "linear_post(Tensor x_q, Tensor weight, Tensor? weight_zero_point, Tensor? weight_sum, Tensor scale, "
     "Tensor zero_point, Tensor? bias, Tensor? row_scale, int weight_bits, ScalarType out_dtype, "
     "Tensor? other, str activation, Tensor? out_inv_scale, Tensor? out_zero_point) -> Tensor",
+    "linear_glu(Tensor x_q, Tensor weight, Tensor? weight_zero_point, Tensor? weight_sum, Tensor scale, "
+    "Tensor zero_point, Tensor? bias, Tensor? row_scale, int weight_bits, ScalarType out_dtype, "
+    "str activation) -> Tensor",
     "conv2d(Tensor x_q, Tensor weight, Tensor? weight_zero_point, Tensor? weight_sum, Tensor scale, "
     "Tensor zero_point, Tensor? bias, int weight_bits, SymInt[2] stride, SymInt[2] padding, "
     "SymInt[2] dilation, int groups, ScalarType out_dtype) -> Tensor",
@@ -92,6 +100,12 @@ def _linear_post_shape(x_q: Tensor, weight: Tensor, *rest) -> Tensor:
     y = _linear_shape(x_q, weight, *product)
     checks.post(x_q, weight, y.dtype, *post)
     return y if post[2] is None else y.new_empty(y.shape, dtype=reference.code_dtype(y.device))
+
+
+def _linear_glu_shape(x_q: Tensor, weight: Tensor, *rest) -> Tensor:
+    y = _linear_shape(x_q, weight, *rest[:-1])
+    checks.glu(weight, rest[-1])
+    return y.new_empty((*y.shape[:-1], y.shape[-1] // 2))
 
 
 def _conv2d_shape(x_q: Tensor, weight: Tensor, *rest) -> Tensor:

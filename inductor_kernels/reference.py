@@ -90,6 +90,23 @@ def linear_post(
     return post(linear(*product, torch.float32), out_dtype, other, activation, out_inv_scale, out_zero_point)
 
 
+def linear_glu(
+    x_q: Tensor, weight: Tensor, weight_zero_point: Tensor | None, weight_sum: Tensor | None, scale: Tensor,
+    zero_point: Tensor, bias: Tensor | None, row_scale: Tensor | None, weight_bits: int, out_dtype: torch.dtype,
+    activation: str,
+) -> Tensor:  # fmt: skip
+    """``linear``, then its first half times the activation of its second, in float32."""
+    checks.glu(weight, activation)
+    product = (x_q, weight, weight_zero_point, weight_sum, scale, zero_point, bias, row_scale, weight_bits)
+    return glu(linear(*product, torch.float32), out_dtype, activation)
+
+
+def glu(y: Tensor, out_dtype: torch.dtype, activation: str) -> Tensor:
+    """What ``linear_glu`` does with the float32 product ``y`` [..., N]."""
+    value, gate = y.chunk(2, -1)
+    return (value * ACTIVATIONS[activation](gate)).to(out_dtype)
+
+
 ACTIVATIONS = {
     "none": lambda y: y,
     "gelu": F.gelu,

@@ -178,6 +178,30 @@ def test_columns_of_a_tile_are_finished_in_parts(monkeypatch, tile, parts, name)
     torch.testing.assert_close(run(f, residual, *arguments), f(residual, *arguments))
 
 
+@pytest.mark.parametrize("gate", [F.gelu, lambda y: F.gelu(y, approximate="tanh"), F.silu])
+@pytest.mark.parametrize("bits, k, dtype", [(8, 100, torch.int8), (4, 45, torch.uint8)])
+@pytest.mark.parametrize("out", [torch.float16, torch.float32])
+def test_gates(gate, bits, k, dtype, out):
+    """Values, gates and the next quantize: one kernel for all, codes at most one apart from those of the parts."""
+    arguments = cases.linear((2, 11), 150, k, bits, dtype, out=out, rows=True)
+
+    def f(*arguments):
+        value, gates = OPS.linear(*arguments).chunk(2, -1)
+        y = value * gate(gates)
+        return y, quantize(y, arguments[5], dtype)
+
+    (y, codes), (expected, wanted) = run(f, *arguments), f(*arguments)
+    torch.testing.assert_close(y, expected, rtol=2e-3 if out == torch.float16 else 2e-5, atol=1e-3)
+    assert (codes.int() - wanted.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("gate", ["gelu", "gelu_tanh", "silu"])
+def test_gates_of_shared_reductions(shared, gate):
+    arguments = *cases.linear((20,), 50, 300, 4, torch.int8, rows=True), gate
+    y = run(lambda *a: OPS.linear_glu(*a), *arguments, kernels=2)
+    torch.testing.assert_close(y, OPS.linear_glu(*arguments), rtol=2e-5, atol=1e-5)
+
+
 @pytest.fixture
 def shared(monkeypatch):
     """Three programs share every reduction."""

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from inductor_kernels import testing, tiles, tuned
 
-from .layers import OPS, codes_conv2d, image, linear, parameters, product, tokens
+from .layers import OPS, codes_conv2d, image, linear, parameters, product, quantize, tokens
 
 INTEGER = re.compile(r"IMMA\S*S8|IGMMA\S*S8|wgmma\S*s32\.s8\.s8|mma\S*s32\.s8\.s8\.s32|tcgen05")
 LENGTH = 8192  # long enough for a loop: of some dozen steps all are written out
@@ -28,6 +28,14 @@ def gemm_with_quantize(bits):
     return lambda x, r, *p: F.gelu(linear(x, p, bits)) + r, [tokens(4096, LENGTH), tokens(4096, 128), *p]
 
 
+def gemm_glu(bits):
+    def f(x, *p):
+        value, gate = product(x, p, bits).chunk(2, -1)
+        return quantize(value * F.gelu(gate), p[6], p[4])
+
+    return f, [tokens(4096, LENGTH, dtype=torch.int8), *parameters(2560, LENGTH, bits)]
+
+
 def convolution(bits):
     p = parameters(320, 320, bits, (3, 3))
     inputs = image(2, 320, 64, 64, dtype=torch.int8), image(2, 320, 64, 64)
@@ -39,7 +47,7 @@ def weight_only(bits):
     return lambda x, *p: OPS.linear_weight_only(x, *p[:2], p[3], p[5], bits), [tokens(4096, LENGTH), *p]
 
 
-KINDS = {f.__name__: (f, 1) for f in (gemm, gemm_with_quantize, convolution, weight_only)}
+KINDS = {f.__name__: (f, 1) for f in (gemm, gemm_glu, gemm_with_quantize, convolution, weight_only)}
 KINDS |= {f"{f.__name__}_shared": (f, 4) for f in (gemm, convolution)}  # four programs share a reduction
 
 

@@ -21,6 +21,7 @@ def calls(bits):
         "quantize_conv2d": (values[1], *act, *image[1:5], *image[6:12]),
         "linear": flat,
         "linear_post": (*flat[:7], None, *flat[8:], torch.randn(2, 5, 6), "none", None, None),
+        "linear_glu": (*flat, "silu"),
         "conv2d": image,
         "linear_weight_only": cases.weight_only(flat, torch.bfloat16, conv=False),
         "conv2d_weight_only": cases.weight_only(image, torch.float32, conv=True),

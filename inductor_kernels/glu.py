@@ -1,0 +1,50 @@
+"""Gated products on a GPU: a program computes values and their gates, and writes what is left of both.
+
+    value, gate = linear(...).chunk(2, -1); value * f(gate)   ->   linear_glu(..., f)
+
+with f GELU, its tanh form or SiLU, where nothing else reads the product. What it made is twice as wide as what comes
+of it and, in SDXL, the largest tensor between two kernels; the quantize behind it then fuses into the product too.
+"""
+
+import operator
+from typing import Any
+
+import torch
+
+from . import compat
+from .compat import Arg, CallFunction, KeywordArg
+
+OPS = torch.ops.inductor_kernels
+aten, convert = torch.ops.aten, torch.ops.prims.convert_element_type.default
+PRODUCT = 10  # arguments of ``linear``
+
+
+def _register(name: str, of: Any, readers: int, capability: int) -> None:
+    """``of``: the pattern of an activation of a pattern that it reads ``readers`` times, in float32 where results have
+    16 bits."""
+
+    def gates(match: Any, *product: Any, size: int, dim: int, dtype=None) -> bool:
+        y, weight = match.output_node().meta["val"], product[1].meta["val"]
+        halves = dim in (-1, y.ndim - 1) and 2 * size == weight.shape[0] and y.dtype == product[-1]
+        return halves and (compat.triton_device(y.device) or 0) >= capability
+
+    def gate(match: Any, *product: Any, size: int, dim: int, dtype=None) -> None:
+        compat.replace_output(match, OPS.linear_glu.default, (*product, name))
+
+    for wide in (True, False):
+        product = CallFunction(OPS.linear.default, *(Arg() for _ in range(PRODUCT)))
+        split = CallFunction(aten.split.Tensor, product, KeywordArg("size"), KeywordArg("dim"), _users=2)
+        value, half = (
+            CallFunction(operator.getitem, split, i, _users=u) for i, u in ((0, 1), (1, 1 if wide else readers))
+        )
+        if wide:
+            half = CallFunction(convert, half, torch.float32, _users=readers)
+        activated = CallFunction(convert, of(half), KeywordArg("dtype")) if wide else of(half)
+        for factors in ((value, activated), (activated, value)):
+            compat.rewrite(CallFunction(aten.mul.Tensor, *factors), gates, gate, stage=1)
+
+
+def register(capability: int) -> None:
+    """``capability``: the least of a GPU that has kernels."""
+    for name, (of, readers) in compat.activation_patterns().items():
+        _register(name, of, readers, capability)
