@@ -42,7 +42,7 @@ SMS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}  # of the largest 
 _SMALL = [Tile(16, 64, 128, 4, 4), Tile(32, 64, 128, 4, 4), Tile(64, 64, 128, 3, 4), Tile(64, 128, 64, 4, 4)]
 _AMPERE = [*_SMALL, Tile(128, 64, 64, 4, 4), Tile(128, 128, 64, 3, 8), Tile(128, 128, 128, 3, 8)]
 _SMALL_SHARED = [*_SMALL, Tile(128, 64, 64, 3, 4), Tile(128, 128, 64, 3, 8)]
-_HOPPER = [
+_HOPPER = [  # Triton waits for 8-bit products at the end of every step: the largest tile, alone, takes deep ones
     *_SMALL,
     Tile(128, 64, 128, 4, 4),
     Tile(128, 128, 64, 4, 8),
@@ -57,8 +57,16 @@ _BLACKWELL = [  # sums pass from tensor memory through the registers of their wa
     Tile(128, 64, 128, 4, 4),
     Tile(128, 128, 64, 4, 8),
 ]
+_GEFORCE = [  # four warps spill at 64 x 64
+    Tile(16, 64, 128, 4, 4),
+    Tile(32, 64, 128, 4, 4),
+    Tile(64, 64, 128, 3, 8),
+    Tile(64, 128, 64, 4, 4),
+    Tile(128, 64, 64, 3, 4),
+    Tile(128, 128, 64, 3, 8),
+]
 
-TILES = {80: _AMPERE, 86: _SMALL_SHARED, 89: _SMALL_SHARED, 90: _HOPPER, 100: _BLACKWELL, 120: _SMALL_SHARED}
+TILES = {80: _AMPERE, 86: _SMALL_SHARED, 89: _SMALL_SHARED, 90: _HOPPER, 100: _BLACKWELL, 120: _GEFORCE}
 
 
 def family(capability: int) -> int:

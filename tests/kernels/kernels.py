@@ -1,4 +1,4 @@
-"""One template kernel for a tile, compiled for a GPU that is not there."""
+"""What a function becomes on a GPU that is not there, and one template kernel for a tile, compiled for it."""
 
 import re
 from unittest import mock
@@ -12,6 +12,13 @@ from .layers import OPS, codes_conv2d, image, linear, parameters, product, quant
 
 INTEGER = re.compile(r"IMMA\S*S8|IGMMA\S*S8|wgmma\S*s32\.s8\.s8|mma\S*s32\.s8\.s8\.s32|tcgen05")
 LENGTH = 8192  # long enough for a loop: of some dozen steps all are written out
+
+
+def kinds(fn, *inputs, arch="sm_90"):
+    """Kernels in order: "tem" (template), "poi" (pointwise), "red"/"per" (reduction); "call" for operators called."""
+    code = testing.cuda_code(fn, *inputs, arch=arch)
+    called = ["call"] * code.split("async_compile.wait")[1].count("= torch.ops.inductor_kernels")
+    return [name.split("_")[1] for name in testing.kernels(code)] + called
 
 
 def gemm(bits):

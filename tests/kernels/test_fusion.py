@@ -9,17 +9,11 @@ from torch.nn import functional as F
 from inductor_kernels import compat, lowering, roofline, testing
 
 from . import cases
+from .kernels import kinds
 from .layers import OPS, conv2d, image, linear, parameters, product, quantize, tokens
 
 pytest.importorskip("triton")
 N, K = 1280, 640
-
-
-def kinds(fn, *inputs, arch="sm_90"):
-    """Kernels in order: "tem" (template), "poi" (pointwise), "red"/"per" (reduction); "call" for operators called."""
-    code = testing.cuda_code(fn, *inputs, arch=arch)
-    called = ["call"] * code.split("async_compile.wait")[1].count("= torch.ops.inductor_kernels")
-    return [name.split("_")[1] for name in testing.kernels(code)] + called
 
 
 @pytest.fixture
@@ -92,57 +86,6 @@ def test_what_reads_the_same_input_stays_out_of_a_product_with_its_quantize():
     three, one = parameters(64, 128, 8, (3, 3)), parameters(64, 128, 8, (1, 1))
     found = kinds(f, tokens(1, 128, 8, 8), *three, *one)
     assert found.count("tem") == 2 and "call" not in found
-
-
-GATES = {"gelu": F.gelu, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"), "silu": F.silu}
-
-
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_gate_and_next_quantize_are_an_epilogue(gate, dtype):
-    """ff.net.0 -> value * gelu(gate) -> quantize -> ff.net.2: two products, codes between them."""
-
-    def f(x_q, *p):
-        value, gates = product(x_q, p[:7], out=dtype).chunk(2, -1)
-        return linear(value * GATES[gate](gates), p[7:])
-
-    inputs = tokens(2, 1024, K, dtype=torch.int8), *parameters(8 * K, K), *parameters(K, 4 * K)
-    assert kinds(f, *inputs) == ["tem", "tem"]
-
-
-@pytest.mark.parametrize("reads", ["the product", "a half", "the other half"])
-def test_a_gate_stays_apart_where_something_else_reads_what_is_between(reads):
-    def f(x_q, *p):
-        y = product(x_q, p)
-        value, gate = y.chunk(2, -1)
-        return value * F.gelu(gate), {"the product": y + 1, "a half": value + 1, "the other half": gate + 1}[reads]
-
-    found = kinds(f, tokens(2, 64, K, dtype=torch.int8), *parameters(8 * K, K))
-    assert "tem" in found and "poi" in found and "call" not in found
-
-
-def test_halves_that_are_none_stay_apart():
-    def f(x_q, *p):
-        value, gate, _ = product(x_q, p).split([K, K, 2 * K], -1)
-        rows = product(x_q, p).chunk(2, 1)
-        return value * F.gelu(gate), rows[0] * F.gelu(rows[1])
-
-    found = kinds(f, tokens(2, 64, K, dtype=torch.int8), *parameters(4 * K, K))
-    assert "poi" in found and "call" not in found
-
-
-def test_few_rows_share_a_long_reduction():
-    """ff.net.2 of 256 tokens: the residual and the next norm add up what several programs have summed."""
-
-    def f(x_q, r, w, b, *p):
-        y = product(x_q, p[:7]) + r
-        return y, linear(F.layer_norm(y, (N,), w, b), p[7:])
-
-    inputs = tokens(1, 256, 4 * N, dtype=torch.int8), tokens(1, 256, N), tokens(N), tokens(N)
-    found = kinds(f, *inputs, *parameters(N, 4 * N), *parameters(N, N))
-    assert len(found) == 3 and found[0] == found[2] == "tem" and found[1] in ("red", "per")
-    code = testing.cuda_code(f, *inputs, *parameters(N, 4 * N), *parameters(N, N))
-    assert "SPLIT_K : tl.constexpr = 1\n" in code and re.search(r"SPLIT_K : tl.constexpr = [2-8]\n", code)
 
 
 def test_product_hands_codes_to_the_next():

@@ -1,0 +1,82 @@
+"""Values and gates of one product: computed together on a GPU, apart everywhere else."""
+
+import pytest
+import torch
+from torch._inductor.utils import run_and_get_code
+from torch.nn import functional as F
+
+from . import cases
+from .kernels import kinds
+from .layers import OPS, linear, parameters, product, tokens
+
+pytest.importorskip("triton")
+K = 640
+GATES = {"gelu": F.gelu, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"), "silu": F.silu}
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_gate_and_next_quantize_are_an_epilogue(gate, dtype):
+    """ff.net.0 -> value * gelu(gate) -> quantize -> ff.net.2: two products, codes between them."""
+
+    def f(x_q, *p):
+        value, gates = product(x_q, p[:7], out=dtype).chunk(2, -1)
+        return linear(value * GATES[gate](gates), p[7:])
+
+    inputs = tokens(2, 1024, K, dtype=torch.int8), *parameters(8 * K, K), *parameters(K, 4 * K)
+    assert kinds(f, *inputs) == ["tem", "tem"]
+
+
+@pytest.mark.parametrize("reads", ["the product", "a half", "the other half"])
+def test_a_gate_stays_apart_where_something_else_reads_what_is_between(reads):
+    def f(x_q, *p):
+        y = product(x_q, p)
+        value, gate = y.chunk(2, -1)
+        return value * F.gelu(gate), {"the product": y + 1, "a half": value + 1, "the other half": gate + 1}[reads]
+
+    found = kinds(f, tokens(2, 64, K, dtype=torch.int8), *parameters(8 * K, K))
+    assert "tem" in found and "poi" in found and "call" not in found
+
+
+def test_halves_that_are_none_stay_apart():
+    def f(x_q, *p):
+        value, gate, _ = product(x_q, p).split([K, K, 2 * K], -1)
+        rows = product(x_q, p).chunk(2, 1)
+        return value * F.gelu(gate), rows[0] * F.gelu(rows[1])
+
+    found = kinds(f, tokens(2, 64, K, dtype=torch.int8), *parameters(4 * K, K))
+    assert "poi" in found and "call" not in found
+
+
+def test_a_cpu_keeps_them_apart_and_both_agree():
+    """oneDNN has no such product."""
+    arguments = cases.linear((2, 5), 12, 40, 4, torch.uint8, out=torch.float32)
+
+    def f(*arguments):
+        value, gate = OPS.linear(*arguments).chunk(2, -1)
+        return value * F.gelu(gate)
+
+    with torch.no_grad():
+        y, (code, *_) = run_and_get_code(torch.compile(f, fullgraph=True), *arguments)
+    assert "linear_glu" not in code
+    torch.testing.assert_close(y, OPS.linear_glu(*arguments, "gelu"))
+
+
+@pytest.mark.parametrize("bits", cases.BITS)
+@pytest.mark.parametrize("gate", GATES)
+def test_the_operator_is_the_formula(bits, gate):
+    arguments = cases.linear((2, 5), 12, 40, bits, torch.int8, out=torch.bfloat16, rows=True)
+    exact = cases.exact("linear", arguments)[0].double()
+    expected = exact[..., :6] * GATES[gate](exact[..., 6:])
+    y = OPS.linear_glu(*arguments, gate)
+    assert y.dtype == torch.bfloat16 and y.shape == (2, 5, 6)
+    torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-4)
+
+
+def test_mistakes_are_named():
+    with pytest.raises(
+        ValueError, match=r"linear_glu: weight is torch.int8 \[9, 17\]; expected an even number of rows"
+    ):
+        OPS.linear_glu(*cases.linear(), "silu")
+    with pytest.raises(ValueError, match="linear_glu: activation is 'none'; expected 'gelu' or 'gelu_tanh' or 'silu'"):
+        OPS.linear_glu(*cases.linear(n=8), "none")
