@@ -25,21 +25,21 @@ def _register(name: str, of: Any, readers: int, capability: int) -> None:
 
     def gates(match: Any, *product: Any, size: int, dim: int, dtype=None) -> bool:
         y, weight = match.output_node().meta["val"], product[1].meta["val"]
-        halves = dim in (-1, y.ndim - 1) and 2 * size == weight.shape[0] and y.dtype == product[-1]
-        return halves and (compat.triton_device(y.device) or 0) >= capability
+        in_halves = dim in (-1, y.ndim - 1) and 2 * size == weight.shape[0] and y.dtype == product[-1]
+        return in_halves and (compat.triton_device(y.device) or 0) >= capability
 
     def gate(match: Any, *product: Any, size: int, dim: int, dtype=None) -> None:
         compat.replace_output(match, OPS.linear_glu.default, (*product, name))
 
     for wide in (True, False):
         product = CallFunction(OPS.linear.default, *(Arg() for _ in range(PRODUCT)))
-        split = CallFunction(aten.split.Tensor, product, KeywordArg("size"), KeywordArg("dim"), _users=2)
-        value, half = (
-            CallFunction(operator.getitem, split, i, _users=u) for i, u in ((0, 1), (1, 1 if wide else readers))
-        )
+        halves = CallFunction(aten.split.Tensor, product, KeywordArg("size"), KeywordArg("dim"), _users=2)
+        value = CallFunction(operator.getitem, halves, 0)
         if wide:
-            half = CallFunction(convert, half, torch.float32, _users=readers)
-        activated = CallFunction(convert, of(half), KeywordArg("dtype")) if wide else of(half)
+            read = CallFunction(convert, CallFunction(operator.getitem, halves, 1), torch.float32, _users=readers)
+            activated = CallFunction(convert, of(read), KeywordArg("dtype"))
+        else:
+            activated = of(CallFunction(operator.getitem, halves, 1, _users=readers))
         for factors in ((value, activated), (activated, value)):
             compat.rewrite(CallFunction(aten.mul.Tensor, *factors), gates, gate, stage=1)
 

@@ -44,7 +44,7 @@ def _generate(
     convolution; ``node_inputs``: by argument name, None left out."""
     m, n, k = shape
     integer = "ZP" in node_inputs
-    given = {name: node for name, node in node_inputs.items() if node is not None}
+    given: dict[str, Any] = {name: node for name, node in node_inputs.items() if node is not None}
     x = given["A"] = compat.realize_inputs(given["A"])
     taps = options.get("KH", 1) * options.get("KW", 1)
     rows, columns, depth = compat.hint(m), compat.hint(n), compat.hint(k) * taps

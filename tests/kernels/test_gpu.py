@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from inductor_kernels import compat
+from inductor_kernels import compat, tiles, tuned
 
 from . import cases
 from .layers import OPS, quantize
@@ -68,6 +68,32 @@ def test_autotuned(bits):
     with compat.config.patch(max_autotune_gemm=True):
         check("linear", cases.linear((512,), 640, 320, bits, torch.int8))
         check("conv2d", cases.conv2d(1, (32, 32), 64, 128, bits=bits, dtype=torch.int8))
+
+
+@pytest.mark.parametrize("bits", cases.BITS)
+@pytest.mark.parametrize("shares", [2, 8])
+def test_shared_reductions(bits, shares, monkeypatch):
+    monkeypatch.setattr(tuned, "way", lambda arch, p: tuned.Way(tiles.fitting(arch, p.m, p.n)[-1], shares))
+    check("linear", cases.linear((256,), 1280, 5120, bits, torch.int8, out=torch.float16), torch.float16)
+    check("linear", cases.linear((33,), 50, 101, bits, torch.uint8, rows=True))
+    check("conv2d", cases.conv2d(1, (16, 16), 640, 320, bits=bits, dtype=torch.int8))
+
+
+@pytest.mark.parametrize("bits", cases.BITS)
+@pytest.mark.parametrize("n", [2560, 70])
+def test_gates_and_the_quantize_behind_them(bits, n):
+    x, w, wzp, total, scale, *rest = cases.linear((256,), n, 640, bits, torch.int8, out=torch.float16)
+    arguments = x, w, wzp, total, scale / 50, *rest  # far from what float16 cannot hold
+
+    def f(*arguments):
+        value, gate = OPS.linear(*arguments).chunk(2, -1)
+        y = value * F.gelu(gate)
+        return y, quantize(y, 20, arguments[5])
+
+    expected, wanted = f(*arguments)
+    y, codes = torch.compile(f, fullgraph=True)(*[a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments])
+    torch.testing.assert_close(y.cpu(), expected, rtol=4e-3, atol=1e-2)
+    assert (codes.cpu().int() - wanted.int()).abs().max() <= 2  # float16 in between is rounded on the CPU alone
 
 
 def test_cuda_graphs_need_no_host():
