@@ -45,7 +45,8 @@ def _generate(
     m, n, k = shape
     integer = "ZP" in node_inputs
     given: dict[str, Any] = {name: node for name, node in node_inputs.items() if node is not None}
-    x = given["A"] = compat.realize_inputs(given["A"])
+    x: Any = compat.realize_inputs(given["A"])
+    given["A"] = x
     taps = options.get("KH", 1) * options.get("KW", 1)
     rows, columns, depth = compat.hint(m), compat.hint(n), compat.hint(k) * taps
     product = Product(rows, columns, depth, options["BITS"], dtype.itemsize, taps)
