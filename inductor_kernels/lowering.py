@@ -225,7 +225,7 @@ def _version() -> str:
     """A digest of everything that decides what code is generated."""
     here = Path(__file__).parent
     digest = hashlib.blake2b(digest_size=8)
-    for path in sorted((*here.glob("*.py"), *here.glob("templates/*"))):
+    for path in sorted((*here.glob("*.py"), *here.glob("*.json"), *here.glob("templates/*"))):
         if path.is_file():
             digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -9,9 +9,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from mixdq_ao import Plan, mixdq_config, quantize_
-from mixdq_ao.layers import reads_text, split_points
-
 from ..held import model_bytes
 from ..layouts import SDXL, TINY
 from .timing import interleaved
@@ -43,7 +40,7 @@ def inputs(unet, pixels: int, batch: int, device: str, dtype: torch.dtype) -> di
 def input_of(name: str) -> str:
     """What a layer reads: the same for layers that read one tensor, as in the plan of a real model."""
     before, _, last = name.rpartition(".")
-    if reads_text(name):
+    if before.endswith("attn2") and last in ("to_k", "to_v"):
         return "text"
     if last == "time_emb_proj":
         return "time"
@@ -58,6 +55,9 @@ def _range(of: str) -> tuple[float, float]:
 
 def quantized(unet: nn.Module, weight_bits: int) -> nn.Module:
     """Every layer, text rows and split shortcuts as in a real plan."""
+    from mixdq_ao import Plan, mixdq_config, quantize_
+    from mixdq_ao.layers import reads_text, split_points
+
     splits, plan = split_points(unet), Plan.uniform(unet, weight_bits, 8)
     ranged = {
         name: dataclasses.replace(layer, act_range=_range(input_of(name)), bos=reads_text(name))
