@@ -178,9 +178,15 @@ def test_columns_of_a_tile_are_finished_in_parts(monkeypatch, tile, parts, name)
     torch.testing.assert_close(run(f, residual, *arguments), f(residual, *arguments))
 
 
-@pytest.mark.parametrize("gate", [F.gelu, lambda y: F.gelu(y, approximate="tanh"), F.silu])
-@pytest.mark.parametrize("bits, k, dtype", [(8, 100, torch.int8), (4, 45, torch.uint8)])
-@pytest.mark.parametrize("out", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "gate, bits, k, dtype, out",
+    [
+        (F.gelu, 8, 100, torch.int8, torch.float16),
+        (F.gelu, 4, 45, torch.uint8, torch.float32),
+        (lambda y: F.gelu(y, approximate="tanh"), 2, 45, torch.int8, torch.float32),
+        (F.silu, 4, 64, torch.int8, torch.float16),
+    ],
+)
 def test_gates(gate, bits, k, dtype, out):
     """Values, gates and the next quantize: one kernel for all, codes at most one apart from those of the parts."""
     arguments = cases.linear((2, 11), 150, k, bits, dtype, out=out, rows=True)
@@ -195,7 +201,7 @@ def test_gates(gate, bits, k, dtype, out):
     assert (codes.int() - wanted.int()).abs().max() <= 1
 
 
-@pytest.mark.parametrize("gate", ["gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("gate", ["gelu", "silu"])
 def test_gates_of_shared_reductions(shared, gate):
     arguments = *cases.linear((20,), 50, 300, 4, torch.int8, rows=True), gate
     y = run(lambda *a: OPS.linear_glu(*a), *arguments, kernels=2)
