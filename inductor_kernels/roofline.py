@@ -15,27 +15,28 @@ from .tiles import SHARED_BYTES, SMS, Tile, family
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Operations per second with 8 and 16 bits (tensor cores) and of the float32 units (an FMA is one), and bytes per
-    second of the memory."""
+    """Operations per second with 8 and 16 bits (tensor cores) and of the float32 units (an FMA is one), bytes per
+    second of the memory, and bytes of the second-level cache."""
 
     name: str
     int8: float
     half: float
     vector: float
     bandwidth: float
+    cache: float
 
 
 MACHINES = {
-    80: Machine("A100", 624e12, 312e12, 9.7e12, 2.04e12),
-    86: Machine("A40", 299e12, 150e12, 18.7e12, 0.70e12),
-    89: Machine("L40", 362e12, 181e12, 45e12, 0.86e12),
-    90: Machine("H200", 1979e12, 989e12, 33.5e12, 4.8e12),
-    100: Machine("B200", 4500e12, 2250e12, 37e12, 7.7e12),
-    120: Machine("RTX 5090", 838e12, 210e12, 52e12, 1.79e12),
+    80: Machine("A100", 624e12, 312e12, 9.7e12, 2.04e12, 40e6),
+    86: Machine("A40", 299e12, 150e12, 18.7e12, 0.70e12, 6e6),
+    89: Machine("L40", 362e12, 181e12, 45e12, 0.86e12, 96e6),
+    90: Machine("H200", 1979e12, 989e12, 33.5e12, 4.8e12, 50e6),
+    100: Machine("B200", 4500e12, 2250e12, 37e12, 7.7e12, 126e6),
+    120: Machine("RTX 5090", 838e12, 210e12, 52e12, 1.79e12, 96e6),
 }
 OTHERS = (  # the same architectures with other limits
-    Machine("H100", 1979e12, 989e12, 33.5e12, 3.35e12),
-    Machine("4090", 660e12, 165e12, 41e12, 1.01e12),
+    Machine("H100", 1979e12, 989e12, 33.5e12, 3.35e12, 50e6),
+    Machine("4090", 660e12, 165e12, 41e12, 1.01e12, 72e6),
 )
 LAUNCH = 2e-6  # seconds from one kernel of a CUDA graph to the next
 CACHE = 60e9  # bytes per second that the second-level cache delivers to each processor
@@ -103,7 +104,8 @@ def seconds(product: Product, tile: Tile, capability: int, split_k: int = 1) -> 
     total = waves * wave(resident) + (wave(math.ceil(last / processors)) if last else 0)
     total = LAUNCH + max(total, product.bytes / limits.bandwidth)
     if split_k > 1:
-        total += LAUNCH + 2 * 4 * split_k * product.m * product.n / (CACHE * processors)
+        sums = 4 * split_k * product.m * product.n
+        total += LAUNCH + 2 * sums / (CACHE * processors if sums < limits.cache / 2 else limits.bandwidth)
     return total
 
 
