@@ -30,7 +30,6 @@ __all__ = [
     "SymbolicGridFn",
     "TritonTemplate",
     "V",
-    "activation",
     "activation_patterns",
     "aligned",
     "allow_prologue",
@@ -189,18 +188,6 @@ def view(x, sizes):
 
 def zero(size) -> bool:
     return V.graph.sizevars.statically_known_equals(size, 0)
-
-
-def activation(name: str, x):
-    """GELU, its tanh form or SiLU of a float32 value, in terms of ``ops``."""
-    if name == "silu":
-        return ops.mul(x, ops.sigmoid(x))
-    constant = lambda value: ops.constant(value, torch.float32)  # noqa: E731
-    if name == "gelu":
-        erf = ops.erf(ops.mul(x, constant(math.sqrt(0.5))))
-        return ops.mul(ops.mul(x, constant(0.5)), ops.add(erf, constant(1.0)))
-    cubed = ops.mul(ops.mul(ops.mul(x, x), x), constant(0.044715))
-    return ops.mul(x, ops.sigmoid(ops.mul(ops.add(x, cubed), constant(2 * math.sqrt(2 / math.pi)))))
 
 
 def aligned(x, size: int) -> bool:

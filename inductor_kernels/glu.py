@@ -6,17 +6,30 @@ with f GELU, its tanh form or SiLU, where nothing else reads the product. What i
 of it and, in SDXL, the largest tensor between two kernels; the quantize behind it then fuses into the product too.
 """
 
+import math
 import operator
 from typing import Any
 
 import torch
 
 from . import compat
-from .compat import Arg, CallFunction, KeywordArg
+from .compat import Arg, CallFunction, KeywordArg, ops
 
 OPS = torch.ops.inductor_kernels
 aten, convert = torch.ops.aten, torch.ops.prims.convert_element_type.default
 PRODUCT = 10  # arguments of ``linear``
+
+
+def activation(name: str, x):
+    """GELU, its tanh form or SiLU of a float32 value in Inductor's ``ops``, as templates/dequantize.jinja has them."""
+    if name == "silu":
+        return ops.mul(x, ops.sigmoid(x))
+    constant = lambda value: ops.constant(value, torch.float32)  # noqa: E731
+    if name == "gelu":
+        erf = ops.erf(ops.mul(x, constant(math.sqrt(0.5))))
+        return ops.mul(ops.mul(x, constant(0.5)), ops.add(erf, constant(1.0)))
+    cubed = ops.mul(ops.mul(ops.mul(x, x), x), constant(0.044715))
+    return ops.mul(x, ops.sigmoid(ops.mul(ops.add(x, cubed), constant(2 * math.sqrt(2 / math.pi)))))
 
 
 def _register(name: str, of: Any, readers: int, capability: int) -> None:

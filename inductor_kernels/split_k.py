@@ -8,7 +8,7 @@ undivided product does; Inductor fuses it into whatever reads the result.
 
 import torch
 
-from . import compat
+from . import compat, glu
 from .compat import ops
 
 LEFT = ("SCALE", "WSUM", "ROW", "BIAS")  # arguments of a template that wait for the whole sum
@@ -37,7 +37,7 @@ def finish(sums, shares: int, size, dtype: torch.dtype, gate: str = "none", *, S
         *rows, column = index
         y = column_of(rows, column)
         if gate != "none":
-            y = ops.mul(y, compat.activation(gate, column_of(rows, column + size[-1])))
+            y = ops.mul(y, glu.activation(gate, column_of(rows, column + size[-1])))
         return ops.to_dtype(y, dtype)
 
     return compat.pointwise(sums.get_device(), dtype, element, size)
