@@ -5,6 +5,8 @@
 #                                     unet-1024-4:W8A8,W4A8 for some variants beside fp16 (a variant takes minutes to
 #                                     compile); tiles-512 tiles-1024 time tiles and write the defaults of this GPU
 #                                     into inductor_kernels/tuned.json
+#                                     each within ten minutes: tests, kernels, tiles-512, unet-512-1:W8A8,W4A8,
+#                                     unet-1024-4:W8A8,torchao-int8; all variants of a size take longer
 #   DRY=1                             walk the same code on a CPU with tiny sizes
 #   WHEELS=folder                     install the packages there first; no network is needed
 #   OUT=folder  PYTHON=python3  LIMIT=seconds per step (580); rows measured before it are kept
