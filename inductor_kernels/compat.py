@@ -10,7 +10,6 @@ from torch._inductor import config, ir
 from torch._inductor.choices import InductorChoices
 from torch._inductor.fx_passes import mkldnn_fusion
 from torch._inductor.fx_passes.post_grad import pass_patterns
-from torch._inductor.kernel.mm_common import mm_grid
 from torch._inductor.lowering import fallback_handler, register_lowering
 from torch._inductor.lowering import view as _view
 from torch._inductor.pattern_matcher import Arg, CallFunction, KeywordArg, register_graph_pattern
@@ -41,7 +40,6 @@ __all__ = [
     "fallback",
     "hint",
     "ir",
-    "mm_grid",
     "multiple_of",
     "ops",
     "passed_as_number",

@@ -198,15 +198,7 @@ def linear(
     return (total if bias is None else total.add_(bias)).to(out_dtype)
 
 
-def linear_glu(
-    x_q: Tensor, weight: Tensor, weight_zero_point: Tensor | None, weight_sum: Tensor | None, scale: Tensor,
-    zero_point: Tensor, bias: Tensor | None, row_scale: Tensor | None, weight_bits: int, out_dtype: torch.dtype,
-    activation: str,
-) -> Tensor:  # fmt: skip
-    """``inductor_kernels::linear_glu``: the gate is a pass of its own; graphs for a CPU do not get it."""
-    checks.glu(weight, activation)
-    product = (x_q, weight, weight_zero_point, weight_sum, scale, zero_point, bias, row_scale, weight_bits)
-    return reference.glu(linear(*product, torch.float32), out_dtype, activation)
+linear_glu = reference.linear_glu  # graphs for a CPU do not get it
 
 
 def linear_post(

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from . import compat
-from .compat import Arg, CallFunction, KeywordArg, ops
+from .compat import CallFunction, KeywordArg, ops
+from .patterns import convert, linear
 
 OPS = torch.ops.inductor_kernels
-aten, convert = torch.ops.aten, torch.ops.prims.convert_element_type.default
-PRODUCT = 10  # arguments of ``linear``
+aten = torch.ops.aten
 
 
 def activation(name: str, x):
@@ -45,8 +45,7 @@ def _register(name: str, of: Any, readers: int, capability: int) -> None:
         compat.replace_output(match, OPS.linear_glu.default, (*product, name))
 
     for wide in (True, False):
-        product = CallFunction(OPS.linear.default, *(Arg() for _ in range(PRODUCT)))
-        halves = CallFunction(aten.split.Tensor, product, KeywordArg("size"), KeywordArg("dim"), _users=2)
+        halves = CallFunction(aten.split.Tensor, linear(), KeywordArg("size"), KeywordArg("dim"), _users=2)
         value = CallFunction(operator.getitem, halves, 0)
         if wide:
             read = CallFunction(convert, CallFunction(operator.getitem, halves, 1), torch.float32, _users=readers)

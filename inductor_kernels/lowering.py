@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import checks, compat, gelu, glu, post_ops, roofline, split_k, tuned
+from . import compat, gelu, glu, post_ops, roofline, split_k, tuned
 from .compat import V, ir, log
 from .roofline import Product
 from .templates import conv2d, gemm
@@ -38,32 +38,33 @@ def _capability(x, weight) -> int | None:
 
 
 def _generate(
-    kind, shape, node_inputs: dict, out_size, dtype, capability: int, prologue: bool, gate: str = "none", **options
+    template, shape, node_inputs: dict, out_size, dtype, capability: int, prologue: bool, gate: str = "none", **options
 ):
-    """One template node. ``kind``: the module of a template; ``shape``: (m, n, k) of the product, of one tap of a
-    convolution; ``node_inputs``: by argument name, None left out."""
+    """One template node. ``shape``: (m, n, k) of the product, of one tap of a convolution; ``node_inputs``: by argument
+    name, None left out."""
     m, n, k = shape
     integer = "ZP" in node_inputs
-    given: dict[str, Any] = {name: node for name, node in node_inputs.items() if node is not None}
-    x: Any = compat.realize_inputs(given["A"])
-    given["A"] = x
+    given: dict[str, Any] = {
+        name: compat.realize_inputs(node_inputs[name]) for name in ARGUMENTS if node_inputs.get(name) is not None
+    }
+    x = given["A"]
     taps = options.get("KH", 1) * options.get("KW", 1)
     rows, columns, depth = compat.hint(m), compat.hint(n), compat.hint(k) * taps
     product = Product(rows, columns, depth, options["BITS"], dtype.itemsize, taps)
     chosen, shares, computing = _choose(x, product, capability, integer, prologue)
-    template, layout = kind.template if gate == "none" else kind.glu, ir.FixedLayout(x.get_device(), dtype, out_size)
-    left: dict[str, Any] = {}
+    convolution = template is conv2d.template
+    layout, left = ir.FixedLayout(x.get_device(), dtype, out_size), {}
     if computing:
         compat.allow_prologue(x)
     if shares > 1:
-        template = kind.split_k
         layout = ir.FixedLayout(x.get_device(), torch.int32, [shares, *out_size[:-1], n])
         left = {name: given.pop(name) for name in split_k.LEFT if name in given}
-        left["ZP"] = given["ZP"] if kind is conv2d else given.pop("ZP")  # padding reads it
-    inputs: list[Any] = [compat.realize_inputs(given[name]) for name in ARGUMENTS if name in given]
-    edges = kind is conv2d and integer and not computing and compat.aligned(x, 16)
+        left["ZP"] = given["ZP"] if convolution else given.pop("ZP")  # padding reads it
+    inputs = list(given.values())
+    edges = convolution and integer and not computing and compat.aligned(x, 16)
     if edges:
         inputs.append(compat.zero_points(x.get_device(), x.get_dtype(), max(tile.k for tile in chosen)))
+    gated = gate != "none" and shares == 1
     choices: list = []
     for tile in chosen if compat.autotunes() else chosen[:1]:
         error = template.maybe_append_choice(
@@ -80,8 +81,9 @@ def _generate(
             HAS_ROW="ROW" in given,
             HAS_BIAS="BIAS" in given,
             HAS_EDGES=edges,
-            GLU=checks.ACTIVATIONS.index(gate) if shares == 1 else 0,
-            **tile.options() | ({} if gate == "none" else {"PARTS": max(2, tile.parts)}),
+            GLU=gated,
+            GATE=repr(gate),
+            **tile.options() | ({"PARTS": max(2, tile.parts)} if gated else {}),
             **options,
         )
         if error is not None:
@@ -129,7 +131,7 @@ def _product(x, weight, lead, named: dict, dtype, bits: int, capability: int, pr
     if named.get("ROW") is not None:
         named["ROW"] = compat.view(compat.contiguous(named["ROW"]), [m])
     inputs = {"A": flat, "B": compat.contiguous(weight), **named}
-    node = _generate(gemm, (m, n, k), inputs, [m, columns], dtype, capability, prologue, gate, BITS=bits)
+    node = _generate(gemm.template, (m, n, k), inputs, [m, columns], dtype, capability, prologue, gate, BITS=bits)
     return None if node is None else compat.view(node, [*lead, columns])
 
 
@@ -144,7 +146,7 @@ def _convolution(x, weight, named, dtype, bits, geometry, capability: int, prolo
     out_h = (high + 2 * padding[0] - dilation[0] * (kernel_h - 1) - 1) // stride[0] + 1
     out_w = (wide + 2 * padding[1] - dilation[1] * (kernel_w - 1) - 1) // stride[1] + 1
     return _generate(
-        conv2d, (batch * out_h * out_w, n, channels), {"A": x, "B": weight, **named},
+        conv2d.template, (batch * out_h * out_w, n, channels), {"A": x, "B": weight, **named},
         [batch, out_h, out_w, n], dtype, capability, prologue, BITS=bits,
         KH=int(kernel_h), KW=int(kernel_w), STRIDE_H=stride[0], STRIDE_W=stride[1], PAD_H=padding[0],
         PAD_W=padding[1], DILATION_H=dilation[0], DILATION_W=dilation[1],

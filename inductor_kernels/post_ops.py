@@ -21,14 +21,10 @@ import torch
 from . import compat, cpu
 from .checks import FLOATS
 from .compat import Arg, CallFunction, KeywordArg
+from .patterns import PRODUCT, convert, linear
 
 OPS = torch.ops.inductor_kernels
-aten, convert = torch.ops.aten, torch.ops.prims.convert_element_type.default
-PRODUCT = 10  # arguments of ``linear``
-
-
-def _linear(users: int = 1) -> CallFunction:
-    return CallFunction(OPS.linear.default, *(Arg() for _ in range(PRODUCT)), _users=users)
+aten = torch.ops.aten
 
 
 def _in_onednn(x: torch.Tensor, y: torch.Tensor, row_scale, bits: int) -> bool:
@@ -57,7 +53,7 @@ def _add(match: Any, *product: Any, other: Any) -> None:
 
 
 def _register_sums() -> None:
-    for operands in ((_linear(), KeywordArg("other")), (KeywordArg("other"), _linear())):
+    for operands in ((linear(), KeywordArg("other")), (KeywordArg("other"), linear())):
         compat.rewrite(CallFunction(aten.add.Tensor, *operands), _adds, _add, stage=2)
 
 
@@ -84,8 +80,8 @@ def _register_activation(name: str, of: Any, readers: int) -> None:
         (y,) = _values(match)
         compat.replace_output(match, OPS.linear_post.default, (*product[:-1], y.dtype, None, name, None, None))
 
-    widened = of(CallFunction(convert, _linear(), torch.float32, _users=readers))
-    for pattern in (of(_linear(readers)), widened, CallFunction(convert, widened, KeywordArg("dtype"))):
+    widened = of(CallFunction(convert, linear(), torch.float32, _users=readers))
+    for pattern in (of(linear(readers)), widened, CallFunction(convert, widened, KeywordArg("dtype"))):
         compat.rewrite(pattern, activates, activate, stage=1)
 
 
@@ -107,7 +103,7 @@ def _register_codes() -> None:
     """As ``reference.quantize`` writes them, with all 255 levels."""
     args = [Arg() for _ in range(PRODUCT)]
     activated = CallFunction(OPS.linear_post.default, *args, None, KeywordArg("activation"), None, None)
-    for y in (_linear(), activated):
+    for y in (linear(), activated):
         for x in (y, CallFunction(convert, y, torch.float32)):
             scaled = CallFunction(aten.mul.Tensor, x, KeywordArg("inv_scale"))
             codes = CallFunction(aten.round.default, CallFunction(aten.add.Tensor, scaled, KeywordArg("zero_point")))

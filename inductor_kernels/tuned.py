@@ -93,10 +93,10 @@ def _by_model(capability: int, product: Product, ways: list[Way]) -> list[Way]:
     return sorted(ways, key=lambda way: (expected(capability, product, way), -way.tile.m * way.tile.n, way.shares))
 
 
-def modelled(capability: int, product: Product, among: Sequence[Tile] = ()) -> Tile:
+def modelled(capability: int, product: Product, among: Sequence[Tile] = (), shares: int = 1) -> Tile:
     """The tile (of all that fit, or ``among`` these) with which the model expects the product to be done first."""
     fitting = among or tiles.fitting(capability, product.m, product.n)
-    return _by_model(capability, product, [Way(tile) for tile in fitting])[0].tile
+    return _by_model(capability, product, [Way(tile, shares) for tile in fitting])[0].tile
 
 
 def ranked(capability: int, product: Product) -> list[Way]:
@@ -107,7 +107,8 @@ def ranked(capability: int, product: Product) -> list[Way]:
 
 def modelled_way(capability: int, product: Product) -> Way:
     """What the model chooses: reductions are shared where it promises clearly more."""
-    whole, best = Way(modelled(capability, product)), ranked(capability, product)[0]
+    best, *others = ranked(capability, product)
+    whole = next(way for way in (best, *others) if way.shares == 1)
     gain = expected(capability, product, whole) / expected(capability, product, best)
     return best if gain >= GAIN else whole
 
@@ -123,9 +124,6 @@ def candidates(capability: int, product: Product, *, shares: int = 1, bytes_per_
     an activation, 1 for integer ones."""
     default, length = way(capability, product), product.k // product.taps
     fitting = tiles.fitting(capability, product.m, product.n)
-    if shares == default.shares:
-        best = default.tile
-    else:
-        best = _by_model(capability, product, [Way(tile, shares) for tile in fitting])[0].tile
+    best = default.tile if shares == default.shares else modelled(capability, product, fitting, shares)
     ordered = [best, *(tile for tile in fitting if tile != best)]
     return list(dict.fromkeys(tiles.narrowed(tile, length, bytes_per_code) for tile in ordered))

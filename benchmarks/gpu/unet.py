@@ -39,8 +39,10 @@ def inputs(unet, pixels: int, batch: int, device: str, dtype: torch.dtype) -> di
 
 def input_of(name: str) -> str:
     """What a layer reads: the same for layers that read one tensor, as in the plan of a real model."""
+    from mixdq_ao.layers import reads_text
+
     before, _, last = name.rpartition(".")
-    if before.endswith("attn2") and last in ("to_k", "to_v"):
+    if reads_text(name):
         return "text"
     if last == "time_emb_proj":
         return "time"

@@ -5,14 +5,10 @@ from . import source
 
 
 @SymbolicGridFn
-def _grid(batch, height, width, channels, meta, *, cdiv):
-    return (cdiv(batch * height * width, meta["BLOCK_M"]) * cdiv(channels, meta["BLOCK_N"]), 1, 1)
-
-
-@SymbolicGridFn
-def _shared_grid(shares, batch, height, width, channels, meta, *, cdiv):
-    return (cdiv(batch * height * width, meta["BLOCK_M"]) * cdiv(channels, meta["BLOCK_N"]), shares, 1)
+def _grid(*sizes_and_meta, cdiv):
+    """Of a result [batch, height, width, channels], or of sums [SPLIT_K, batch, height, width, channels]."""
+    *_, batch, height, width, channels, meta = sizes_and_meta
+    return (cdiv(batch * height * width, meta["BLOCK_M"]) * cdiv(channels, meta["BLOCK_N"]), meta["SPLIT_K"], 1)
 
 
 template = TritonTemplate(name="inductor_kernels_conv2d", grid=_grid, source=source("conv2d.py.jinja"))
-split_k = TritonTemplate(name="inductor_kernels_conv2d_split_k", grid=_shared_grid, source=source("conv2d.py.jinja"))

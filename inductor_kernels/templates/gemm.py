@@ -1,19 +1,15 @@
 """Linear layers and 1x1 convolutions."""
 
-from ..compat import SymbolicGridFn, TritonTemplate, mm_grid
+from ..compat import SymbolicGridFn, TritonTemplate
 from . import source
 
 
 @SymbolicGridFn
-def _shared_grid(shares, rows, columns, meta, *, cdiv):
-    return (cdiv(rows, meta["BLOCK_M"]) * cdiv(columns, meta["BLOCK_N"]), shares, 1)
+def _grid(*sizes_and_meta, cdiv):
+    """Of a result [rows, columns], or of sums [SPLIT_K, rows, columns]."""
+    *_, rows, columns, meta = sizes_and_meta
+    products = 2 * columns if meta["GLU"] else columns
+    return (cdiv(rows, meta["BLOCK_M"]) * cdiv(products, meta["BLOCK_N"]), meta["SPLIT_K"], 1)
 
 
-@SymbolicGridFn
-def _glu_grid(rows, columns, meta, *, cdiv):
-    return (cdiv(rows, meta["BLOCK_M"]) * cdiv(2 * columns, meta["BLOCK_N"]), 1, 1)
-
-
-template = TritonTemplate(name="inductor_kernels_gemm", grid=mm_grid, source=source("gemm.py.jinja"))
-split_k = TritonTemplate(name="inductor_kernels_gemm_split_k", grid=_shared_grid, source=source("gemm.py.jinja"))
-glu = TritonTemplate(name="inductor_kernels_gemm_glu", grid=_glu_grid, source=source("gemm.py.jinja"))
+template = TritonTemplate(name="inductor_kernels_gemm", grid=_grid, source=source("gemm.py.jinja"))

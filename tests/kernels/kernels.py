@@ -16,7 +16,11 @@ LENGTH = 8192  # long enough for a loop: of some dozen steps all are written out
 
 def kinds(fn, *inputs, arch="sm_90"):
     """Kernels in order: "tem" (template), "poi" (pointwise), "red"/"per" (reduction); "call" for operators called."""
-    code = testing.cuda_code(fn, *inputs, arch=arch)
+    return kinds_in(testing.cuda_code(fn, *inputs, arch=arch))
+
+
+def kinds_in(code):
+    """The same of generated code."""
     called = ["call"] * code.split("async_compile.wait")[1].count("= torch.ops.inductor_kernels")
     return [name.split("_")[1] for name in testing.kernels(code)] + called
 
