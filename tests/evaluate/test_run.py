@@ -65,7 +65,7 @@ def whole(tmp_path, painter, clip):
 def same(a, b) -> None:
     assert a.keys() == b.keys()
     for name in a:
-        assert a[name].value == pytest.approx(b[name].value, rel=1e-6), name
+        assert a[name].value == pytest.approx(b[name].value, rel=1e-5), name  # float32, by batches of other sizes
         assert (a[name].interval, a[name].count) == (pytest.approx(b[name].interval, rel=1e-5), b[name].count)
 
 

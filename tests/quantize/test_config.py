@@ -17,8 +17,28 @@ from mixdq_ao.quantize.tensor import SplitMixDQTensor, is_quantized
 from ..conftest import unet_inputs
 
 
+FLOAT32 = 110
+"""dB that are left where layers differ by float32's rounding of sums alone."""
+
+
 def sqnr(reference, other):
     return 10 * torch.log10(reference.square().sum() / (reference - other).square().sum().clamp_min(1e-30)).item()
+
+
+@torch.no_grad()
+def worst_layer(unet, other, inputs):
+    """The lowest SQNR of ``other``'s layers on what those of ``unet`` are given. Of whole models little can be said: one
+    code that flips at a tie, where a sum was rounded otherwise, moves all codes behind it."""
+    known, found = find_layers(other), []
+    hooks = [
+        m.register_forward_hook(lambda m, args, y, name=name: found.append(sqnr(y, known[name](*args))))
+        for name, m in find_layers(unet).items()
+    ]
+    unet(**inputs)
+    for hook in hooks:
+        hook.remove()
+    assert len(found) >= len(known)
+    return min(found)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
@@ -31,8 +51,8 @@ def test_real_mode_is_fake_mode(unet, calibration, bits, act_bits):
     inputs = unet_inputs()
     with torch.no_grad():
         y, expected, full = real(**inputs)[0], fake(**inputs)[0], unet(**inputs)[0]
-    # A code may flip where rounding differs in the last place of float32; far below the quantization error itself.
-    assert sqnr(expected, y) >= sqnr(full, expected) + 20
+    assert worst_layer(fake, real, inputs) > FLOAT32
+    assert sqnr(full, y) > sqnr(full, expected) - 1
     if bits == 8:
         assert sqnr(full, y) > 20
 
@@ -112,11 +132,10 @@ def test_fake_mode_learns_and_becomes_real(unet, calibration):
     grads = [m.weight.grad for m in find_layers(unet).values()]
     assert all(g is not None and torch.isfinite(g).all() for g in grads)
     assert sum(g.abs().sum() > 0 for g in grads) > 0.9 * len(grads)
-    fake = unet(**inputs)[0].detach()
+    fake = copy.deepcopy(unet)
     quantize_(unet, mixdq_config(plan))
     assert not any(isinstance(m, FakeQuantLinear) for m in unet.modules())
-    with torch.no_grad():
-        assert sqnr(fake, unet(**inputs)[0]) > 40
+    assert worst_layer(fake, unet, inputs) > FLOAT32
 
 
 def test_a_layer_outside_a_unet():
