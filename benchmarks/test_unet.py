@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from mixdq_ao import Plan, calibrate, mixdq_config, quantize_
 from mixdq_ao.app.latency import unet_inputs
@@ -33,10 +34,22 @@ def torchao_dynamic(unet: nn.Module) -> nn.Module:
     return unet
 
 
-def ours(unet: nn.Module, plan: Plan) -> nn.Module:
-    unet = copy.deepcopy(unet)
+def ours(unet: nn.Module, plan: Plan, dtype: torch.dtype = torch.float32) -> nn.Module:
+    unet = copy.deepcopy(unet).to(dtype)
     quantize_(unet, mixdq_config(plan))
     return unet
+
+
+class InBfloat16(nn.Module):
+    """Takes and gives float32; the model inside computes in bfloat16."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.to(torch.bfloat16)
+
+    def forward(self, **inputs: Any) -> tuple[Tensor]:
+        inputs = tree_map(lambda x: x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
+        return (self.model(**inputs)[0].float(),)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +110,9 @@ def mid() -> SimpleNamespace:
         calibration = replace(calibrate(unet, run=lambda: unet(**inputs)), bos_embedding=None)
     models: dict[str, Callable[..., Any]] = {"float32": unet}
     for bits in (8, 4):
-        models[f"W{bits}A8"] = ours(unet, Plan.uniform(unet, bits, 8).with_calibration(calibration, bos=False))
+        plan = Plan.uniform(unet, bits, 8).with_calibration(calibration, bos=False)
+        models[f"W{bits}A8"] = ours(unet, plan)
+        models[f"W{bits}A8 bfloat16"] = InBfloat16(ours(unet, plan, torch.bfloat16))
     return SimpleNamespace(inputs=inputs, models=models)
 
 
@@ -109,9 +124,10 @@ def test_mid_size_eager(benchmark: Any, mid: SimpleNamespace) -> None:
 
 @pytest.mark.slow
 def test_mid_size_compiled(benchmark: Any, mid: SimpleNamespace) -> None:
-    """Three compilations of minutes each on two cores."""
-    models = {}
-    for name, model in mid.models.items():
+    """Seven compilations of a minute or more each on two cores."""
+    unet, models = mid.models["float32"], {}
+    others = {"bfloat16": InBfloat16(copy.deepcopy(unet)), "torchao int8 dynamic": torchao_dynamic(unet)}
+    for name, model in (mid.models | others).items():
         torch._dynamo.reset()
         models[name] = torch.compile(model, fullgraph=True)
     run_all(benchmark, models, mid.inputs, rounds=7)

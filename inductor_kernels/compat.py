@@ -2,13 +2,14 @@
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.utils._triton
 from torch._inductor import config, ir
 from torch._inductor.choices import InductorChoices
-from torch._inductor.fx_passes import mkldnn_fusion
+from torch._inductor.fx_passes import joint_graph, mkldnn_fusion
 from torch._inductor.fx_passes.post_grad import pass_patterns
 from torch._inductor.lowering import fallback_handler, register_lowering
 from torch._inductor.lowering import view as _view
@@ -32,8 +33,10 @@ __all__ = [
     "activation_patterns",
     "aligned",
     "allow_prologue",
+    "before_lowering",
     "call_python",
     "computed_by_template",
+    "computed_once",
     "config",
     "contiguous",
     "cudagraph_reasons",
@@ -43,6 +46,7 @@ __all__ = [
     "multiple_of",
     "ops",
     "passed_as_number",
+    "read_by_others",
     "pointwise",
     "pointwise_work",
     "realize_inputs",
@@ -126,6 +130,19 @@ def rewrite(pattern, check, replace, *, stage: int) -> None:
     allowed = lambda match: check(match, *match.args, **match.kwargs)  # noqa: E731
     stages: Any = pass_patterns
     register_graph_pattern(pattern, extra_check=allowed, pass_dict=stages[stage])(replace)
+
+
+class _Pass:
+    """As Inductor's own passes over a graph before it is split or lowered: returns how much it changed."""
+
+    def __init__(self, apply: Callable[[torch.fx.Graph], int]) -> None:
+        self.apply = apply
+
+
+def before_lowering(change: Callable[[torch.fx.Graph], int]) -> None:
+    """Call ``change`` with every graph of plain operators, forward and backward still in one."""
+    passes: Any = joint_graph.pass_patterns
+    passes.append(_Pass(change))
 
 
 def activation_patterns() -> dict[str, tuple[Any, int]]:
@@ -253,6 +270,18 @@ def pointwise_work(x) -> tuple[int, int] | None:
 
 def _elements(buffer) -> int:
     return math.prod(hint(size) for size in buffer.get_size())
+
+
+def read_by_others() -> bool:
+    """Whether the operator being lowered is not the only one that reads its first argument."""
+    read = V.graph.current_node.args[0]
+    return isinstance(read, torch.fx.Node) and len(read.users) > 1
+
+
+def computed_once(x) -> Any:
+    """The first argument of the operator being lowered; computed now where others read it, which would each compute a
+    view of their own."""
+    return realize_inputs(x) if read_by_others() else x
 
 
 def allow_prologue(x) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import compat, gelu, glu, post_ops, roofline, split_k, tuned
+from . import alike, compat, gelu, glu, post_ops, roofline, split_k, tuned
 from .compat import V, ir, log
 from .roofline import Product
 from .templates import conv2d, gemm
@@ -99,7 +99,7 @@ def _choose(x, product: Product, capability: int, integer: bool, prologue: bool)
     candidates = functools.partial(tuned.candidates, capability, product, bytes_per_code=x.get_dtype().itemsize)
     shares = tuned.way(capability, product).shares if integer else 1
     reading = candidates(shares=shares)
-    if prologue:
+    if prologue and not compat.read_by_others():
         expected = roofline.seconds(product, reading[0], capability, shares)
         computing = _prologue_tiles(x, product, candidates(), capability, expected)
         if computing:
@@ -159,6 +159,7 @@ def _lower(op):
     def decorate(generate):
         @compat.register_lowering(op, type_promotion_kind=None)
         def lowering(x, weight, *rest):
+            x = compat.computed_once(x)
             capability = _capability(x, weight)
             node = None if capability is None else generate(capability, x, weight, *rest)
             if node is None:
@@ -218,6 +219,7 @@ def _conv2d_weight_only(capability, x, weight, wzp, scale, bias, bits, stride, p
     return _convolution(x, weight, named, x.get_dtype(), bits, geometry, capability, prologue=False)
 
 
+alike.register()
 post_ops.register()
 gelu.register()
 glu.register(MIN_CAPABILITY)

@@ -1,7 +1,7 @@
 """Eager mode on a CPU, where nothing fuses and nobody else sees that two layers compute the same.
 
 All text projections of a model look for BOS rows in one tensor; the answer is kept while that tensor lives. A graph
-being traced holds the operators themselves, and Inductor finds those that are alike.
+being traced holds the operators themselves; :mod:`inductor_kernels.alike` finds those of a compiled one.
 """
 
 from __future__ import annotations

@@ -177,8 +177,8 @@ class OnRay(Generic[Item, Result]):
 
 def _ray() -> Any:
     try:
-        import ray
-        import ray.exceptions
+        import ray  # pyright: ignore[reportMissingImports]  (an extra)
+        import ray.exceptions  # pyright: ignore[reportMissingImports]
     except ImportError as e:
         raise SensitivityError("workers=RayWorkers(...) needs Ray: pip install mixdq-ao[ray]") from e
     return ray

@@ -10,7 +10,7 @@ from inductor_kernels import compat, lowering, roofline, testing
 
 from . import cases
 from .kernels import kinds
-from .layers import OPS, conv2d, image, linear, parameters, product, quantize, tokens
+from .layers import OPS, conv2d, image, linear, parameters, product, tokens
 
 pytest.importorskip("triton")
 N, K = 1280, 640
@@ -69,8 +69,7 @@ def test_per_token_scales_come_from_the_norm():
 
 def test_query_key_and_value_share_one_quantize():
     def f(x, *p):
-        x_q = quantize(x, p[6], p[4])
-        return [product(x_q, q) for q in (p[:7], p[7:14], p[14:])]
+        return [linear(x, (*q[:4], p[4], q[5], p[6])) for q in (p[:7], p[7:14], p[14:])]
 
     found = kinds(f, tokens(2, 1024, K), *(parameters(K, K) * 3))
     assert found.count("poi") == 1 and len(found) <= 4

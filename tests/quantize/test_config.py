@@ -16,7 +16,6 @@ from mixdq_ao.quantize.tensor import SplitMixDQTensor, is_quantized
 
 from ..conftest import unet_inputs
 
-
 FLOAT32 = 110
 """dB that are left where layers differ by float32's rounding of sums alone."""
 
@@ -27,8 +26,8 @@ def sqnr(reference, other):
 
 @torch.no_grad()
 def worst_layer(unet, other, inputs):
-    """The lowest SQNR of ``other``'s layers on what those of ``unet`` are given. Of whole models little can be said: one
-    code that flips at a tie, where a sum was rounded otherwise, moves all codes behind it."""
+    """The lowest SQNR of ``other``'s layers on what those of ``unet`` are given. Whole models differ by more: one code
+    that flips at a tie, where a sum was rounded otherwise, moves all codes behind it."""
     known, found = find_layers(other), []
     hooks = [
         m.register_forward_hook(lambda m, args, y, name=name: found.append(sqnr(y, known[name](*args))))
