@@ -10,8 +10,9 @@ Convolutions stay as they are: oneDNN adds to theirs only in place.
 
 Measured on an EPYC (Zen 3, no VNNI), one thread, 4-bit weights, float32: linear, activation, quantize, linear of 1024 x
 640 -> 2560 -> 640 run 1.04 (GELU) and 1.02 (SiLU, none) times as fast, and hold no float tensor of 10 MB; of 256 x 3072
--> 12288 -> 3072, where the products are everything, as fast as before. The faster products of machines with VNNI, which
-what they write slows down, have not been measured.
+-> 12288 -> 3072, where the products are everything, as fast as before. With VNNI (Zen 5), one thread, 8-bit weights:
+the first 1.10 and 1.03, none 1.01; with 4096 rows, where 40 MB are not written, 1.6 and more in float32 and 1.13 and
+1.06 in bfloat16; the second 1.03 and 1.00.
 """
 
 from typing import Any
