@@ -17,7 +17,7 @@ def test_every_result_is_in_the_index():
     assert not missing, f"benchmarks/results/README.md does not say what made {', '.join(sorted(missing))}"
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("*.json")), ids=lambda p: p.name)
 def test_results_say_nothing_of_where_they_lay(path):
     text = path.read_text(encoding="utf-8")
     json.loads(text)
