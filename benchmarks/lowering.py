@@ -13,8 +13,6 @@ import argparse
 import json
 import math
 import re
-import shlex
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -30,6 +28,7 @@ from mixdq_ao.models.fused_projections import fuse_projections
 from mixdq_ao.models.fused_text import fuse_text_projections
 from mixdq_ao.quantize.tensor import MixDQTensor, SplitMixDQTensor
 
+from . import record
 from .gpu import unet as subject
 
 RESULTS = Path(__file__).parent / "results"
@@ -171,8 +170,7 @@ def _add(folder: Path, row: dict[str, Any], same: tuple[str, ...], *, tiny: bool
     known = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = [r for r in known if any(r[k] != row[k] for k in same)] + [row]
     rows.sort(key=lambda r: [str(r[k]).zfill(5) for k in ("pixels", "projections")] + [-r["weight_bits"]])
-    command = shlex.join(["python", "-m", "benchmarks.lowering", *sys.argv[1:]])
-    write_document(path, {"command": command, "tiny": tiny, "rows": rows})
+    write_document(path, {"command": record.command("benchmarks.lowering"), "tiny": tiny, "rows": rows})
     text = "# SDXL's UNet lowered to GPU code\n\n`python -m benchmarks.lowering`; launches of one step. "
     text += "Projections fused: query, key and value as one product, keys and values of the text as one.\n\n"
     (folder / "lowering.md").write_text(text + table(rows) + "\n")

@@ -11,6 +11,8 @@ from torch import Tensor, fx
 from . import compat
 
 NAMESPACE = "inductor_kernels"
+APART = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape}
+"""Tags of operators that give something else each time, or a size that later nodes know by name."""
 
 
 def _of(node: fx.Node) -> str:
@@ -23,7 +25,7 @@ def _is_pure(node: fx.Node) -> bool:
         return False
     target = node.target
     assert isinstance(target, torch._ops.OpOverload)
-    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+    return not target._schema.is_mutable and APART.isdisjoint(target.tags)
 
 
 def _given_out(graph: fx.Graph) -> set[fx.Node]:
