@@ -235,4 +235,6 @@ def _version() -> str:
     return digest.hexdigest()
 
 
-compat.tag_caches(f"inductor_kernels-{_version()}")
+# Torch's caches do not know the CPU either: of a folder that machines share, one with AVX2 would run code whose loops
+# step by AVX-512's 16 numbers.
+compat.tag_caches(f"inductor_kernels-{_version()}-{torch.backends.cpu.get_cpu_capability()}")
