@@ -10,8 +10,8 @@ Without VNNI or AMX, oneDNN multiplies with ``vpmaddubsw``, which adds two produ
 
 Measured on two cores of an AMD EPYC, times the speed of float32. Zen 3, no VNNI: linear layers of 10 M multiplications
 and more 1.4-2.0 (avx2) and 1.1-2.6 (onednn-int8), 3x3 convolutions 1.1-1.9 and 1.3-1.8. Zen 5, VNNI with AVX-512
-(onednn-int8): linear layers 7.2-8.0, of which 2 are float32's, that MKL multiplies with AVX2 on such a processor; 3x3
-convolutions 3.5-4.0; 1.6-1.8 tera-operations a second.
+(onednn-int8): linear layers 6.1-8.2, twice what it would be if MKL did not multiply float32 with AVX2 on such a
+processor; 3x3 convolutions 3.1-4.3; 1.6-1.8 tera-operations a second.
 
 Prepared weights are cached beside the graph (:mod:`inductor_kernels.weights`).
 """
