@@ -9,23 +9,15 @@ import torch
 from torch import Tensor, fx
 
 from . import compat
-
-NAMESPACE = "inductor_kernels"
-APART = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape}
-"""Tags of operators that give something else each time, or a size that later nodes know by name."""
-
-
-def _of(node: fx.Node) -> str:
-    return getattr(node.target, "namespace", "") if node.op == "call_function" else ""
+from .patterns import is_ours, namespace
 
 
 def _is_pure(node: fx.Node) -> bool:
-    """Whether it computes one tensor from others, always the same."""
-    if _of(node) not in ("aten", "prims") or not isinstance(node.meta.get("val"), Tensor) or not node.all_input_nodes:
+    """Whether it computes one tensor from others, always the same, and of a size that no later node knows by name."""
+    if namespace(node) not in ("aten", "prims") or not isinstance(node.meta.get("val"), Tensor):
         return False
-    target = node.target
-    assert isinstance(target, torch._ops.OpOverload)
-    return not target._schema.is_mutable and APART.isdisjoint(target.tags)
+    named_size = torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
+    return bool(node.all_input_nodes) and not node.is_impure() and not named_size
 
 
 def _given_out(graph: fx.Graph) -> set[fx.Node]:
@@ -36,8 +28,7 @@ def _given_out(graph: fx.Graph) -> set[fx.Node]:
         node = waiting.pop()
         if node not in found:
             found.add(node)
-            returns = getattr(getattr(node.target, "_schema", None), "returns", ())
-            if any(value.alias_info is not None for value in returns):
+            if getattr(node.target, "is_view", False):
                 waiting += node.all_input_nodes
     return found
 
@@ -45,7 +36,7 @@ def _given_out(graph: fx.Graph) -> set[fx.Node]:
 def merge(graph: fx.Graph) -> int:
     """Has the first of equal nodes read in place of the others; how many are gone. Only in graphs with operators of
     this package."""
-    if not any(_of(node) == NAMESPACE for node in graph.nodes):
+    if not any(map(is_ours, graph.nodes)):
         return 0
     apart, first, merged = _given_out(graph), {}, 0
     for node in list(graph.nodes):

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -46,9 +47,9 @@ __all__ = [
     "multiple_of",
     "ops",
     "passed_as_number",
-    "read_by_others",
     "pointwise",
     "pointwise_work",
+    "read_by_others",
     "realize_inputs",
     "register_lowering",
     "replace_output",
@@ -132,17 +133,11 @@ def rewrite(pattern, check, replace, *, stage: int) -> None:
     register_graph_pattern(pattern, extra_check=allowed, pass_dict=stages[stage])(replace)
 
 
-class _Pass:
-    """As Inductor's own passes over a graph before it is split or lowered: returns how much it changed."""
-
-    def __init__(self, apply: Callable[[torch.fx.Graph], int]) -> None:
-        self.apply = apply
-
-
 def before_lowering(change: Callable[[torch.fx.Graph], int]) -> None:
-    """Call ``change`` with every graph of plain operators, forward and backward still in one."""
+    """Call ``change`` with every graph of plain operators, forward and backward still in one; it returns how much it
+    changed."""
     passes: Any = joint_graph.pass_patterns
-    passes.append(_Pass(change))
+    passes.append(types.SimpleNamespace(apply=change))
 
 
 def activation_patterns() -> dict[str, tuple[Any, int]]:

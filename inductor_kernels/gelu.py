@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import compat
 from .compat import KeywordArg
+from .patterns import is_ours
 
 
 def _with_sigmoid(y: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ def _follows_product(match: Any, *, y: Any) -> bool:
         return False
     if y.target is torch.ops.prims.convert_element_type.default:  # 16-bit results are widened first
         y = y.args[0]
-    return getattr(y.target, "namespace", None) == "inductor_kernels"
+    return is_ours(y)
 
 
 def _replace(match: Any, *, y: Any) -> None:

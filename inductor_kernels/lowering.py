@@ -99,7 +99,7 @@ def _choose(x, product: Product, capability: int, integer: bool, prologue: bool)
     candidates = functools.partial(tuned.candidates, capability, product, bytes_per_code=x.get_dtype().itemsize)
     shares = tuned.way(capability, product).shares if integer else 1
     reading = candidates(shares=shares)
-    if prologue and not compat.read_by_others():
+    if prologue:
         expected = roofline.seconds(product, reading[0], capability, shares)
         computing = _prologue_tiles(x, product, candidates(), capability, expected)
         if computing:
@@ -109,9 +109,10 @@ def _choose(x, product: Product, capability: int, integer: bool, prologue: bool)
 
 def _prologue_tiles(x, product: Product, candidates: list[Tile], capability: int, expected: float) -> list[Tile]:
     """The candidates with which the product should compute its own codes, none where it should not. Work on the result
-    of another product belongs to that one's epilogue. ``expected``: seconds when it reads codes."""
+    of another product belongs to that one's epilogue, and what others read is computed for all of them. ``expected``:
+    seconds when it reads codes."""
     found = compat.pointwise_work(x)
-    if found is None or compat.computed_by_template(x):
+    if found is None or compat.computed_by_template(x) or compat.read_by_others():
         return []
     work, read = found
     fitting = [tile for tile in candidates if roofline.prologue_fits(tile, capability, read=read)]

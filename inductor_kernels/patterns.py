@@ -1,4 +1,4 @@
-"""The product in patterns of graphs about to be lowered, for what fuses more than Inductor does by itself."""
+"""Our operators in graphs about to be lowered, for what fuses more than Inductor does by itself."""
 
 import torch
 
@@ -6,6 +6,16 @@ from .compat import Arg, CallFunction
 
 PRODUCT = 10  # arguments of ``linear``
 convert = torch.ops.prims.convert_element_type.default
+
+
+def namespace(node: torch.fx.Node) -> str:
+    """Of the operator that a node calls; empty for a node that calls none."""
+    return getattr(node.target, "namespace", "")
+
+
+def is_ours(node: torch.fx.Node) -> bool:
+    """Whether a node calls an operator of this package."""
+    return namespace(node) == "inductor_kernels"
 
 
 def linear(users: int = 1) -> CallFunction:

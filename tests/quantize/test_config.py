@@ -13,15 +13,12 @@ from mixdq_ao import LayerPlan, MixDQTensor, Plan, PlanError, QuantizationError,
 from mixdq_ao.layers import find_layers
 from mixdq_ao.quantize.fake import FakeQuantLinear
 from mixdq_ao.quantize.tensor import SplitMixDQTensor, is_quantized
+from mixdq_ao.search.metrics import sqnr
 
 from ..conftest import unet_inputs
 
 FLOAT32 = 110
 """dB that are left where layers differ by float32's rounding of sums alone."""
-
-
-def sqnr(reference, other):
-    return 10 * torch.log10(reference.square().sum() / (reference - other).square().sum().clamp_min(1e-30)).item()
 
 
 @torch.no_grad()
