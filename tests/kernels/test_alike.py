@@ -56,12 +56,14 @@ def test_graphs_of_others_stay():
 
 def test_what_a_caller_gets_is_his_alone():
     def f(x):
-        return x.sin(), x.sin().view(16, 4), layer(x)
+        return x.sin(), x.sin().view(16, 4), x.sin().view(64), layer(x)
 
     with torch.no_grad():
-        first, second, _ = torch.compile(f, fullgraph=True)(X)
+        first, second, third, _ = torch.compile(f, fullgraph=True)(X)
     first.zero_()
     torch.testing.assert_close(second, X.sin().view(16, 4))
+    second.zero_()
+    torch.testing.assert_close(third, X.sin().view(64))
 
 
 def test_layers_with_one_input_quantize_it_once_on_a_cpu():
