@@ -20,6 +20,18 @@ def _once(fn: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
+def on_host(fn: Callable[[], object], rounds: int) -> float:
+    """Median milliseconds until a run returns, its kernels queued on an idle GPU."""
+    times = []
+    for _ in range(rounds):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        fn()
+        times.append((time.perf_counter() - start) * 1e3)
+    return sorted(times)[rounds // 2]
+
+
 def interleaved(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median milliseconds of each function; they take turns, so that all meet the same clock and temperature."""
     for fn in functions.values():

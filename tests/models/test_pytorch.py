@@ -10,12 +10,13 @@ from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import UNet2DConditionModel
 from diffusers.hooks import apply_group_offloading
 from torch._dynamo.testing import CompileCounter
+from torch.nn import Parameter
 from torch.profiler import ProfilerActivity, profile
 
 from mixdq_ao import Plan, calibrate, mixdq_config, quantize_
 from mixdq_ao.layers import find_layers
 from mixdq_ao.models.profiling import named_layers
-from mixdq_ao.quantize.tensor import is_quantized
+from mixdq_ao.quantize.tensor import MixDQTensor, is_quantized
 
 from ..conftest import text_rows, unet_inputs
 
@@ -132,6 +133,23 @@ def test_blocks_are_compiled_once_for_all(uniform):
     counter = CompileCounter()
     model.compile_repeated_blocks(backend=counter, fullgraph=True)
     assert torch.equal(output(model), output(uniform))
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+def test_weights_change_places_in_a_model_compiled_without_guards_on_its_layers(uniform):
+    """As docs/howto/speed.md says: other values of the same kind are seen, as they are with guards."""
+    torch._dynamo.reset()
+    model, counter = copy.deepcopy(uniform), CompileCounter()
+    options = {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe}
+    compiled = torch.compile(model, backend=counter, fullgraph=True, options=options)
+    assert torch.equal(output(compiled), output(uniform))
+    other = copy.deepcopy(uniform)
+    for name, module in other.named_modules():
+        if isinstance(held := getattr(module, "weight", None), MixDQTensor):
+            module.weight = Parameter(held.with_tensors(qdata=held.qdata.flip(0)), requires_grad=False)
+            model.get_submodule(name).weight = module.weight
+    assert torch.equal(output(compiled), output(other)) and not torch.equal(output(other), output(uniform))
     assert counter.frame_count == 1
     torch._dynamo.reset()
 
