@@ -18,7 +18,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.profiler import ProfilerActivity, profile
 
-from inductor_kernels.cpu import weight_cache
+from inductor_kernels import weight_cache
 from mixdq_ao import Plan, calibrate, mixdq_config, quantize_
 
 from .held import model_bytes

@@ -136,7 +136,7 @@ def in_place(
     widen_biases(model)
     with Peak(base) as running, torch.no_grad():
         output = model(**feed)[0]
-    weights.set_mode("memory")
+    weights.weight_cache("memory")
     with Peak(base) as frugal, torch.no_grad():
         model(**feed)
     figures["seconds"] |= {"quantize": quantizing.seconds, "first forward, quantized": running.seconds}

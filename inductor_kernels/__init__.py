@@ -5,5 +5,6 @@ Importing the package registers ``torch.ops.inductor_kernels.*`` (see :mod:`indu
 
 from . import cpu, packing, reference
 from .ops import library
+from .weights import weight_cache
 
-__all__ = ["cpu", "library", "packing", "reference"]
+__all__ = ["cpu", "library", "packing", "reference", "weight_cache"]

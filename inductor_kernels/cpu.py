@@ -1,112 +1,15 @@
-"""The operators on a CPU: oneDNN's int8 kernels where they are exact, slower exact ones where they are not.
-
-Without VNNI or AMX, oneDNN multiplies with ``vpmaddubsw``, which adds two products in 16 bits and *saturates*:
-8-bit codes times 8-bit weights come out 13-22 % wrong. The route is therefore chosen per weight:
-
-    onednn-int8   VNNI or AMX, or weights so small that a pair of products fits 16 bits (all 2 and 4 bit ones)
-    avx2          everything else, and products too small to repay oneDNN's cost per call: a C kernel that multiplies
-                  16-bit pairs, built once where there is a compiler (:mod:`inductor_kernels.avx2`)
-    float32       the same on integer codes, where there is none; also grouped convolutions
-
-Measured on two cores of an AMD EPYC, times the speed of float32. Zen 3, no VNNI: linear layers of 10 M multiplications
-and more 1.4-2.0 (avx2) and 1.1-2.6 (onednn-int8), 3x3 convolutions 1.1-1.9 and 1.3-1.8. Zen 5, VNNI with AVX-512
-(onednn-int8): linear layers 6.1-8.2, twice what it would be if MKL did not multiply float32 with AVX2 on such a
-processor; 3x3 convolutions 3.1-4.3; 1.6-1.8 tera-operations a second.
+"""The operators on a CPU, by the kernel that :mod:`inductor_kernels.routes` says; all of them exact.
 
 Prepared weights are cached beside the graph (:mod:`inductor_kernels.weights`).
 """
-
-import functools
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import avx2, checks, reference, weights
+from . import avx2, checks, onednn, reference, routes, weights
 
-SMALL = 1 << 21  # products of fewer multiplications run in float32: oneDNN's int8 call costs 50 us before it starts
-SMALL_VNNI = 1 << 19  # 20 us there, and the product itself next to nothing
-SMALL_AVX2 = 1 << 26  # below, the C kernel is the faster one also where oneDNN is exact
 CODES = (torch.uint8, torch.int8)
-POST_OPS = {"none": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", "")}
-
-
-def weight_cache(mode: str) -> None:
-    """ "speed" keeps the prepared form of every weight; "memory" unpacks at each call and keeps nothing."""
-    weights.set_mode(mode)
-
-
-@functools.cache
-def int8_is_exact() -> bool:
-    """Whether oneDNN's int8 product is exact for all codes on this machine: the flags say so and a trial agrees."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    flags = (getattr(torch.cpu, name, None) for name in ("_is_vnni_supported", "_is_amx_tile_supported"))
-    if not any(flag is not None and flag() for flag in flags):
-        return False
-    x = torch.full((64, 128), 255, dtype=torch.uint8)
-    w = torch.full((64, 128), 127, dtype=torch.int8)
-    y = _onednn_linear(x, 0, torch.ops.onednn.qlinear_prepack(w, None), torch.ones(64), None)
-    return bool((y == 255 * 127 * 128).all())
-
-
-@functools.cache
-def _avx512() -> bool:
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-
-
-def route(weight_bits: int, weight: Tensor | None = None) -> str:
-    """Which kernel multiplies large products by such weights here: "onednn-int8", "avx2" or "float32".
-
-    weight: an int8 weight, to say it for this one; without it the answer for 8 bit is that of a typical weight.
-    """
-    if weight_bits not in (2, 4, 8):
-        raise ValueError(f"weight_bits={weight_bits!r}: expected 2, 4 or 8")
-    onednn = torch.backends.mkldnn.is_available()
-    if onednn and (weight_bits < 8 or int8_is_exact() or (weight is not None and _pairs_fit(weight))):
-        return "onednn-int8"
-    return "avx2" if _has_avx2() else "float32"
-
-
-@functools.cache
-def _has_avx2() -> bool:
-    """Whether the C kernel may multiply; where oneDNN is exact that is the faster one."""
-    return not int8_is_exact() and avx2.available()
-
-
-def _small() -> int:
-    """Multiplications below which a product is not worth oneDNN's call."""
-    if int8_is_exact():
-        return SMALL_VNNI
-    return SMALL_AVX2 if _has_avx2() else SMALL
-
-
-def _pairs_fit(w: Tensor) -> bool:
-    """Whether 255 times any two weights added up in 16 bits stays in range, so that nothing can saturate.
-
-    A linear layer adds neighbours along K; how a convolution pairs its taps is oneDNN's business, so there the two
-    largest weights of a channel must fit.
-    """
-    rows = w.flatten(1).to(torch.int32)
-    if rows.shape[1] % 2:
-        rows = F.pad(rows, (0, 1))
-    for signed in (rows.clamp(min=0), (-rows).clamp(min=0)):
-        pairs = signed.unflatten(1, (-1, 2)) if w.ndim == 2 else signed.topk(min(2, signed.shape[1]), 1).values
-        if int(pairs.sum(-1).max()) * 255 > 32767:
-            return False
-    return True
-
-
-def _takes_int8(prepared: weights.Prepared, weight: Tensor) -> bool:
-    if prepared.exact is None:
-        packed = prepared.bits < 8
-        look = not packed and not int8_is_exact() and weights.keeps()  # a look costs more than it saves if not kept
-        prepared.exact = route(prepared.bits, weight if look else None) == "onednn-int8"
-    return prepared.exact
-
-
-def _unsigned(x_q: Tensor) -> Tensor:
-    return x_q if x_q.dtype == torch.uint8 else x_q.view(torch.uint8) ^ 128
 
 
 def _centered(x_q: Tensor, zero_point: int) -> Tensor:
@@ -126,32 +29,17 @@ def _scaled(total: Tensor, scale: Tensor, row_scale: Tensor | None, bias: Tensor
     return total if dtype == torch.float32 else total.to(dtype)
 
 
-def _float(bias: Tensor | None) -> Tensor | None:
-    """oneDNN adds a bias of 16 bits to its int8 products by a reference path that is thousands of times slower."""
-    return None if bias is None else bias.float()
-
-
 def _packed_linear(prepared: weights.Prepared, weight: Tensor, zero_point: Tensor | None) -> Tensor:
     packed = prepared.forms.get("onednn")
     if packed is None:
         w = weights.integers(weight, zero_point, prepared.bits, prepared.length)
-        packed = prepared.keep("onednn", torch.ops.onednn.qlinear_prepack(w, None))
+        packed = prepared.keep("onednn", onednn.pack_linear(w))
     return packed
 
 
-def _onednn_linear(
-    x: Tensor, zero_point: int, packed: Tensor, scale: Tensor, bias: Tensor | None, out_scale=1.0, out_zero_point=0,
-    dtype=torch.float32, activation="none",
-) -> Tensor:  # fmt: skip
-    return torch.ops.onednn.qlinear_pointwise.default(
-        x, 1.0, zero_point, packed, scale, _zeros(scale.shape[0]), _float(bias), out_scale, out_zero_point, dtype,
-        POST_OPS[activation][0], [], POST_OPS[activation][1],
-    )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=256)
-def _zeros(n: int) -> Tensor:
-    return torch.zeros(n, dtype=torch.int64)
+def _written(out_dtype: torch.dtype) -> torch.dtype:
+    """What oneDNN is asked for where this type is."""
+    return out_dtype if onednn.writes(out_dtype) else torch.float32
 
 
 def _plain(x_q: Tensor, scale: Tensor, bias: Tensor | None, n: int) -> bool:
@@ -183,8 +71,8 @@ def linear(
             return reference.linear(*arguments, weight_bits, out_dtype)
         prepared = prepared or weights.add(weight, weight_zero_point, weight_bits, k)
     z = int(zero_point)
-    if x_q.numel() * n < _small() or not _takes_int8(prepared, weight):
-        if _has_avx2():
+    if not routes.takes_onednn(x_q.numel() * n, prepared, weight):
+        if routes.has_avx2():
             plan = prepared.forms.get("avx2")
             if plan is None:
                 w = weights.integers(weight, weight_zero_point, weight_bits, k)
@@ -194,12 +82,9 @@ def linear(
         total = F.linear(_centered(x_q, z), _float_linear(prepared, weight, weight_zero_point))
         return _scaled(total, scale, row_scale, bias, out_dtype)
     packed = _packed_linear(prepared, weight, weight_zero_point)
-    x = _unsigned(x_q.contiguous())
-    direct = writes(out_dtype)
     if row_scale is None:
-        y = _onednn_linear(x, z, packed, scale, bias, dtype=out_dtype if direct else torch.float32)
-        return y if direct else y.to(out_dtype)
-    total = _onednn_linear(x, z, packed, scale, None).mul_(row_scale.unsqueeze(-1))
+        return onednn.linear(x_q, z, packed, scale, bias, dtype=_written(out_dtype)).to(out_dtype)
+    total = onednn.linear(x_q, z, packed, scale, None).mul_(row_scale.unsqueeze(-1))
     return (total if bias is None else total.add_(bias)).to(out_dtype)
 
 
@@ -220,47 +105,23 @@ def linear_post(
     if prepared is None or not _plain(x_q, scale, bias, n):
         checks.linear(*product, out_dtype)
     checks.post(x_q, weight, out_dtype, *post)
-    alone = other is None or (activation == "none" and out_inv_scale is None and writes(out_dtype))
+    alone = other is None or (activation == "none" and out_inv_scale is None and onednn.writes(out_dtype))
     multiplications = x_q.numel() * n
-    if (
-        row_scale is not None
-        or not alone
-        or not 0 < multiplications >= _small()
-        or not _takes_int8(prepared := prepared or weights.add(weight, weight_zero_point, weight_bits, k), weight)
-    ):
+    if row_scale is not None or not alone or not multiplications:
+        prepared = None
+    elif prepared is None:
+        prepared = weights.add(weight, weight_zero_point, weight_bits, k)
+    if prepared is None or not routes.takes_onednn(multiplications, prepared, weight):
         return reference.post(linear(*product, torch.float32), out_dtype, *post)
-    x, z = _unsigned(x_q.contiguous()), int(zero_point)
-    packed = _packed_linear(prepared, weight, weight_zero_point)
+    z, packed = int(zero_point), _packed_linear(prepared, weight, weight_zero_point)
     if other is not None:
-        return torch.ops.onednn.qlinear_pointwise.binary(
-            x, 1.0, z, packed, scale, _zeros(n), other.contiguous(), _float(bias), 1.0, 0, out_dtype, 1.0, 0,
-            "add", 1.0, "none", [], "",
-        )  # fmt: skip
+        return onednn.linear_add(x_q, z, packed, scale, bias, other, out_dtype)
     if out_inv_scale is not None and out_zero_point is not None:
         into = 1 / float(out_inv_scale), int(out_zero_point), torch.uint8
     else:
-        into = 1.0, 0, out_dtype if writes(out_dtype) else torch.float32
-    y = _onednn_linear(x, z, packed, scale, bias, *into, activation)
+        into = 1.0, 0, _written(out_dtype)
+    y = onednn.linear(x_q, z, packed, scale, bias, *into, activation)
     return y if y.dtype in (out_dtype, torch.uint8) else y.to(out_dtype)
-
-
-def writes(out_dtype: torch.dtype) -> bool:
-    """Whether oneDNN's int8 products write this type themselves: bfloat16 from AVX-512 on; below, a 100x slower kernel
-    is taken."""
-    return out_dtype is torch.float32 or (out_dtype is torch.bfloat16 and _avx512())
-
-
-def repays_activation(name: str) -> bool:
-    """Whether oneDNN computes this function no slower than generated code. Its tanh comes from tables, which AVX-512
-    holds in registers; AVX2 gathers them from memory: 5.4 ns per element on an EPYC (Zen 3), where generated code takes
-    3.1, or 1.1 as :mod:`inductor_kernels.gelu` writes it. On a Zen 5 linear, tanh GELU, quantize, linear is 1.01-1.09
-    times as fast by oneDNN."""
-    return name != "gelu_tanh" or _avx512()
-
-
-def repays_onednn(multiplications: int, weight_bits: int) -> bool:
-    """Whether products of this size run in oneDNN's int8 kernels here, whatever the weight's values."""
-    return multiplications >= _small() and route(weight_bits) == "onednn-int8"
 
 
 def quantize_linear(
@@ -269,14 +130,10 @@ def quantize_linear(
 ) -> Tensor:  # fmt: skip
     """``inductor_kernels::quantize_linear``: the C kernel quantizes rows as it reads them."""
     n, k = weight.shape[0], x.shape[-1] if x.ndim else 0
-    if x.dtype is torch.float32 and _has_avx2() and (bias is None or bias.numel() == n) and scale.numel() == n:
+    if x.dtype is torch.float32 and routes.has_avx2() and (bias is None or bias.numel() == n) and scale.numel() == n:
         prepared = weights.find(weight, weight_zero_point, weight_bits, k)
         plan = None if prepared is None else prepared.forms.get("avx2")
-        if (
-            prepared is not None
-            and plan is not None
-            and (x.numel() * n < _small() or not _takes_int8(prepared, weight))
-        ):
+        if prepared is not None and plan is not None and not routes.takes_onednn(x.numel() * n, prepared, weight):
             z, shape = int(zero_point), (*x.shape[:-1], n)
             return avx2.product(plan, x, scale, z, bias, None, shape, float(inv_scale), levels)
     codes = quantize(x, inv_scale, zero_point, levels)
@@ -335,12 +192,8 @@ def _conv2d(
         x = _centered(x_q, z).permute(0, 3, 1, 2)
         total = F.conv2d(x, packed, None, stride, padding, dilation, groups)
         return _scaled(total.permute(0, 2, 3, 1).contiguous(), scale, None, bias, out_dtype)
-    direct = writes(out_dtype)
-    y = torch.ops.onednn.qconv_pointwise.default(
-        _unsigned(x_q.contiguous()).permute(0, 3, 1, 2), 1.0, z, packed, scale, _zeros(n), _float(bias),
-        stride, padding, dilation, groups, 1.0, 0, out_dtype if direct else torch.float32, "none", [], "",
-    )  # fmt: skip
-    return (y if direct else y.to(out_dtype)).permute(0, 2, 3, 1).contiguous()
+    into = _written(out_dtype)
+    return onednn.conv2d(x_q, z, packed, scale, bias, stride, padding, dilation, groups, into).to(out_dtype)
 
 
 def quantize_conv2d(
@@ -367,17 +220,15 @@ def _layout_conv(
     shape, sh, sw, ph, pw, dh, dw, groups = geometry
     height, width = checks.output_size(x_q, weight, (sh, sw), (ph, pw), (dh, dw))
     multiplications = shape[0] * height * width * weight.shape[0] * weight.shape[1] * weight.shape[2]
-    if multiplications * prepared.length < _small() or not _takes_int8(prepared, weight):
-        if groups == 1 and _has_avx2():
+    if not routes.takes_onednn(multiplications * prepared.length, prepared, weight):
+        if groups == 1 and routes.has_avx2():
             w = weights.integers(weight, zero_point, prepared.bits, prepared.length)
             image = (shape[1], shape[2], shape[3], height, width)
             return avx2.conv_plan(w, image, (weight.shape[1], weight.shape[2], sh, sw, ph, pw, dh, dw))
         return _float_conv(prepared, weight, zero_point)
     w = weights.integers(weight, zero_point, prepared.bits, prepared.length).permute(0, 3, 1, 2)
     batch, high, wide, channels = shape
-    return torch.ops.onednn.qconv_prepack(
-        w, torch.ones(w.shape[0]), 1.0, max(z, 1), [sh, sw], [ph, pw], [dh, dw], groups, [batch, channels, high, wide]
-    )
+    return onednn.pack_conv2d(w, z, [sh, sw], [ph, pw], [dh, dw], groups, [batch, channels, high, wide])
 
 
 def _forms(weight: Tensor, zero_point: Tensor | None, bits: int, length: int) -> weights.Prepared:

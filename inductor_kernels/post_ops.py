@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from . import compat, cpu
+from . import compat, onednn, routes
 from .checks import FLOATS
 from .compat import Arg, CallFunction, KeywordArg
 from .patterns import PRODUCT, convert, linear
@@ -32,7 +32,7 @@ def _in_onednn(x: torch.Tensor, y: torch.Tensor, row_scale, bits: int) -> bool:
     """Whether the product of codes ``x`` that makes ``y`` runs there; sizes must be known to tell."""
     if y.device.type != "cpu" or compat.config.cpu_backend != "cpp" or row_scale is not None:
         return False
-    return all(type(n) is int for n in x.shape) and cpu.repays_onednn(x.numel() * y.shape[-1], bits)
+    return all(type(n) is int for n in x.shape) and routes.repays_onednn(x.numel() * y.shape[-1], bits)
 
 
 def _values(match: Any, *nodes: torch.fx.Node) -> list[Any]:
@@ -46,7 +46,7 @@ def _adds(match: Any, *product: Any, other: Any) -> bool:
         return False
     y, x, z = _values(match, codes, other)
     alike = z.shape == y.shape and z.dtype == dtype and y.dtype == dtype
-    return alike and cpu.writes(dtype) and _in_onednn(x, y, row_scale, bits)
+    return alike and onednn.writes(dtype) and _in_onednn(x, y, row_scale, bits)
 
 
 def _add(match: Any, *product: Any, other: Any) -> None:
@@ -74,7 +74,7 @@ def _register_activation(name: str, of: Any, readers: int) -> None:
     def activates(match: Any, *product: Any, dtype=None) -> bool:
         codes, *_, row_scale, bits, _ = product
         y, x = _values(match, codes)
-        taken = y.dtype in FLOATS and cpu.repays_activation(name) and not _gates(match.output_node())
+        taken = y.dtype in FLOATS and routes.repays_activation(name) and not _gates(match.output_node())
         return taken and _in_onednn(x, y, row_scale, bits)
 
     def activate(match: Any, *product: Any, dtype=None) -> None:

@@ -68,7 +68,8 @@ _lock = threading.RLock()  # reentrant: a collection inside an insert may drop a
 _mode = "speed"
 
 
-def set_mode(mode: str) -> None:
+def weight_cache(mode: str) -> None:
+    """ "speed" keeps the prepared form of every weight; "memory" unpacks at each call and keeps nothing."""
     global _mode
     if mode not in ("speed", "memory"):
         raise ValueError(f"weight_cache mode={mode!r}: expected 'speed' or 'memory'")

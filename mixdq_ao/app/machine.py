@@ -60,9 +60,9 @@ def _cpu_name() -> str:
 
 
 def _routes() -> dict[str, str | None]:
-    """{weights: kernel} as ``inductor_kernels.cpu.route`` chooses it for large products."""
+    """{weights: kernel} as ``inductor_kernels.routes.route`` chooses it for large products."""
     try:
-        from inductor_kernels.cpu import route
+        from inductor_kernels.routes import route
     except ImportError:
         return {f"{bits}-bit weights": None for bits in (8, 4, 2)}
     return {f"{bits}-bit weights": route(bits) for bits in (8, 4, 2)}

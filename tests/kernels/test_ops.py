@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import inductor_kernels
-from inductor_kernels import avx2, cpu, weights
+from inductor_kernels import avx2, routes, weights
 
 from . import cases
 
@@ -16,8 +16,8 @@ def route(request, monkeypatch):
     """The kernel the sizes call for, or one of them for all sizes (int8 still only where it is exact)."""
     weights.clear()
     if request.param != "chosen":
-        monkeypatch.setattr(cpu, "_small", lambda: 0 if request.param == "int8" else 1 << 60)
-        monkeypatch.setattr(cpu, "_has_avx2", lambda: request.param == "avx2" and avx2.available())
+        monkeypatch.setattr(routes, "small", lambda: 0 if request.param == "int8" else 1 << 60)
+        monkeypatch.setattr(routes, "has_avx2", lambda: request.param == "avx2" and avx2.available())
 
 
 @pytest.mark.parametrize("bits", cases.BITS)
@@ -154,12 +154,3 @@ def test_conv_errors_name_the_argument(index, value, message):
     arguments = replaced(cases.conv2d(padding=(0, 0)), index, value)
     with pytest.raises(ValueError, match=message):
         OPS.conv2d(*arguments)
-
-
-def test_route_says_what_runs():
-    assert cpu.route(4) == cpu.route(2) == "onednn-int8"
-    assert cpu.route(8, torch.full((4, 8), 64, dtype=torch.int8)) == "onednn-int8"
-    expected = "onednn-int8" if cpu.int8_is_exact() else "avx2" if avx2.available() else "float32"
-    assert cpu.route(8) == cpu.route(8, torch.full((4, 8), 127, dtype=torch.int8)) == expected
-    with pytest.raises(ValueError, match="weight_bits=16"):
-        cpu.route(16)

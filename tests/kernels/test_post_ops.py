@@ -5,7 +5,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
-from inductor_kernels import checks, cpu, reference, weights
+from inductor_kernels import checks, onednn, reference, routes, weights
 
 from . import cases
 
@@ -15,9 +15,9 @@ FAST = ("gelu", "silu")  # taken by oneDNN on every machine
 
 
 @pytest.fixture(autouse=True)
-def onednn(monkeypatch):
+def products_of_any_size_in_onednn(monkeypatch):
     weights.clear()
-    monkeypatch.setattr(cpu, "_small", lambda: 0)
+    monkeypatch.setattr(routes, "small", lambda: 0)
 
 
 def activated(arguments, activation):
@@ -49,7 +49,7 @@ def test_the_bits_of_adding_afterwards(bits, dtype):
         assert torch.equal(OPS.linear_post(*arguments, other, "none", None, None), expected)
 
 
-@pytest.mark.skipif(not cpu.writes(torch.bfloat16), reason="oneDNN's int8 products write bfloat16 from AVX-512 on")
+@pytest.mark.skipif(not onednn.writes(torch.bfloat16), reason="oneDNN's int8 products write bfloat16 from AVX-512 on")
 def test_sixteen_bits_where_onednn_writes_them():
     arguments, other = cases.linear((3,), 16, 32, 4, out=torch.bfloat16), torch.randn(3, 16).bfloat16()
     expected = (OPS.linear(*arguments[:9], torch.float32) + other).bfloat16()
@@ -157,7 +157,7 @@ def test_what_stays_with_inductor():
 @pytest.mark.parametrize("reason", ["small", "dynamic"])
 def test_products_not_known_to_be_large(reason, monkeypatch):
     a = cases.linear((20,), 24, 32, 4)
-    monkeypatch.setattr(cpu, "_small", lambda: 0 if reason == "dynamic" else 20 * 24 * 32 + 1)
+    monkeypatch.setattr(routes, "small", lambda: 0 if reason == "dynamic" else 20 * 24 * 32 + 1)
 
     def f(x, inverse, zero):
         return reference.quantize(F.gelu(OPS.linear(x, *a[1:])), inverse, zero, 255)

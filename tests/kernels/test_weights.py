@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from inductor_kernels import cpu, packing, weights
+from inductor_kernels import packing, routes, weights
 
 from . import cases
 
@@ -16,11 +16,11 @@ OPS = torch.ops.inductor_kernels
 @pytest.fixture(autouse=True, params=["int8", "avx2", "float32"])
 def empty_cache(request, monkeypatch):
     if request.param == "float32":
-        monkeypatch.setattr(cpu, "_has_avx2", lambda: False)
-    monkeypatch.setattr(cpu, "_small", lambda: 0 if request.param == "int8" else 1 << 60)
+        monkeypatch.setattr(routes, "has_avx2", lambda: False)
+    monkeypatch.setattr(routes, "small", lambda: 0 if request.param == "int8" else 1 << 60)
     weights.clear()
     yield
-    cpu.weight_cache("speed")
+    weights.weight_cache("speed")
     weights.clear()
 
 
@@ -93,14 +93,14 @@ def test_views_of_one_storage_are_told_apart():
 
 
 def test_memory_mode_keeps_nothing():
-    cpu.weight_cache("memory")
+    weights.weight_cache("memory")
     for bits in cases.BITS:
         check(cases.linear(bits=bits))
         cases_conv = cases.conv2d(bits=bits)
         cases.assert_right("conv2d", cases_conv, OPS.conv2d(*cases_conv))
     assert weights.count() == 0
     with pytest.raises(ValueError, match="weight_cache mode='fast'"):
-        cpu.weight_cache("fast")
+        weights.weight_cache("fast")
 
 
 def test_many_input_sizes_keep_a_bounded_number_of_layouts():

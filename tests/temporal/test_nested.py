@@ -161,11 +161,11 @@ def test_a_change_of_type_leaves_scales_alone_and_memory_mode_keeps_nothing():
     assert layer.bias.dtype == layer(torch.randn(2, 32).half()).dtype == torch.float16
     before = weights.count()
     try:
-        weights.set_mode("memory")
+        weights.weight_cache("memory")
         layer(torch.randn(2, 32).half())
         assert weights.count() == 0 <= before
     finally:
-        weights.set_mode("speed")
+        weights.weight_cache("speed")
 
 
 def test_planes_of_every_level_are_the_bytes_of_eight_bits():
