@@ -14,8 +14,6 @@ import ast
 import copy
 import json
 import resource
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,8 @@ from mixdq_ao.app.subject import bundled
 from mixdq_ao.jsonfile import write_document
 from mixdq_ao.search.moments import input_moments
 from mixdq_ao.search.roundings import rounded_as
+
+from . import record
 
 RESULTS = Path(__file__).parent / "results"
 TEST, ANALYSIS = 256, 8
@@ -134,7 +134,7 @@ def main() -> None:
     write_document(
         args.out / f"recover_{name}.json",
         {
-            "command": shlex.join(["python", "-m", "benchmarks.recover", *sys.argv[1:]]),
+            "command": record.command("benchmarks.recover"),
             "average_weight_bits": plan.summary(subject.full).average_weight_bits,
             "pictures": figures,
             "training": found.to_json() | {"recipe": found.plan.metadata["recovered"]["recipe"]},

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from mixdq_ao import MemoryEfficientAdamW
 from mixdq_ao.app.environment import environment
 from mixdq_ao.jsonfile import write_document
 
+from . import record
 from .optim_subject import CONTENDERS, batch_of, make_unet
 
 SIZE = os.environ.get("MIXDQ_OPTIM_SIZE", "small")
@@ -43,7 +43,7 @@ def show(key: str, title: str, rows: dict[str, str], figures: dict[str, Any]) ->
         path = Path(OUT) / "optim.json"
         document = json.loads(path.read_text()) if path.exists() else {}
         set_by = f"MIXDQ_OPTIM_SIZE={SIZE} MIXDQ_OPTIM_OUT={OUT} "
-        command = set_by + shlex.join(["python", "-m", "pytest", *sys.argv[1:]])
+        command = set_by + record.command("pytest")
         document[key] = {"title": title, "rows": rows, "figures": figures, "command": command}
         document[key] |= {"threads": torch.get_num_threads(), "environment": environment()}
         write_document(path, document)
