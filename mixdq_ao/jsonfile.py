@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from .atomicfile import replacing
 from .errors import MixDQError
 
 
@@ -63,22 +63,9 @@ def read_document(path: str | os.PathLike[str], kind: str, version: int, error: 
 
 
 def write_document(path: str | os.PathLike[str], document: dict[str, Any]) -> None:
-    """Writes ``document`` so that a crash leaves either the old file or the whole new one."""
+    """Writes ``document`` so that a crash or a power cut leaves either the old file or the whole new one."""
     path = Path(path)
     text = json.dumps(document, indent=1, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with replacing(path) as file:
+        file.write(text.encode() + b"\n")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from ..atomicfile import replacing
 from ..errors import MixDQError
 from .resize import from_pillow, to_pillow
 
@@ -38,13 +38,11 @@ class Pictures:
     def save(self, number: int, image: Tensor) -> None:
         """Writes uint8 [3, H, W]. Raises MixDQError where it cannot be written."""
         path = self.path(number)
-        temporary = path.with_suffix(f".{os.getpid()}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            to_pillow(image).save(temporary, format="PNG")
-            os.replace(temporary, path)
+            with replacing(path) as file:
+                to_pillow(image).save(file, format="PNG")
         except OSError as e:
-            temporary.unlink(missing_ok=True)
             raise MixDQError(
                 f"{path}: cannot be written: {e.strerror or e}; run the same command again once there is room"
             ) from e

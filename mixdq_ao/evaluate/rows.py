@@ -107,7 +107,8 @@ def _check(record: np.void) -> int:
 def _parse(path: Path, data: bytes, subject: Mapping[str, Any]) -> tuple[np.dtype | None, dict[int, np.ndarray], int]:
     """Type of the records (None: no header yet), rows, and where the last whole record ends."""
     line, newline, _ = data.partition(b"\n")
-    if not newline and len(line) < LONGEST_HEADER:
+    begun = json.dumps({"format": FORMAT, "version": VERSION, "subject": dict(subject)}).encode()[:-1]
+    if not newline and len(line) < LONGEST_HEADER and (begun.startswith(line) or line.startswith(begun)):
         return None, {}, 0  # empty, or killed while its first line was written
     dtype = _read_header(path, line, subject)
     start = len(line) + 1

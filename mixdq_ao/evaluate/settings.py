@@ -91,7 +91,8 @@ def claim(directory: Path, settings: Settings) -> None:
     """Makes ``directory`` the place of the run, or checks that it is. Raises MixDQError naming what differs."""
     path = directory / FILE
     if not path.exists():
-        if directory.is_dir() and any(directory.iterdir()):
+        strange = directory.is_dir() and any(not _hidden(Path(p.name)) for p in directory.iterdir())
+        if strange and not path.exists():  # not a shard that began beside this one
             raise MixDQError(f"{directory}: is not empty and holds no {FILE}; give a free name")
         write_document(path, {"format": FORMAT, "version": VERSION, "settings": settings.to_json()})
     found = settings_of(directory).to_json()

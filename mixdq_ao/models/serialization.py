@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from ..atomicfile import sync
 from ..errors import CheckpointError
 from ..jsonfile import write_document
 from ..layers import find_layers
@@ -113,21 +114,12 @@ def _write(directory: Path, stem: str, flat: Flat, config: dict[str, Any], large
             old.unlink(missing_ok=True)
         for name in names:
             os.replace(Path(temporary) / name, directory / name)
-    _sync(directory)
+    sync(directory)
     if count > 1:
         places = {k: name for name, group in zip(names, shards, strict=True) for n in group for k in flat.groups[n]}
         size = sum(t.numel() * t.element_size() for t in flat.tensors.values())
         write_document(index, {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})
     write_document(directory / CONFIG, config)
-
-
-def _sync(directory: Path) -> None:
-    """The files' new names are on disk when this returns."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _to(count: int) -> range:

@@ -80,17 +80,27 @@ class Store:
     def _load(self, file: BinaryIO) -> None:
         file.seek(0)
         data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            file.truncate(len(whole))
-        lines = whole.splitlines()
-        if not lines:
-            self._append({"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint})
-            return
-        self._take(lines)
+        whole = self._take(data)
+        if whole < len(data):
+            file.truncate(whole)
+        if not whole:
+            self._append(self._header)
 
-    def _take(self, lines: list[bytes]) -> None:
-        """The results in the lines of a file."""
+    @property
+    def _header(self) -> dict[str, Any]:
+        return {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint}
+
+    def _take(self, data: bytes) -> int:
+        """The results in a file's content; returns where its last whole line ends. Nothing is written before the first
+        line, whole or torn, is known to be one of this run's."""
+        whole = data.rfind(b"\n") + 1
+        if not whole:
+            if not json.dumps(self._header).encode().startswith(data):
+                raise SensitivityError(
+                    f"{self.path}: not a {FORMAT} file of this run; choose another file or delete it"
+                )
+            return 0
+        lines = data[:whole].splitlines()
         self._check_header(_parse(lines[0], self.path, 1))
         for number, line in enumerate(lines[1:], 2):
             record = _parse(line, self.path, number)
@@ -98,6 +108,7 @@ class Store:
             if not isinstance(key, str) or not isinstance(value, dict) or not all(_finite(v) for v in value.values()):
                 raise SensitivityError(f"{self.path}: line {number}: expected a key and a value of finite numbers")
             self.results[key] = value
+        return whole
 
     def _check_header(self, header: Mapping[str, Any]) -> None:
         if header.get("format") != FORMAT or header.get("version") != VERSION:
@@ -139,9 +150,7 @@ class Store:
             data = path.read_bytes()
         except OSError as e:
             raise SensitivityError(f"{path}: cannot be read: {e.strerror}") from e
-        lines = data[: data.rfind(b"\n") + 1].splitlines()
-        if lines:
-            other._take(lines)
+        other._take(data)
         return other.results
 
     def get(self, key: str) -> dict[str, float] | None:

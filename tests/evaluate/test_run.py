@@ -143,6 +143,19 @@ def test_a_metric_more_judges_the_pictures_that_are_there(whole, tmp_path, paint
     assert not painter.drawn and figures is not None and figures["ssim"].value == pytest.approx(1, abs=1e-12)
 
 
+def test_a_shard_may_begin_while_another_one_does(tmp_path):
+    """The second finds what the first is still writing, or just has written."""
+    from mixdq_ao.evaluate.settings import claim
+
+    (tmp_path / ".run.json.1234").write_text("{")
+    claim(tmp_path, SETTINGS)
+    claim(tmp_path, SETTINGS)
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "picture.png").touch()
+    with pytest.raises(MixDQError, match="is not empty"):
+        claim(tmp_path / "strange", SETTINGS)
+
+
 def test_what_does_not_belong_together_is_refused(whole, tmp_path, painter, clip):
     with pytest.raises(MixDQError, match=r"run\.json: seed is 5 there and 6 here"):
         run(tmp_path / "whole", painter, [], settings=replace(SETTINGS, seed=6))

@@ -45,11 +45,16 @@ def test_another_fingerprint(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("text", ["hello\n", '{"format": "x"}\n', "[]\n"])
+NO_STORES = ["hello\n", '{"format": "x"}\n', "[]\n", "a note without an end", "a note\nwithout an end", '{"form at']
+
+
+@pytest.mark.parametrize("text", NO_STORES)
 def test_a_file_that_is_no_store_is_left_alone(tmp_path, text):
     (tmp_path / "s").write_text(text)
     with pytest.raises(SensitivityError), Store(tmp_path / "s", "print"):
         pass
+    with pytest.raises(SensitivityError), Store(None, "print") as store:
+        store.merge([tmp_path / "s"])
     assert (tmp_path / "s").read_text() == text
 
 

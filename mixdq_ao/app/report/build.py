@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+from ...atomicfile import replacing
 from .environment import environment_section
 from .grid import grid_section
 from .html import Html, join, tag
@@ -40,9 +41,8 @@ def build(directory: str | os.PathLike[str]) -> Path:
     directory = Path(directory)
     page = render(read_inputs(directory))
     path = directory / "report.html"
-    temporary = path.with_name(".report.html.part")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as file:
+        file.write(page.encode())
     return path
 
 
