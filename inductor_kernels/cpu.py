@@ -44,8 +44,11 @@ def _written(out_dtype: torch.dtype) -> torch.dtype:
 
 def _plain(x_q: Tensor, scale: Tensor, bias: Tensor | None, n: int) -> bool:
     """The checks that a known weight leaves open, cheaply; when they fail the full ones name the mistake."""
-    good = scale.dtype is torch.float32 and scale.numel() == n and x_q.dtype in CODES
-    return good and (bias is None or bias.numel() == n)
+    return x_q.dtype in CODES and _vectors(scale, bias, n)
+
+
+def _vectors(scale: Tensor, bias: Tensor | None, n: int) -> bool:
+    return scale.dtype is torch.float32 and scale.numel() == n and (bias is None or bias.numel() == n)
 
 
 def quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
@@ -130,10 +133,11 @@ def quantize_linear(
 ) -> Tensor:  # fmt: skip
     """``inductor_kernels::quantize_linear``: the C kernel quantizes rows as it reads them."""
     n, k = weight.shape[0], x.shape[-1] if x.ndim else 0
-    if x.dtype is torch.float32 and routes.has_avx2() and (bias is None or bias.numel() == n) and scale.numel() == n:
+    if x.dtype is torch.float32 and routes.has_avx2() and _vectors(scale, bias, n):
         prepared = weights.find(weight, weight_zero_point, weight_bits, k)
         plan = None if prepared is None else prepared.forms.get("avx2")
         if prepared is not None and plan is not None and not routes.takes_onednn(x.numel() * n, prepared, weight):
+            checks.quantize(x, inv_scale, zero_point, levels)
             z, shape = int(zero_point), (*x.shape[:-1], n)
             return avx2.product(plan, x, scale, z, bias, None, shape, float(inv_scale), levels)
     codes = quantize(x, inv_scale, zero_point, levels)
@@ -182,7 +186,7 @@ def _conv2d(
         if x_q.numel() == 0 or weight.numel() == 0:
             return reference.conv2d(*arguments, stride, padding, dilation, groups, out_dtype)
         prepared = prepared or weights.add(weight, weight_zero_point, weight_bits, length)
-        packed = _layout_conv(x_q, z, weight, weight_zero_point, prepared, geometry)
+        packed = _layout_conv(x_q, weight, weight_zero_point, prepared, geometry)
         prepared.keep(geometry, packed)
     if isinstance(packed, avx2.Plan):
         size = (packed.layout.out_h, packed.layout.out_w)
@@ -214,9 +218,9 @@ def quantize_conv2d(
 
 
 def _layout_conv(
-    x_q: Tensor, z: int, weight: Tensor, zero_point: Tensor | None, prepared: weights.Prepared, geometry
+    x_q: Tensor, weight: Tensor, zero_point: Tensor | None, prepared: weights.Prepared, geometry
 ) -> Tensor | avx2.Plan:
-    """The weight as the route of this geometry wants it; oneDNN's layout needs the input's shape and zero point."""
+    """The weight as the route of this geometry wants it; oneDNN's layout needs the input's shape."""
     shape, sh, sw, ph, pw, dh, dw, groups = geometry
     height, width = checks.output_size(x_q, weight, (sh, sw), (ph, pw), (dh, dw))
     multiplications = shape[0] * height * width * weight.shape[0] * weight.shape[1] * weight.shape[2]
@@ -228,7 +232,7 @@ def _layout_conv(
         return _float_conv(prepared, weight, zero_point)
     w = weights.integers(weight, zero_point, prepared.bits, prepared.length).permute(0, 3, 1, 2)
     batch, high, wide, channels = shape
-    return onednn.pack_conv2d(w, z, [sh, sw], [ph, pw], [dh, dw], groups, [batch, channels, high, wide])
+    return onednn.pack_conv2d(w, [sh, sw], [ph, pw], [dh, dw], groups, [batch, channels, high, wide])
 
 
 def _forms(weight: Tensor, zero_point: Tensor | None, bits: int, length: int) -> weights.Prepared:

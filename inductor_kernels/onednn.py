@@ -1,7 +1,8 @@
 """oneDNN's int8 products, as torch calls them: codes of any zero point times symmetric int8 weights.
 
 Activations are unsigned here; signed codes are moved up by 128, zero points are those of the unsigned ones anyway. A
-weight is laid out once, that of a convolution for one shape of the input and its zero point: ``packed``.
+weight is laid out once, that of a convolution for one shape of the input: ``packed``. oneDNN reads scales and biases as
+if they were contiguous, whatever their strides.
 
 Without VNNI or AMX it multiplies with ``vpmaddubsw``, which adds two products in 16 bits and *saturates*: 8-bit codes
 times 8-bit weights come out 13-22 % wrong, unless the weights are small (see :mod:`inductor_kernels.routes`).
@@ -55,7 +56,7 @@ def linear(
 ) -> Tensor:  # fmt: skip
     """activation(scale * (x_q - zero_point) @ w.T + bias) [..., N], quantized again where ``dtype`` is uint8."""
     return torch.ops.onednn.qlinear_pointwise.default(
-        _unsigned(x_q), 1.0, zero_point, packed, scale, _zeros(scale.shape[0]), _float(bias), out_scale,
+        _unsigned(x_q), 1.0, zero_point, packed, scale.contiguous(), _zeros(scale.shape[0]), _float(bias), out_scale,
         out_zero_point, dtype, POST_OPS[activation][0], [], POST_OPS[activation][1],
     )  # fmt: skip
 
@@ -65,18 +66,17 @@ def linear_add(
 ) -> Tensor:
     """The product plus ``other`` [..., N], which is of the type ``dtype`` that is written."""
     return torch.ops.onednn.qlinear_pointwise.binary(
-        _unsigned(x_q), 1.0, zero_point, packed, scale, _zeros(scale.shape[0]), other.contiguous(), _float(bias),
-        1.0, 0, dtype, 1.0, 0, "add", 1.0, "none", [], "",
+        _unsigned(x_q), 1.0, zero_point, packed, scale.contiguous(), _zeros(scale.shape[0]), other.contiguous(),
+        _float(bias), 1.0, 0, dtype, 1.0, 0, "add", 1.0, "none", [], "",
     )  # fmt: skip
 
 
 def pack_conv2d(
-    w: Tensor, zero_point: int, stride: list[int], padding: list[int], dilation: list[int], groups: int,
-    shape: list[int],
-) -> Tensor:  # fmt: skip
-    """w: int8 [O, C / groups, kh, kw]; shape: that of the input, [B, C, H, W]."""
-    scale = torch.ones(w.shape[0])
-    return torch.ops.onednn.qconv_prepack(w, scale, 1.0, max(zero_point, 1), stride, padding, dilation, groups, shape)
+    w: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int, shape: list[int]
+) -> Tensor:
+    """w: int8 [O, C / groups, kh, kw]; shape: that of the input, [B, C, H, W]. Any zero point but 0 gives the layout
+    that serves all of them."""
+    return torch.ops.onednn.qconv_prepack(w, torch.ones(w.shape[0]), 1.0, 1, stride, padding, dilation, groups, shape)
 
 
 def conv2d(
@@ -85,8 +85,8 @@ def conv2d(
 ) -> Tensor:  # fmt: skip
     """[B, OH, OW, O] of codes [B, H, W, C]; what lies past the edge is the zero point."""
     y = torch.ops.onednn.qconv_pointwise.default(
-        _unsigned(x_q).permute(0, 3, 1, 2), 1.0, zero_point, packed, scale, _zeros(scale.shape[0]), _float(bias),
-        stride, padding, dilation, groups, 1.0, 0, dtype, "none", [], "",
+        _unsigned(x_q).permute(0, 3, 1, 2), 1.0, zero_point, packed, scale.contiguous(), _zeros(scale.shape[0]),
+        _float(bias), stride, padding, dilation, groups, 1.0, 0, dtype, "none", [], "",
     )  # fmt: skip
     return y.permute(0, 2, 3, 1).contiguous()
 
@@ -98,7 +98,7 @@ def _unsigned(x_q: Tensor) -> Tensor:
 
 def _float(bias: Tensor | None) -> Tensor | None:
     """A bias of 16 bits is added by a reference path that is thousands of times slower."""
-    return None if bias is None else bias.float()
+    return None if bias is None else bias.float().contiguous()
 
 
 @functools.lru_cache(maxsize=256)

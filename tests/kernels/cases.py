@@ -52,6 +52,17 @@ def conv2d(batch=2, size=(9, 7), c=8, o=12, kernel=(3, 3), bits=8, dtype=torch.u
     return x, w, wzp, total, torch.rand(o) / 1000, zero_point(z), b, bits, *geometry, out
 
 
+def apart(arguments):
+    """Every vector among the arguments as every third number of another one: the same values, other strides."""
+
+    def spread(t):
+        wide = torch.full((len(t), 3), 99, dtype=t.dtype)
+        wide[:, 1] = t
+        return wide[:, 1]
+
+    return tuple(spread(a) if isinstance(a, torch.Tensor) and a.dim() == 1 else a for a in arguments)
+
+
 def weight_only(arguments, dtype, *, conv):
     """The arguments of the ``_weight_only`` variant for the same weight."""
     x = torch.randn(arguments[0].shape).to(dtype)

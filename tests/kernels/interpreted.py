@@ -49,6 +49,15 @@ def test_linear(bits, lead, n, k, dtype, out, bias, rows):
 
 
 @pytest.mark.parametrize("bits", cases.BITS)
+def test_vectors_of_any_strides(bits):
+    """Copied before the product reads them."""
+    spread = cases.apart(cases.linear((20,), 24, 96, bits, torch.int8))
+    y, code = run_and_get_code(torch.compile(lambda *a: OPS.linear(*a), fullgraph=True), *spread)
+    assert any("tem" in name for name in testing.kernels(code[0]))
+    cases.assert_right("linear", spread, y)
+
+
+@pytest.mark.parametrize("bits", cases.BITS)
 @pytest.mark.parametrize("z", [0, 255])
 def test_extreme_codes(bits, z):
     check("linear", cases.linear((20,), 24, 96, bits, torch.int8, z=z, extreme=True))

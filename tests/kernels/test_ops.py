@@ -100,6 +100,16 @@ def test_any_strides(route, bits):
     assert y.is_contiguous() and torch.equal(y, OPS.conv2d(x, *rest))
 
 
+@pytest.mark.parametrize("bits", cases.BITS)
+@pytest.mark.parametrize("warm", [False, True])
+def test_vectors_of_any_strides(route, bits, warm):
+    for name, arguments in (("linear", cases.linear((6,), 12, 20, bits)), ("conv2d", cases.conv2d(bits=bits))):
+        op, spread = getattr(OPS, name), cases.apart(arguments)
+        if warm:
+            op(*spread)
+        cases.assert_right(name, arguments, op(*spread))
+
+
 def test_reference_agrees_with_exact_arithmetic():
     for bits in cases.BITS:
         arguments = cases.linear((4,), 7, 33, bits, torch.int8, rows=True)
@@ -139,6 +149,26 @@ def replaced(arguments, index, value):
 def test_errors_name_the_argument(index, value, message):
     with pytest.raises(ValueError, match=message):
         OPS.linear(*replaced(cases.linear(), index, value))
+
+
+@pytest.mark.parametrize(
+    "index, value, message",
+    [
+        (1, torch.tensor(20.0, dtype=torch.float64), "quantize: inv_scale is torch.float64"),
+        (3, 70000, "quantize: levels is 70000"),
+        (7, torch.ones(9, dtype=torch.float64), "linear: scale is torch.float64"),
+        (7, torch.ones(9, dtype=torch.float16), "linear: scale is torch.float16"),
+        (8, torch.ones(8), "linear: bias"),
+    ],
+)
+@pytest.mark.parametrize("known", [False, True])
+def test_errors_for_a_weight_that_is_known_are_those_of_a_new_one(route, known, index, value, message):
+    _, w, wzp, total, scale, z, bias, _, bits, _ = cases.linear()
+    arguments = (torch.randn(5, 17), torch.tensor(20.0), z, 255, w, wzp, total, scale, bias, bits)
+    if known:
+        OPS.quantize_linear(*arguments)
+    with pytest.raises(ValueError, match=message):
+        OPS.quantize_linear(*replaced(arguments, index, value))
 
 
 @pytest.mark.parametrize(
