@@ -217,10 +217,15 @@ def quantize_(model: nn.Module, config: AOBaseConfig, **kwargs: object) -> None:
     if isinstance(config, FqnToConfig):
         kwargs.setdefault("filter_fn", None)
     torchao_quantize_(model, config, **kwargs)  # type: ignore[arg-type]
+    declare_quantized(model, config.plan if isinstance(config, MixDQConfig) else None)
+
+
+def declare_quantized(model: nn.Module, plan: Plan | None) -> None:
+    """A quantized model of diffusers' or transformers' knows what it holds: its ``save_pretrained`` works."""
     if "diffusers.models.modeling_utils" in sys.modules or "transformers.modeling_utils" in sys.modules:
         from ..models.diffusers_quantizer import attach_quantizer
 
-        attach_quantizer(model, config.plan if isinstance(config, MixDQConfig) else None)
+        attach_quantizer(model, plan)
 
 
 def overridden(overrides: Mapping[str, Any]) -> Callable[[str], bool]:

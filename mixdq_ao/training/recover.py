@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..errors import MixDQError, OptimizerError, PlanError
 from ..models.pipelines import check_prompts, denoiser
 from ..plan import Plan
-from ..quantize.config import mixdq_config, quantize_
+from ..quantize.config import declare_quantized, mixdq_config, quantize_
 from ..quantize.fake import without_fake_quantizer
 from .recover_layers import make_student, students
 from .recover_loop import MakeOptimizer, Run, error_on, record_for
@@ -129,6 +129,7 @@ def recover(
     before, after = p.history[0]["error"], p.best
     found = _plan_of(student, plan, recipe, before, after, p.best_step)
     adopt(teacher, student)
+    declare_quantized(teacher, found)
     return Recovery(
         plan=found,
         status="finished" if p.stopped is None else f"stopped, {p.stopped}",

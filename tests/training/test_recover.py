@@ -26,6 +26,7 @@ from mixdq_ao import (
     recover,
     save_quantized,
 )
+from mixdq_ao.models.diffusers_quantizer import known_plan
 from mixdq_ao.models.flatten import flatten
 from mixdq_ao.quantize.config import MixDQLayerConfig, quantized_weight
 from mixdq_ao.quantize.quantizer import act_params, fake_quantize_act
@@ -241,6 +242,18 @@ def test_a_recovered_unet_is_saved_and_loaded(large, tmp_path):
     assert found.after < found.before and abs(found.real - found.after) <= 0.02 * found.after
     save_quantized(pipe.unet, tmp_path / "unet", plan=found.plan)
     assert same(state_of(load_quantized(tmp_path / "unet")), state_of(pipe.unet))
+
+
+def test_a_recovered_unet_knows_what_it_holds_as_a_quantized_one_does(large, tmp_path):
+    """diffusers' own saving works, and each layer knows its plan."""
+    pipe, plan = again(large[0]), large[1]
+    found = recover(pipe, plan, PROMPTS, steps=2, **{**FAST, "evaluate_every": 1})
+    known, quantized = known_plan(pipe.unet), {n: v for n, v in found.plan.layers.items() if v.quantized}
+    assert known is not None and known.layers == found.plan.layers
+    assert {n: m.layer_plan for n, m in pipe.unet.named_modules() if hasattr(m, "layer_plan")} == quantized
+    pipe.unet.save_pretrained(tmp_path / "unet")
+    loaded = type(pipe.unet).from_pretrained(tmp_path / "unet")
+    assert same(state_of(loaded), state_of(pipe.unet))
 
 
 def test_real_layers_give_what_the_student_gave(large):
