@@ -27,12 +27,13 @@ from mixdq_ao.app.subject import bundled
 from mixdq_ao.errors import AllocationError
 from mixdq_ao.jsonfile import write_document
 from mixdq_ao.models.pipelines import generate_all
+from mixdq_ao.search.fingerprint import fingerprint
 from mixdq_ao.search.metrics import psnr
 from mixdq_ao.search.prediction import Agreement, faked, measured_errors, predicted_error, random_plans
 from mixdq_ao.search.probe_baseline import Scores, gradient_scores
 from mixdq_ao.search.probe_stats import rank_correlation
 from mixdq_ao.search.sensitivity import Kind
-from mixdq_ao.search.store import Store, fingerprint
+from mixdq_ao.search.store import Store
 
 RESULTS = Path(__file__).parent / "results"
 CALIBRATION, ANALYSIS, TEST, RANDOM, PROBES = 32, 8, 32, 48, (1, 4, 16)
@@ -214,7 +215,7 @@ def main() -> None:
     settings = {"calibration": CALIBRATION, "analysis": ANALYSIS, "test": TEST, "steps": 1, "random_plans": RANDOM}
     header = {"command": "python -m benchmarks.correlation", "prompts": settings, "environment": environment()}
     subject = Subject(args.store)
-    with Store(args.store, fingerprint(subject.pipe.unet, {"prompts": settings})) as store:
+    with Store(args.store, fingerprint(subject.pipe, {"prompts": settings})) as store:
         figures = measure(subject, store)
     write_document(args.out / "correlation.json", {**header, **figures})
     title = (__doc__ or "").split("\n\n")[1].replace("\n", " ").split(" Writes")[0]

@@ -53,10 +53,11 @@ from mixdq_ao import (
 from mixdq_ao.app.environment import environment
 from mixdq_ao.app.quiet import silence_loading_bars
 from mixdq_ao.jsonfile import write_document
+from mixdq_ao.search.fingerprint import fingerprint
 from mixdq_ao.search.metrics import frechet_distance, psnr, ssim
 from mixdq_ao.search.orthogonality import sampled_steps
 from mixdq_ao.search.probe_stats import rank_correlation
-from mixdq_ao.search.store import Store, fingerprint
+from mixdq_ao.search.store import Store
 from mixdq_ao.temporal.measure import GenerationError, draw_reference
 from mixdq_ao.temporal.step_probe import over_the_run
 
@@ -300,7 +301,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory for ddpm.json and ddpm.md")
     options = parser.parse_args()
     settings = {"steps": STEPS, "sampled": SAMPLED, "profiled": PROFILED, "analyzed": ANALYZED, "test": TEST}
-    with Store(options.store, fingerprint(load_pipeline().unet, settings)) as store:
+    with Store(options.store, fingerprint(load_pipeline(), settings)) as store:
         subject = Subject(store)
         theta = subject.orthogonality()
         errors = subject.sensitivities(theta)

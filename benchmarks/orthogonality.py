@@ -60,11 +60,13 @@ from mixdq_ao.app.quiet import silence_loading_bars
 from mixdq_ao.app.subject import bundled
 from mixdq_ao.jsonfile import write_document
 from mixdq_ao.models.pipelines import generate_all
+from mixdq_ao.search.fingerprint import fingerprint
 from mixdq_ao.search.orthogonality import sampled_steps
 from mixdq_ao.search.orthogonality_allocate import Form
 from mixdq_ao.search.orthogonality_gram import Estimator
+from mixdq_ao.search.probe_stats import rank_correlation
 from mixdq_ao.search.request import Objective
-from mixdq_ao.search.store import Store, fingerprint
+from mixdq_ao.search.store import Store
 from mixdq_ao.temporal.measure import GenerationError, draw_reference
 from mixdq_ao.temporal.step_probe import over_the_run, probe_steps
 
@@ -200,17 +202,6 @@ class Subject:
 def _content(plan: Plan | TemporalPlan) -> str:
     """Tells plans apart."""
     return hashlib.blake2b(json.dumps(plan.to_json()).encode(), digest_size=6).hexdigest()
-
-
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's: Pearson's correlation of ranks, equal values sharing the mean of theirs."""
-    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
-
-
-def _ranks(values: Sequence[float]) -> np.ndarray:
-    _, inverse, counts = np.unique(np.array(values), return_inverse=True, return_counts=True)
-    last = counts.cumsum()
-    return (last - (counts - 1) / 2)[inverse]
 
 
 def cpu_seconds(call: Callable[[], object]) -> float:
@@ -386,7 +377,7 @@ def main() -> None:
     }
     header = {"command": "python -m benchmarks.orthogonality", "prompts": settings, "environment": environment()}
     subject = Subject(args.store)
-    with Store(args.store, fingerprint(subject.pipe.unet, {"prompts": settings})) as store:
+    with Store(args.store, fingerprint(subject.pipe, {"prompts": settings})) as store:
         for result in measure(subject, store):
             write_document(args.out / "orthogonality.json", {**header, **result})
             text = f"`{header['command']}`: {TEST} captions, activations 8 bits.\n\n{table(result)}{ADVICE}"

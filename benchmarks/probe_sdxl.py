@@ -33,9 +33,10 @@ from mixdq_ao.app.environment import environment
 from mixdq_ao.jsonfile import write_document
 from mixdq_ao.search import probe_shrink
 from mixdq_ao.search.analyze import Evaluation
+from mixdq_ao.search.fingerprint import fingerprint
 from mixdq_ao.search.probe_stats import rank_correlation
 from mixdq_ao.search.sensitivity import Kind
-from mixdq_ao.search.store import Store, fingerprint
+from mixdq_ao.search.store import Store
 from mixdq_ao.search.trial import Trials
 
 RESULTS = Path(__file__).parent / "results"

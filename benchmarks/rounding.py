@@ -44,9 +44,10 @@ from mixdq_ao.app.subject import bundled
 from mixdq_ao.jsonfile import write_document
 from mixdq_ao.layers import find_layers
 from mixdq_ao.models.pipelines import generate_all
+from mixdq_ao.search.fingerprint import fingerprint
 from mixdq_ao.search.metrics import error_power, psnr
 from mixdq_ao.search.roundings import PLAIN, ROUNDINGS, rounded_as
-from mixdq_ao.search.store import Store, fingerprint
+from mixdq_ao.search.store import Store
 from mixdq_ao.search.trial import run
 
 RESULTS = Path(__file__).parent / "results"
@@ -211,7 +212,7 @@ def main() -> None:
     header["environment"] = environment()
     title = (__doc__ or "").split("\n\n")[1].replace("\n", " ").split(" Writes")[0]
     subject = Subject()
-    with Store(args.store, fingerprint(subject.pipe.unet, {"prompts": settings})) as store:
+    with Store(args.store, fingerprint(subject.pipe, {"prompts": settings})) as store:
         for result in measure(subject, store, args.store):
             write_document(args.out / "rounding.json", {**header, **result})
             (args.out / "rounding.md").write_text(f"`{header['command']}`. {title}\n\n{table(result['rows'])}")

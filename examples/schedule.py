@@ -19,7 +19,7 @@ from examples.shapes import subject
 from mixdq_ao import Calibration, Plan, Sensitivity, TemporalPlan, allocate, analyze, calibrate, search_schedule
 from mixdq_ao.app.output import show_table
 from mixdq_ao.models.pipelines import Sampling
-from mixdq_ao.search.store import fingerprint
+from mixdq_ao.search.fingerprint import fingerprint
 from mixdq_ao.temporal.additivity import check_additivity
 from mixdq_ao.temporal.baselines import hand_set
 from mixdq_ao.temporal.collect import results_of
@@ -66,7 +66,7 @@ class Study:
             self.levels[name] = found.plan.with_calibration(calibration)
         self.prompts = [p.text for p in subject.prompts(prompts, seed=2024, held_out=True)]
         plans = {n: p and p.to_json() for n, p in self.levels.items()}
-        self.key = fingerprint(self.pipe.unet, {"prompts": self.prompts, "levels": plans})
+        self.key = fingerprint(self.pipe, {"prompts": self.prompts, "levels": plans})
 
     def sampling(self, steps: int) -> Sampling:
         return Sampling(steps=steps, seed=3, batch_size=len(self.prompts))

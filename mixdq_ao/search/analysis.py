@@ -15,10 +15,11 @@ from ..layers import GroupRule, group_of
 from ..models.pipelines import Sampling, denoiser
 from .calibration import Calibration, layer_to_json
 from .distributed import Build, Item, Pool, RayWorkers, Result, pool_of
+from .fingerprint import fingerprint
 from .moments_file import fingerprint_of
 from .part import WHOLE, Part
 from .roundings import PLAIN
-from .store import Store, fingerprint
+from .store import Store
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,8 +65,8 @@ class Analysis:
         return self.calibration, self.weight_bits, self.act_bits, self.roundings, self.moments
 
     def settings(self, **own: Any) -> dict[str, Any]:
-        """What results depend on besides the model, and what a method adds of its ``own``, as JSON: with the model, the
-        fingerprint of a store. Stores on disk continue only where it stays as it is.
+        """What results depend on besides the pipeline, and what a method adds of its ``own``, as JSON: with the
+        pipeline, the fingerprint of a store. Stores on disk continue only where it stays as it is.
 
         Roundings count where they are not plain alone, moments where roundings count.
         """
@@ -84,7 +85,7 @@ class Analysis:
     @contextmanager
     def results(self, settings: Mapping[str, Any]) -> Iterator[Store]:
         """The store of these settings, open, with the results of the stores to merge."""
-        with Store(self.store, fingerprint(self.model, settings)) as results:
+        with Store(self.store, fingerprint(self.pipe, settings)) as results:
             results.merge(self.merge)
             yield results
 
@@ -100,13 +101,13 @@ class Analysis:
 
 
 def of_same_model(build: Build[Item, Result], settings: Mapping[str, Any], expected: str) -> Build[Item, Result]:
-    """``build``, for a worker: what it loaded must be the model that is analyzed. Raises SensitivityError."""
+    """``build``, for a worker: what it loaded must be the pipeline that is analyzed. Raises SensitivityError."""
 
     def checked(pipe: Any) -> Any:
-        if fingerprint(denoiser(pipe), settings) != expected:
+        if fingerprint(pipe, settings) != expected:
             raise SensitivityError(
-                "a worker's pipeline is not the one that is analyzed (its weights differ); make RayWorkers.load give "
-                "the same weights in the same type"
+                "a worker's pipeline is not the one that is analyzed (weights or configs of its components differ); "
+                "make RayWorkers.load give the same weights in the same type"
             )
         return build(pipe)
 

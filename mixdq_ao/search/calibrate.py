@@ -56,9 +56,12 @@ class Calibrator:
     State is O(features): running ranges and one embedding row, never an input.
     """
 
-    def __init__(self, model: nn.Module, method: RangeMethod = "minmax", bos: bool | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, method: RangeMethod = "minmax", bos: bool | None = None, act_bits: int = 8
+    ) -> None:
         self.model, self.bos = model, bos
         self.method: RangeMethod = method
+        self.act_bits = act_bits
         self.splits, self.ties, self.readers = split_points(model), Ties(), text_readers(model)
         self.watches: dict[str, _Watch] = {}
         self.candidate: Tensor | None = None
@@ -147,7 +150,7 @@ class Calibrator:
 
     def _layer(self, name: str, watch: _Watch, bos: bool) -> LayerCalibration:
         def checked(observer: RangeObserver) -> Range:
-            lo, hi = observer.range()
+            lo, hi = observer.range(self.act_bits)
             if not (abs(lo) < float("inf") and abs(hi) < float("inf")):
                 raise CalibrationError(f"layer {name!r}: its input holds NaN or infinity (range {lo} to {hi})")
             return lo, hi
@@ -177,6 +180,7 @@ def calibrate(
     steps: int | Sequence[int] = 1,
     run: Callable[[], object] | None = None,
     method: RangeMethod = "minmax",
+    act_bits: int = 8,
     bos: bool | None = None,
     guidance_scale: float = 0.0,
     batch_size: int = 16,
@@ -192,6 +196,7 @@ def calibrate(
         steps: denoising steps, or several counts (a plan for 1 and 4 steps is calibrated with ``(1, 4)``).
         run: for a bare module: a callable that runs it on representative data.
         method: "minmax", "percentile" or "mse" (see RangeObserver.range).
+        act_bits: 8 or 4, of the activations that "mse" looks for the best range of; the others give one for both.
         bos: True or False, or None to find out: the first text row is the same for every prompt and at least
             four times larger than all others.
         guidance_scale, batch_size, seed: see Sampling.
@@ -203,17 +208,21 @@ def calibrate(
         Either runs everything twice: once to look at the channels, once with the weights changed (they are put back).
 
     Raises:
-        CalibrationError: nothing ran, or an input holds NaN or infinity. MixDQError: prompts are empty.
+        CalibrationError: act_bits is neither 8 nor 4, nothing ran, or an input holds NaN or infinity.
+        MixDQError: prompts are empty.
         QuantizationError: the model computes something else when smoothed or rotated.
     """
+    if act_bits not in (8, 4):
+        raise CalibrationError(f"act_bits is {act_bits!r}, expected 8 or 4")
     model = pipe if isinstance(pipe, nn.Module) else denoiser(pipe)
     options = {"guidance_scale": guidance_scale, "batch_size": batch_size, "seed": seed}
     go, metadata = _runs(pipe, prompts, steps, run, options)
     folds = _folds(model, go, smoothing, rotation)
-    calibrator = Calibrator(model, method, bos)
+    calibrator = Calibrator(model, method, bos, act_bits)
     with folded(model, folds), calibrator.watch(), torch.no_grad():
         go()
-    metadata |= {"method": method} | ({} if smoothing is None else {"smoothing": smoothing})
+    metadata |= {"method": method} | ({"act_bits": act_bits} if method == "mse" else {})
+    metadata |= {} if smoothing is None else {"smoothing": smoothing}
     metadata |= {"rotation": rotation_note(model, folds)} if rotation else {}
     return _with_folds(calibrator.result(metadata), folds)
 

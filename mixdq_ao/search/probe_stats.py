@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .probe_batch import Record
 from .probe_shrink import shrunk
@@ -121,9 +121,16 @@ def _reliability(a: Array, b: Array) -> float:
     return math.sqrt(2 * r / (1 + r)) if r > 0 else 0.0
 
 
-def rank_correlation(a: Array, b: Array) -> float:
-    """Spearman's rank correlation of two arrays [n]; equal values are ranked in their order; 1 for n < 2."""
-    if len(a) < 2:
+def rank_correlation(a: ArrayLike, b: ArrayLike) -> float:
+    """Spearman's: Pearson's correlation of ranks of two arrays [n], equal values sharing the mean of theirs. Where one
+    array has a single value, 1 if the other one has too and 0 if not; 1 for n < 2."""
+    if np.size(a) < 2:
         return 1.0
-    ranks = [np.argsort(np.argsort(x, kind="stable"), kind="stable") for x in (a, b)]
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+    ranks = _ranks(a), _ranks(b)
+    constant = [r.min() == r.max() for r in ranks]
+    return float(all(constant)) if any(constant) else float(np.corrcoef(*ranks)[0, 1])
+
+
+def _ranks(values: ArrayLike) -> Array:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[inverse]

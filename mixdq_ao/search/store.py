@@ -7,7 +7,6 @@ process writes to a file; several machines write one each, and those are merged.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -15,9 +14,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
-
-import torch
-from torch import nn
 
 from ..appendfile import append, open_locked
 from ..errors import SensitivityError
@@ -27,16 +23,6 @@ FORMAT, VERSION = "mixdq-store", 1
 
 SAME = 1e-2
 """Relative difference up to which two machines' results of one evaluation are the same, but for their arithmetic."""
-
-
-def fingerprint(model: nn.Module, settings: Mapping[str, Any]) -> str:
-    """A hash of the model's parameters and buffers (names, types, shapes, bytes) and of ``settings`` (JSON)."""
-    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(raw.numpy().data)
-    return digest.hexdigest()
 
 
 class Store:

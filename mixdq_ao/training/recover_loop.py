@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ..models.pipelines import denoiser
 from ..progress import progress
-from ..search.store import fingerprint
+from ..search.fingerprint import fingerprint
 from .averaging import Average
 from .base import MemoryEfficientOptimizer
 from .optim import MemoryEfficientAdamW
@@ -96,7 +96,7 @@ class Run:
         self.optimizer = adamw(groups, recipe) if make_optimizer is None else make_optimizer(groups)
         self.efficient = isinstance(self.optimizer, MemoryEfficientOptimizer)
         depends = {**settings, "recipe": recipe.to_json(), "optimizer": _described(self.optimizer), **CONSTANTS}
-        self.fingerprint = "" if directory is None else fingerprint(self.teacher, depends)
+        self.fingerprint = "" if directory is None else fingerprint(pipe, depends)
         self.average = Average(self.parameters, recipe.average)
         self.best = self.average.now()
         self.progress = Progress()

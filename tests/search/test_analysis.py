@@ -12,8 +12,9 @@ from mixdq_ao import Sampling, SensitivityError, calibrate
 from mixdq_ao.search.analysis import Analysis
 from mixdq_ao.search.calibration import layer_to_json
 from mixdq_ao.search.distributed import RayWorkers
+from mixdq_ao.search.fingerprint import fingerprint
 from mixdq_ao.search.moments_file import fingerprint_of
-from mixdq_ao.search.store import Store, fingerprint
+from mixdq_ao.search.store import Store
 
 from .test_distributed import PROMPTS, Pipe
 
@@ -78,5 +79,5 @@ def test_only_what_goes_away_is_checked(monkeypatch):
         asked.pool(here, away, asked.settings(), results)
         replace(asked, workers=RayWorkers(count=1)).pool(here, away, asked.settings(), results)
     assert sent[0](other)(1) == ("here", 1) and sent[1](pipe)(2) == ("away", 2)
-    with pytest.raises(SensitivityError, match="weights differ"):
+    with pytest.raises(SensitivityError, match="is not the one that is analyzed"):
         sent[1](other)

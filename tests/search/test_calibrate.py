@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mixdq_ao import Calibration, CalibrationError, MixDQError, Plan, calibrate
+from mixdq_ao.quantize.quantizer import act_params, fake_quantize_act
 from mixdq_ao.search.observe import RangeObserver
 
 from ..conftest import bos_row, text_rows, unet_inputs
@@ -29,6 +30,23 @@ def test_ranges_are_the_inputs_extremes(unet):
     calibration = calibrate(unet, run=lambda: [unet(**unet_inputs()) for _ in range(2)])
     for name in names:
         assert calibration.layers[name].act_range == (min(seen[name]), max(seen[name]))
+
+
+def test_mse_looks_for_the_range_of_as_many_bits():
+    """Few levels want a narrower range: its error at 4 bits is the smaller one there, and the larger one at 8."""
+    torch.manual_seed(0)
+    x, layer = torch.cat([torch.randn(4000), torch.tensor([12.0, -12.0])]).reshape(-1, 1), nn.Linear(1, 1)
+    run = lambda: layer(x)  # noqa: E731
+    found = {bits: calibrate(nn.Sequential(layer), run=run, method="mse", act_bits=bits) for bits in (8, 4)}
+    assert found[4].metadata["act_bits"] == 4
+
+    def error(range_bits: int, bits: int) -> float:
+        act = act_params(*found[range_bits].layers["0"].act_range, bits=bits)
+        return (fake_quantize_act(x, act) - x).square().mean().item()
+
+    assert error(4, 4) < 0.5 * error(8, 4) and error(8, 8) < 0.5 * error(4, 8)
+    with pytest.raises(CalibrationError, match="act_bits is 6, expected 8 or 4"):
+        calibrate(layer, run=run, act_bits=6)
 
 
 def test_layers_that_read_one_tensor_share_a_range(calibration):

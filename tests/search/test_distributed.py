@@ -17,7 +17,7 @@ from torch import nn
 from mixdq_ao import SensitivityError, analyze, calibrate
 from mixdq_ao.search.analyze import of_same_model
 from mixdq_ao.search.distributed import InProcess, RayWorkers, pool_of
-from mixdq_ao.search.store import fingerprint
+from mixdq_ao.search.fingerprint import fingerprint
 
 PROMPTS = ["one", "two", "three"]
 
@@ -113,7 +113,7 @@ def test_a_worker_with_other_weights_is_refused():
     assert build(pipe) is pipe
     with torch.no_grad():
         other.unet.linear.bias[0] += 1e-3
-    with pytest.raises(SensitivityError, match="weights differ"):
+    with pytest.raises(SensitivityError, match="is not the one that is analyzed"):
         build(other)
 
 

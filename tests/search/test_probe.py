@@ -313,3 +313,11 @@ def test_rank_correlation():
     a, b = np.random.default_rng(0).normal(size=(2, 50))
     assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
     assert rank_correlation(a[:1], b[:1]) == 1.0
+
+
+def test_equal_values_share_their_rank():
+    a, b = [1.0, 2.0, 2.0, 3.0, 2.0], [0.0, 0.0, 5.0, 4.0, 5.0]
+    assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
+    flat, rising = np.zeros(5), np.arange(5)
+    assert rank_correlation(flat, rising) == rank_correlation(flat, -rising) == rank_correlation(rising, flat) == 0.0
+    assert rank_correlation(flat, flat + 1) == 1.0

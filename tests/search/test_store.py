@@ -6,11 +6,9 @@ import json
 import os
 
 import pytest
-import torch
-from torch import nn
 
 from mixdq_ao import SensitivityError
-from mixdq_ao.search.store import Store, fingerprint
+from mixdq_ao.search.store import Store
 
 
 def fill(path, n=3):
@@ -96,12 +94,3 @@ def test_a_path_that_is_no_file(path):
     """/dev/zero never ends: reading it for results would fill the memory."""
     with pytest.raises(SensitivityError, match="regular file"), Store(path, "print"):
         pass
-
-
-def test_the_fingerprint_sees_weights_and_settings():
-    model = nn.Linear(3, 2)
-    first = fingerprint(model, {"a": 1})
-    assert first == fingerprint(model, {"a": 1}) != fingerprint(model, {"a": 2})
-    with torch.no_grad():
-        model.weight[0, 0] += 1
-    assert fingerprint(model, {"a": 1}) != first

@@ -24,6 +24,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="how a range follows from the values seen (default minmax)",
     )
     parser.add_argument(
+        "--act-bits",
+        type=int,
+        choices=(8, 4),
+        default=8,
+        help="of the activations that mse looks for the best range of (default 8)",
+    )
+    parser.add_argument(
         "--smoothing",
         type=float,
         metavar="STRENGTH",
@@ -46,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
         prompts,
         steps=args.steps,
         method=args.method,
+        act_bits=args.act_bits,
         guidance_scale=args.guidance_scale,
         batch_size=args.batch_size,
         seed=args.seed,

@@ -93,7 +93,7 @@ def _search(args: argparse.Namespace) -> None:
         check_count(args.check, args.steps, len(costs))
     pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
     from ...models.pipelines import Sampling, denoiser
-    from ...search.store import fingerprint
+    from ...search.fingerprint import fingerprint
     from ...temporal.collect import results_of
     from ...temporal.measure import GenerationError, draw_reference
     from ...temporal.plan import TemporalPlan
@@ -105,7 +105,7 @@ def _search(args: argparse.Namespace) -> None:
     sampling = Sampling(**{name: getattr(args, name) for name in names})
     settings = {"plan": plan.to_json(), "prompts": prompts, "sampling": repr(sampling)}
     settings |= {name: getattr(args, name) for name in ("metric", "storage", "keep_full")}
-    subject = fingerprint(denoiser(pipe), settings)
+    subject = fingerprint(pipe, settings)
     reference = draw_reference(pipe, prompts, sampling, metric=args.metric)
     runtime = prepare(denoiser(pipe), plan, storage=args.storage, keep_full=args.keep_full)
     error = GenerationError(pipe, runtime, prompts, sampling, reference, metric=args.metric)
