@@ -6,7 +6,7 @@
 The weights in a package are the packed integers. On a GPU our Triton kernels are compiled into it. On a CPU our kernels
 are Python and C that only a Python process with ``inductor_kernels`` has, so by default a package for a CPU holds plain
 torch operators instead: weights are unpacked and multiplied in float32, which costs the speed of integer products (not
-the memory, nor more accuracy than float32 sums have). ``kernels="ours"`` keeps the calls: faster, and the process must
+the memory, nor more accuracy than float32 sums have). ``use="ours"`` keeps the calls: faster, and the process must
 ``import inductor_kernels`` before it loads the package.
 """
 

@@ -323,6 +323,3 @@ def stable_hash(weight: MixDQTensor | SplitMixDQTensor, *attributes: object) -> 
 def is_quantized(weight: object) -> bool:
     """Whether a layer's weight is one of ours."""
     return isinstance(weight, MixDQTensor | SplitMixDQTensor)
-
-
-from . import collectives, fsdp, tensor_ops, transposed  # noqa: E402, F401  (register the operators)

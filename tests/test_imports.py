@@ -1,0 +1,43 @@
+"""Modules import each other in one direction, so that any of them can be the first."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def imported(path: Path) -> set[str]:
+    """Modules that a file names in imports which run when it is imported itself."""
+    package, found = [*path.relative_to(ROOT).parent.parts], set()
+    for node in _running(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")] if node.level else []
+            name = ".".join(filter(None, base)) or str(node.module)
+            found |= {name, *(f"{name}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def _running(node: ast.AST):
+    """Everything but what is in functions and under ``if TYPE_CHECKING``."""
+    for child in ast.iter_child_nodes(node):
+        checking = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+        if not checking and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield child
+            yield from _running(child)
+
+
+@pytest.mark.parametrize("package", ["mixdq_ao", "inductor_kernels"])
+def test_no_module_needs_itself(package):
+    files = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in (ROOT / package).rglob("*.py")}
+    modules = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    graph = {name: imported(path) & modules.keys() - {name} for name, path in modules.items()}
+    # a package is there before what lies in it: naming it in an import of one of its modules needs nothing of it
+    graph = {name: {n for n in needs if not name.startswith(f"{n}.")} for name, needs in graph.items()}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(modules) > 20  # CycleError names a cycle
