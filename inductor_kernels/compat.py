@@ -1,4 +1,7 @@
-"""Every name of torch's that is not public, in one place; torch 2.11 and 2.13 both work."""
+"""What code generation needs of torch that is not public, in one place; torch 2.11 and 2.13 both work.
+
+:mod:`inductor_kernels.pretend` replaces more of them, for tests.
+"""
 
 import logging
 import math
@@ -160,6 +163,26 @@ def replace_output(match, op, arguments: tuple) -> None:
 def tag_caches(tag: str) -> None:
     """Keep compiled code of other versions of these lowerings out of the way: Inductor's caches know only the graph."""
     torch.compiler.config.cache_key_tag += f"[{tag}]"
+
+
+def generate(fn: Callable, fakes: list[torch.Tensor], mode, options: dict[str, Any]):
+    """What Inductor makes of ``fn`` of fake tensors, without gradients: code, its graph, what was traced."""
+    from torch._inductor.compile_fx import _recursive_joint_graph_passes, _recursive_post_grad_passes
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.graph import GraphLowering
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    traced = make_fx(fn, decomposition_table=select_decomp_table())(*fakes)
+    with V.set_fake_mode(mode), config.patch(options):
+        _recursive_joint_graph_passes(traced)
+        _recursive_post_grad_passes(traced, is_inference=True)
+        graph = GraphLowering(traced, example_inputs=fakes, shape_env=mode.shape_env or ShapeEnv(), is_inference=True)
+        with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()):
+            graph.run(*fakes)
+            wrapper, _ = graph.codegen()
+    return wrapper.value, graph, traced
 
 
 def cudagraph_reasons(graph, traced: torch.fx.GraphModule) -> list[str]:

@@ -140,7 +140,7 @@ def cudagraph_obstacles(fn: Callable, *inputs, arch: str = "sm_90") -> list[str]
 
 def _lowered(fn: Callable, inputs: tuple, arch: str, **options: Any) -> Lowered:
     """``options``: of Inductor's configuration."""
-    from . import lowering, pretend
+    from . import compat, lowering, pretend
     from .methods import Methods
 
     assert lowering
@@ -158,28 +158,7 @@ def _lowered(fn: Callable, inputs: tuple, arch: str, **options: Any) -> Lowered:
 
     with pretend.cuda(capability(arch)), torch._subclasses.FakeTensorMode() as mode, torch.no_grad():
         fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda:0") for t in plain]
-        return _generate(on_plain, fakes, mode, options)
-
-
-def _generate(fn, fakes: list[Tensor], mode, options: dict[str, Any]) -> Lowered:
-    from torch._inductor import config
-    from torch._inductor.compile_fx import _recursive_joint_graph_passes, _recursive_post_grad_passes
-    from torch._inductor.debug import DebugContext
-    from torch._inductor.decomposition import select_decomp_table
-    from torch._inductor.graph import GraphLowering
-    from torch._inductor.virtualized import V
-    from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    traced = make_fx(fn, decomposition_table=select_decomp_table())(*fakes)
-    with V.set_fake_mode(mode), config.patch(ONE_CHOICE | options):
-        _recursive_joint_graph_passes(traced)
-        _recursive_post_grad_passes(traced, is_inference=True)
-        graph = GraphLowering(traced, example_inputs=fakes, shape_env=mode.shape_env or ShapeEnv(), is_inference=True)
-        with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()):
-            graph.run(*fakes)
-            wrapper, _ = graph.codegen()
-    return Lowered(wrapper.value, graph, traced)
+        return Lowered(*compat.generate(on_plain, fakes, mode, ONE_CHOICE | options))
 
 
 def kernels(code: str) -> dict[str, str]:

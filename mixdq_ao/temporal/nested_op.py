@@ -59,12 +59,6 @@ def _nested_product(x, planes, weight_sum, scale, zero_point, bias, length, geom
     return product(x, merged, None, weight_sum, scale, zero_point, bias, 8, geometry, out_dtype)
 
 
-def _below_autograd(*arguments) -> Tensor:
-    """Integer products: nothing is recorded, whatever requires a gradient."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.mixdq_ao.nested_product.default(*arguments)
-
-
 @torch.library.register_fake("mixdq_ao::nested_product", lib=library)
 def _(x, planes, weight_sum, scale, zero_point, bias, length, geometry, out_dtype):
     n = planes.shape[1]
@@ -76,4 +70,4 @@ def _(x, planes, weight_sum, scale, zero_point, bias, length, geometry, out_dtyp
 
 
 library.impl("nested_product", _nested_product, "CPU")
-library.impl("nested_product", _below_autograd, "Autograd")
+library.impl("nested_product", torch.library.fallthrough_kernel, "Autograd")
