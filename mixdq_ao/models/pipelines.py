@@ -47,6 +47,13 @@ def denoiser(pipe: Any) -> nn.Module:
     raise MixDQError(f"{type(pipe).__name__} has neither a unet nor a transformer; pass the model itself")
 
 
+def first_output(output: Any) -> Tensor:
+    """The tensor a denoiser gives, whichever way it was asked to return it."""
+    if isinstance(output, Tensor):
+        return output
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
 def text_encoders(pipe: Any) -> dict[str, nn.Module]:
     """The text encoders of a pipeline by attribute name."""
     names = ("text_encoder", "text_encoder_2", "text_encoder_3")

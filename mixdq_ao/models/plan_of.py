@@ -8,9 +8,8 @@ from torch import nn
 
 from ..layers import find_layers
 from ..plan import LayerPlan, Plan
+from ..quantize.quantizer import act_bits
 from ..quantize.tensor import MixDQTensor, SplitMixDQTensor, is_quantized
-
-ACT_BITS = {None: 16, 15: 4, 255: 8}
 
 
 def plan_of(model: nn.Module, plan: Plan | None = None) -> Plan:
@@ -42,7 +41,7 @@ def layer_plan_of(weight: object) -> LayerPlan:
         raise TypeError(f"{type(weight).__name__} is no quantized weight")
     return LayerPlan(
         weight_bits=weight.bits,
-        act_bits=ACT_BITS[weight.act_levels],
+        act_bits=act_bits(weight.act_levels),
         symmetric=_symmetric(weight),
         act_range=_act_range(weight),
         bos=weight.bos_output is not None,

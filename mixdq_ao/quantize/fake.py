@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..plan import LayerPlan
 from .bos import bos_mask
 from .planned import quantize_planned
-from .quantizer import ActQuant, WeightQuant, fake_quantize_act
+from .quantizer import ActQuant, WeightQuant, act_bits, fake_quantize_act
 from .tensor import bos_row
 
 
@@ -110,8 +110,8 @@ class FakeQuantizer(nn.Module):
         return straight_through(x, torch.cat(rounded, x.dim() - 3))
 
     def extra_repr(self) -> str:
-        acts = {0: 16}.get(len(self.acts)) or {15: 4, 255: 8}[self.acts[0].levels]
-        return f"W{self.layer.weight_bits}A{acts}" + ("" if self.split is None else f", split={self.split}")
+        act = act_bits(self.acts[0].levels if self.acts else None)
+        return f"W{self.layer.weight_bits}A{act}" + ("" if self.split is None else f", split={self.split}")
 
 
 class FakeQuantLinear(nn.Linear):
@@ -141,7 +141,7 @@ class FakeQuantConv2d(nn.Conv2d):
 
 def with_fake_quantizer(module: nn.Linear | nn.Conv2d, quantizer: FakeQuantizer) -> nn.Linear | nn.Conv2d:
     """``module`` as its fake-quantized class; parameters, hooks and names stay the same objects."""
-    _become(module, FakeQuantLinear if isinstance(module, nn.Linear) else FakeQuantConv2d)
+    become(module, FakeQuantLinear if isinstance(module, nn.Linear) else FakeQuantConv2d)
     module.quantizer = quantizer.to(module.weight.device)
     return module
 
@@ -150,9 +150,10 @@ def without_fake_quantizer(module: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv
     """The plain layer again, with the parameters as they are now."""
     if isinstance(module, FakeQuantLinear | FakeQuantConv2d):
         del module.quantizer
-        _become(module, nn.Linear if isinstance(module, FakeQuantLinear) else nn.Conv2d)
+        become(module, nn.Linear if isinstance(module, FakeQuantLinear) else nn.Conv2d)
     return module
 
 
-def _become(module: Any, kind: type[nn.Module]) -> None:
+def become(module: Any, kind: type[nn.Module]) -> None:
+    """The same object, with its parameters and hooks, of another class."""
     module.__class__ = kind

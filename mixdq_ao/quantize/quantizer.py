@@ -157,6 +157,11 @@ class ActQuant:
     levels: int
 
 
+def act_bits(levels: int | None) -> int:
+    """Activation bits whose largest code is ``levels``; 16 for None."""
+    return 16 if levels is None else levels.bit_length()
+
+
 def act_params(lo: float, hi: float, bits: int = 8) -> ActQuant:
     """Asymmetric parameters of the range [lo, hi], widened to hold 0 (zero padding must be exact).
 

@@ -12,7 +12,7 @@ from torchao.utils import TorchAOBaseTensor
 from inductor_kernels import ops as _ops  # noqa: F401  (registers torch.ops.inductor_kernels)
 from inductor_kernels.packing import pack, unpack, unpack_weight
 
-from .quantizer import ActQuant, WeightQuant, quantize_weight
+from .quantizer import ActQuant, WeightQuant, act_bits, quantize_weight
 from .shared import key, share
 
 
@@ -250,8 +250,7 @@ class MixDQTensor(TorchAOBaseTensor, metaclass=_Parameters):
         return stable_hash(self, self.bits, self.length, self.act_levels, self.shared_key)
 
     def describe(self) -> str:
-        act = {None: 16, 15: 4, 255: 8}[self.act_levels]
-        return f"W{self.bits}A{act}" + (" BOS" if self.bos_output is not None else "")
+        return f"W{self.bits}A{act_bits(self.act_levels)}" + (" BOS" if self.bos_output is not None else "")
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"MixDQTensor({self.describe()}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"

@@ -16,6 +16,10 @@ MAX_PSNR = 100.0
 """dB given to equal images."""
 
 
+OVERFLOW = 1e6
+"""Error power, relative to the signal's, given to what overflows."""
+
+
 def error_power(reference: Tensor, other: Tensor) -> float:
     """Relative error power ``sum (y - yq)^2 / sum y^2`` over all elements; 0 for equal tensors, inf where only
     the reference is zero."""

@@ -15,6 +15,7 @@ from ..progress import progress
 from .analysis import Analysis
 from .distributed import Build
 from .evaluation import Evaluation
+from .metrics import OVERFLOW
 from .roundings import PLAIN, best_of, usable
 from .sensitivity import LayerSensitivity, Sensitivity, sqnr_from_error
 from .trial import Trials
@@ -87,8 +88,8 @@ def _remote(analysis: Analysis, replay: bool) -> Build[Evaluation, Result]:
 
 
 def _finite(result: Result) -> Result:
-    """A trial's figures; an output that overflows is an error power of 1e6 and an SSIM of 0."""
-    instead = {"error": 1e6, "ssim": 0.0}
+    """A trial's figures; an output that overflows has the error power OVERFLOW and an SSIM of 0."""
+    instead = {"error": OVERFLOW, "ssim": 0.0}
     return {name: value if math.isfinite(value) else instead[name] for name, value in result.items()}
 
 

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from ..errors import SensitivityError
 from ..models.pipelines import Sampling, denoiser
+from .metrics import OVERFLOW
 from .probe_delta import LayerDeltas
 from .probe_tape import Contract, Tape, add
 from .probe_trace import Trace, frozen_pipeline, trace
 
 Record = dict[str, float]
-OVERFLOW = 1e6
-"""Error power, relative to the signal's, given to a choice whose estimate is not finite; as one-at-a-time does."""
 
 
 def batches(prompts: list[str], sampling: Sampling) -> Iterator[tuple[list[str], Sampling]]:

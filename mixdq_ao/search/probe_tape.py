@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import SensitivityError
+from ..models.pipelines import first_output
 from .probe_delta import LayerDeltas
 
 Contract = Callable[[Tensor, Tensor], Tensor]
@@ -156,11 +157,6 @@ class Tape:
             )
         results, sink.results = sink.results, {}
         return results, list(gradients[: len(self.links)])
-
-
-def first_output(output: Any) -> Tensor:
-    """A denoiser's prediction from what its forward returns."""
-    return output if isinstance(output, Tensor) else output[0]
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import SensitivityError
-from ..models.pipelines import Sampling, denoiser, drawn, generate
-from .probe_tape import first_output, frozen
+from ..models.pipelines import Sampling, denoiser, drawn, first_output, generate
+from .probe_tape import frozen
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError, QuantizationError
-from ..models.pipelines import Sampling, check_prompts, denoiser, generate
+from ..models.pipelines import Sampling, check_prompts, denoiser, first_output, generate
 from ..quantize.folds import Fold, Folding, as_smoothing, find_folds, fold_, folded, foldings_of, planned_folds
 from ..quantize.hadamard import hadamard
 from .calibration import Calibration
@@ -78,7 +78,7 @@ def _first_call(model: nn.Module, call: list[Any]) -> Iterator[None]:
 
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not call:
-            call.extend((copy.deepcopy(args), copy.deepcopy(kwargs), _tensor(output).clone()))
+            call.extend((copy.deepcopy(args), copy.deepcopy(kwargs), first_output(output).clone()))
 
     handle = model.register_forward_hook(see, with_kwargs=True)
     try:
@@ -87,13 +87,9 @@ def _first_call(model: nn.Module, call: list[Any]) -> Iterator[None]:
         handle.remove()
 
 
-def _tensor(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else output.sample
-
-
 def _check_same(model: nn.Module, folds: Mapping[Fold, Folding], args: Any, kwargs: Any, before: Tensor) -> None:
     with folded(model, folds):
-        error = error_power(before, _tensor(model(*args, **kwargs)))
+        error = error_power(before, first_output(model(*args, **kwargs)))
     if not error <= max(SAME, (4 * torch.finfo(before.dtype).eps) ** 2):
         raise QuantizationError(
             f"smoothing or rotation changed the output of {type(model).__name__} by {error:.1e} of its power, expected "

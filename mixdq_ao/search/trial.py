@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import find_layers
-from ..models.pipelines import Sampling, check_prompts, denoiser, each_frame, generate_all, text_encoders
+from ..models.pipelines import Sampling, check_prompts, denoiser, each_frame, first_output, generate_all, text_encoders
 from ..plan import LayerPlan
 from ..quantize.config import MixDQLayerConfig, fake_quantizer
 from ..quantize.fake import with_fake_quantizer, without_fake_quantizer
@@ -33,7 +33,7 @@ def run(pipe: Any, prompts: list[str], sampling: Sampling, *, images: bool) -> O
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        outputs.append((output[0] if isinstance(output, tuple) else output.sample).detach())
+        outputs.append(first_output(output).detach())
 
     handle = denoiser(pipe).register_forward_hook(keep)
     try:

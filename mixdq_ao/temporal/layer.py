@@ -14,7 +14,7 @@ from inductor_kernels.packing import pack, unpack_weight
 
 from ..plan import LayerPlan
 from ..quantize.bos import bos_mask
-from ..quantize.quantizer import ActQuant, act_params, quantize_act, quantize_weight
+from ..quantize.quantizer import ActQuant, act_bits, act_params, quantize_act, quantize_weight
 from ..quantize.tensor import bos_row
 from . import nested, nested_op
 
@@ -225,16 +225,13 @@ class LevelLayer(nn.Module):
         return torch.cat([w.dequantize(form, dtype) for w in self.weights], 1)  # type: ignore[operator]
 
     def extra_repr(self) -> str:
-        names = {n: "full" if f is None else f"W{f.bits}A{_BITS[f.levels]}" for n, f in self.forms.items()}
+        names = {n: "full" if f is None else f"W{f.bits}A{act_bits(f.levels)}" for n, f in self.forms.items()}
         return ", ".join(f"{n}: {v}" for n, v in names.items())
 
 
 def _stored_plan(plan: LayerPlan, storage: Storage) -> LayerPlan:
     """Nested storage has no 2 bits: what is planned there reads the same 4-bit plane in full."""
     return replace(plan, weight_bits=4) if storage == "nested" and plan.weight_bits == 2 else plan
-
-
-_BITS = {None: 16, 15: 4, 255: 8}
 
 
 def _widths(plan: LayerPlan) -> tuple[int, int | None]:

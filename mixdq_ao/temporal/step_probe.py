@@ -23,6 +23,7 @@ from ..progress import progress
 from ..search.analysis import Analysis
 from ..search.calibrate import calibrate_as_drawn
 from ..search.calibration import Calibration
+from ..search.metrics import OVERFLOW
 from ..search.probe_batch import BatchProbe, batches, signs
 from ..search.probe_delta import LayerDeltas, deltas_of
 from ..search.probe_trace import frozen_pipeline
@@ -31,8 +32,6 @@ from ..search.smoothing import as_calibrated
 
 AT_ONCE = 4
 """Probes of a batch between two writes to the store; they share the graphs of all steps."""
-OVERFLOW = 1e6
-"""Relative error power given to a choice whose estimate is not finite."""
 Record = dict[str, float]
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..plan import LayerPlan, Range
 from ..quantize.bos import bos_mask
 from ..quantize.config import MixDQConfig, MixDQLayerConfig
-from ..quantize.fake import straight_through
+from ..quantize.fake import become, straight_through
 from ..quantize.grid import SMALLEST_SCALE, Grid, minmax_grid
 from ..quantize.planned import quantize_planned
 from ..quantize.quantizer import ActQuant, WeightQuant, act_params, fake_quantize_act
@@ -293,12 +293,8 @@ def _convert(module: Any, config: MixDQLayerConfig, shared: _Shared, rank: int) 
         _start_at(weight, quants, student)
         if rank:
             student.down, student.up = _thin(weight, rank)
-    _become(module, StudentLinear if isinstance(module, nn.Linear) else StudentConv2d)
+    become(module, StudentLinear if isinstance(module, nn.Linear) else StudentConv2d)
     module.quantizer = student
-
-
-def _become(module: Any, kind: type[nn.Module]) -> None:
-    module.__class__ = kind
 
 
 def _start_at(weight: Tensor, quants: list[WeightQuant], student: Student) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MixDQError
-from ..models.pipelines import Sampling, denoiser, generate
+from ..models.pipelines import Sampling, denoiser, first_output, generate
 from ..progress import progress
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -190,11 +190,6 @@ class _Recorder:
             for path, pool in self.pools.items()
         }
         return Targets(fields, self.constants or {}, torch.cat(self.outputs), spans)
-
-
-def first_output(output: Any) -> Tensor:
-    """The tensor a denoiser gives, whichever way it was asked to return it."""
-    return output[0] if isinstance(output, tuple) else output.sample
 
 
 def _joined(pool: list[Tensor]) -> Tensor:
