@@ -2,11 +2,12 @@
 # Everything that needs a GPU, in steps of their own processes: one failure does not lose the rest.
 #
 #   benchmarks/gpu.sh [STEP ...]      tests kernels unet-512-1 unet-512-4 unet-1024-1 unet-1024-4 (default: these)
-#                                     unet-1024-4:W8A8,W4A8 for some variants beside fp16 (a variant takes minutes to
-#                                     compile); tiles-512 tiles-1024 time tiles and write the defaults of this GPU
-#                                     into inductor_kernels/tuned.json
-#                                     each within ten minutes: tests, kernels, tiles-512, unet-512-1:W8A8,W4A8,
-#                                     unet-1024-4:W8A8,torchao-int8; all variants of a size take longer
+#                                     unet-1024-4:W8A8 for some variants beside fp16; tiles-512 tiles-1024 time tiles
+#                                     and write the defaults of this GPU into inductor_kernels/tuned.json (most
+#                                     important shapes first, after each; a copy is in OUT)
+#                                     A variant takes minutes to compile, once: torch's caches have it afterwards. For
+#                                     runs of ten minutes on one machine: unet-512-1:fp16, then unet-512-1:W8A8, then
+#                                     unet-512-1:torchao-int8,W8A8,W4A8 and so on; what is cut off is not lost
 #   DRY=1                             walk the same code on a CPU with tiny sizes
 #   WHEELS=folder                     install the packages there first; no network is needed
 #   OUT=folder  PYTHON=python3  LIMIT=seconds per step (580); rows measured before it are kept
@@ -24,15 +25,16 @@ mkdir -p "$OUT"
 failed=0
 for step in "${steps[@]}"; do
     echo "== $step"
+    log=$OUT/${step//[:,]/-}.log
     if [ "$step" = tests ]; then
-        timeout "$LIMIT" "$PYTHON" -m pytest -m gpu tests/kernels -p no:cacheprovider >"$OUT/tests.log" 2>&1
+        timeout "$LIMIT" "$PYTHON" -m pytest -m gpu tests/kernels -p no:cacheprovider >"$log" 2>&1
         status=$?
-        tail -1 "$OUT/tests.log"
+        tail -1 "$log"
     else
-        timeout "$LIMIT" "$PYTHON" -m benchmarks.gpu "$step" --out "$OUT" $DRY 2>&1 | tee "$OUT/$step.log"
+        timeout "$LIMIT" "$PYTHON" -m benchmarks.gpu "$step" --out "$OUT" $DRY 2>&1 | tee "$log"
         status=${PIPESTATUS[0]}
     fi
-    [ "$status" -eq 0 ] || { echo "== $step ended with status $status (see $OUT/$step.log)"; failed=1; }
+    [ "$status" -eq 0 ] || { echo "== $step ended with status $status (see $log)"; failed=1; }
 done
 "$PYTHON" -m benchmarks.gpu report --out "$OUT" || failed=1
 exit $failed

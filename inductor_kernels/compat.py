@@ -105,8 +105,12 @@ def triton_device(device: torch.device) -> int | None:
 
 
 def select(name: str, choices: list, inputs: list, layout):
-    """The fastest choice, as a node; torch 2.13 returns the choice as well."""
-    result = autotune_select_algorithm(name, choices, inputs, layout)
+    """The fastest choice, as a node; torch 2.13 returns the choice as well.
+
+    It is timed now, alone. Torch would also put the choice off until it has timed it with what can be fused, but of
+    equal fusions, as a model's equal blocks have, it then makes one and leaves the others apart.
+    """
+    result = autotune_select_algorithm(name, choices, inputs, layout, return_multi_template=False)
     return result[0] if isinstance(result, tuple) else result
 
 

@@ -139,7 +139,8 @@ def _product(x, weight, lead, named: dict, dtype, bits: int, capability: int, pr
 def _convolution(x, weight, named, dtype, bits, geometry, capability: int, prologue: bool):
     stride, padding, dilation = ([V.graph.sizevars.guard_int(v) for v in pair] for pair in geometry)
     batch, high, wide, channels = x.get_size()
-    n, kernel_h, kernel_w, last = weight.get_size()
+    n, *kernel, last = weight.get_size()
+    kernel_h, kernel_w = map(V.graph.sizevars.guard_int, kernel)
     x, weight = compat.contiguous(x), compat.contiguous(weight)
     if (kernel_h, kernel_w, *stride, *padding) == (1, 1, 1, 1, 0, 0):
         weight = compat.view(weight, [n, last])
@@ -149,7 +150,7 @@ def _convolution(x, weight, named, dtype, bits, geometry, capability: int, prolo
     return _generate(
         conv2d.template, (batch * out_h * out_w, n, channels), {"A": x, "B": weight, **named},
         [batch, out_h, out_w, n], dtype, capability, prologue, BITS=bits,
-        KH=int(kernel_h), KW=int(kernel_w), STRIDE_H=stride[0], STRIDE_W=stride[1], PAD_H=padding[0],
+        KH=kernel_h, KW=kernel_w, STRIDE_H=stride[0], STRIDE_W=stride[1], PAD_H=padding[0],
         PAD_W=padding[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,10 @@ def main() -> None:
             rows = kernels.sweep(dry=arguments.dry_run)
         else:
             rows = _sized(parser, arguments)
-        results.write(arguments.out, arguments.step.replace(":", "-").replace(",", "-"), rows, dry=arguments.dry_run)
+        step = arguments.step.replace(":", "-").replace(",", "-")
+        whole = results.write(arguments.out, step, rows, dry=arguments.dry_run)
+    if not whole and not arguments.dry_run:
+        sys.exit("some rows failed")
 
 
 def _sized(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Iterator[dict]:

@@ -1,5 +1,6 @@
 """Products and convolutions of SDXL's UNet: ours against 16 bit and torch's int8, beside what the machine allows."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,24 +14,28 @@ from inductor_kernels import packing, reference, roofline, tuned
 from inductor_kernels.roofline import MACHINES, Product
 
 from ..shapes import products
-from .timing import interleaved
+from .results import failure
+from .timing import captured, interleaved
 
 OPS = torch.ops.inductor_kernels
 EXTRA = [Product(16384, 8192, 4096)]  # large enough that only the tensor cores matter
 SIZES = (512, 1024)
 LAYERS = 16  # shapes taken of each size
+OURS = ("w8a8", "w4a8", "w2a8")
 
 
 def shapes() -> list[Product]:
     """A large product, then those of SDXL's UNet at batch 1, of both sizes in turn those in which most of a call is
     spent first: what a run that is cut off has measured is what matters most."""
 
-    def weighed(size: int) -> list[Product]:
-        found = products(size).items()
-        return [p for p, _ in sorted(found, key=lambda item: -item[1] * roofline.least(item[0], MACHINES[90]))]
-
     turns = zip(*(weighed(size)[:LAYERS] for size in SIZES), strict=True)
     return list(dict.fromkeys([*EXTRA, *(product for turn in turns for product in turn)]))
+
+
+def weighed(size: int) -> list[Product]:
+    """Of SDXL's UNet at batch 1, those in which most of a call is spent first."""
+    found = products(size).items()
+    return [p for p, _ in sorted(found, key=lambda item: -item[1] * roofline.least(item[0], MACHINES[90]))]
 
 
 def limit(product: Product) -> float | None:
@@ -73,7 +78,7 @@ def _linear(m: int, n: int, k: int, device: str, autotune: bool) -> dict[str, Ca
         p = weights((n, k), bits, device)
         fn = _compiled(lambda x_q, p=p, bits=bits: OPS.linear(x_q, *p, None, bits, torch.float16), autotune)
         _check(f"linear {m}x{n}x{k} w{bits}", fn(x_q)[:64], reference.linear(x_q[:64], *p, None, bits, torch.float16))
-        functions[f"w{bits}a8"] = lambda fn=fn: fn(x_q)
+        functions[f"w{bits}a8"] = captured(functools.partial(fn, x_q))
     if device == "cuda" and m > 16 and n % 16 == 0 and k % 16 == 0:
         w8 = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
         if torch.cuda.get_device_capability() >= (8, 9):
@@ -97,12 +102,12 @@ def _conv(size: int, c: int, o: int, kernel: int, device: str, autotune: bool):
         rows = min(size, 8)
         expected = reference.conv2d(x_q[:1, : rows + kernel // 2], *p, *rest)
         _check(f"conv {c}->{o} w{bits}", fn(x_q)[:1, :rows], expected[:, :rows])
-        functions[f"w{bits}a8"] = lambda fn=fn: fn(x_q)
+        functions[f"w{bits}a8"] = captured(functools.partial(fn, x_q))
     return functions
 
 
 def _row(product: Product, functions: dict[str, Callable[[], object]], rounds: int) -> dict:
-    times = interleaved(functions, rounds)
+    times = interleaved({name: captured(fn) if name not in OURS else fn for name, fn in functions.items()}, rounds)
     row: dict = {"what": tuned.key(product), **{f"{name} ms": value for name, value in times.items()}}
     row |= {f"{name} vs fp16": times["fp16"] / value for name, value in times.items() if name != "fp16"}
     least = limit(product)
@@ -141,4 +146,4 @@ def sweep(*, dry: bool) -> Iterator[dict]:
         try:
             yield _row(product, _functions(product, dry=dry), 2 if dry else 20)
         except Exception as error:
-            yield {"what": tuned.key(product), "error": f"{type(error).__name__}: {str(error)[:200]}"}
+            yield {"what": tuned.key(product)} | failure(error)

@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,14 +23,23 @@ def machine() -> dict[str, str]:
     return versions
 
 
-def write(folder: Path, step: str, rows: Iterable[dict], *, dry: bool) -> None:
-    """Write after every row, so that a step that is cut off keeps what it has."""
+def failure(error: Exception) -> dict[str, str]:
+    """What a row says of what failed; the log has all of it. Raises where the GPU can do no more, whatever is tried."""
+    traceback.print_exception(error)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+
+
+def write(folder: Path, step: str, rows: Iterable[dict], *, dry: bool) -> bool:
+    """Write after every row, so that a step that is cut off keeps what it has. Returns whether none of them failed."""
     path = folder / f"{step}.json"
     document = {"machine": machine(), "dry_run": dry, "rows": []}
     for row in rows:
         document["rows"].append(row)
         path.write_text(json.dumps(document, indent=1))
         print(" ".join(f"{key}={_text(value)}" for key, value in row.items()), flush=True)
+    return not any("error" in row for row in document["rows"])
 
 
 def _text(value: object) -> str:

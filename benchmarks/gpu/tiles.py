@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -13,9 +14,9 @@ from inductor_kernels import compat, tiles, tuned
 from inductor_kernels.roofline import Product
 from inductor_kernels.tuned import Way
 
-from ..shapes import products
 from . import kernels
-from .timing import interleaved
+from .results import failure
+from .timing import captured, interleaved
 
 OPS = torch.ops.inductor_kernels
 TRIED = 4  # tiles of each shape, as the model ranks them
@@ -41,8 +42,7 @@ def _call(product: Product, way: Way, device: str):
     only = mock.patch.object(tuned, "candidates", lambda *a, **k: [tiles.narrowed(way.tile, length)])
     shared = mock.patch.object(tuned, "way", lambda *a: way)
     with only, shared, compat.config.patch(force_disable_caches=True):  # caches know the graph, not the tile
-        compiled(*fn.args)
-    return functools.partial(compiled, *fn.args)
+        return captured(functools.partial(compiled, *fn.args))
 
 
 def ranked(capability: int, product: Product) -> list[Way]:
@@ -53,12 +53,14 @@ def ranked(capability: int, product: Product) -> list[Way]:
 
 
 def sweep(pixels: int, out: Path, *, dry: bool) -> Iterator[dict]:
-    """One row for each shape: milliseconds by tile, the fastest, and what the model had chosen."""
+    """One row for each shape: milliseconds by tile, the fastest, and what the model had chosen. A sweep that is cut off
+    has put into the table what it has timed."""
     device = "cpu" if dry else "cuda"
     number = 90 if dry else 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
-    found: dict[str, Way] = {}
-    shapes = [kernels.small(p) for p in list(products(pixels))[:2]] if dry else list(products(pixels))
-    for product in shapes:
+    path = out / "tuned.json" if dry else tuned.PATH
+    source = "dry run, not measured" if dry else torch.cuda.get_device_name()
+    shapes = kernels.weighed(pixels)
+    for product in [kernels.small(p) for p in shapes[:2]] if dry else shapes:
         calls = {}
         row: dict = {"what": tuned.key(product)}
         for way in ranked(number, product):
@@ -66,11 +68,13 @@ def sweep(pixels: int, out: Path, *, dry: bool) -> Iterator[dict]:
             try:
                 calls[name] = way, _call(product, way, device)
             except Exception as error:
-                row[f"{name} error"] = f"{type(error).__name__}: {str(error)[:100]}"
+                row[f"{name} error"] = failure(error)["error"]
         if calls:
             times = interleaved({name: call for name, (_, call) in calls.items()}, 2 if dry else 15)
             fastest = min(times, key=lambda name: times[name])
-            found[tuned.key(product)] = calls[fastest][0]
+            _write(path, tiles.family(number), source, {tuned.key(product): calls[fastest][0]})
+            if not dry:
+                shutil.copy(path, out / "tuned.json")
             row |= {
                 "fastest": fastest,
                 "modelled": next(iter(times)),
@@ -78,14 +82,11 @@ def sweep(pixels: int, out: Path, *, dry: bool) -> Iterator[dict]:
             }
             row |= {f"{name} ms": value for name, value in times.items()}
         yield row
-    path = out / "tuned.json" if dry else tuned.PATH
-    name = "dry run, not measured" if dry else torch.cuda.get_device_name()
-    _write(path, tiles.family(number), name, found)
 
 
 def _write(path: Path, capability: int, source: str, found: dict[str, Way]) -> None:
     """What was timed here replaces what was known of those shapes, and the source says so once anything was."""
-    text = tuned.PATH.read_text()
+    text = (path if path.exists() else tuned.PATH).read_text()
     sources = {int(arch[3:]): table["source"] for arch, table in json.loads(text).items()}
     tables = {c: (sources[c], known) for c, known in tuned.read(text).items()}
     before, known = tables.get(capability, ("", {}))

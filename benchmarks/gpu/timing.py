@@ -20,6 +20,24 @@ def _once(fn: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
+def captured(fn: Callable[[], object]) -> Callable[[], object]:
+    """``fn``, warmed up, as a CUDA graph: a kernel of some microseconds is timed without what the host does before it,
+    and stays the one that is compiled now whatever is compiled later. On a CPU ``fn`` itself."""
+    if not torch.cuda.is_available():
+        fn()
+        return fn
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            fn()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fn()
+    return graph.replay
+
+
 def on_host(fn: Callable[[], object], rounds: int) -> float:
     """Median milliseconds until a run returns, its kernels queued on an idle GPU."""
     times = []

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..held import model_bytes
 from ..layouts import SDXL, TINY
+from .results import failure
 from .timing import interleaved, on_host
 
 
@@ -100,18 +101,18 @@ def _fused(unet: nn.Module, weight_bits: int) -> nn.Module:
 
 
 KINDS = (  # part of a kernel's name, what it is; the first that matches
-    ("triton_tem", "our products"), ("triton_poi", "pointwise, unfused"),
+    ("triton_tem", "templates"), ("triton_poi", "pointwise, unfused"),
     ("triton_red", "norms"), ("triton_per", "norms"),
     ("flash", "attention"), ("fmha", "attention"), ("gemm", "16-bit products"), ("conv", "16-bit products"),
     ("cutlass", "16-bit products"), ("nvjet", "16-bit products"),
 )  # fmt: skip
 
-VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {  # in the order in which a run that is cut off has them
+VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {  # ours last: loading our lowering changes what is fused
     "fp16": lambda unet: unet,
-    "W8A8": lambda unet: _fused(unet, 8),
-    "W4A8": lambda unet: _fused(unet, 4),
     "torchao-int8": _torchao,
     "torchao-float8": _float8,
+    "W8A8": lambda unet: _fused(unet, 8),
+    "W4A8": lambda unet: _fused(unet, 4),
     "W8A8-apart": lambda unet: quantized(unet, 8),
 }
 
@@ -162,7 +163,10 @@ def _measure(name: str, unet: nn.Module, call: dict, mode: str, *, dry: bool) ->
     row["weight bytes"] = model_bytes(unet)
     if cuda:
         row["peak bytes"] = torch.cuda.max_memory_allocated()
-        row |= _profile(lambda: run(**call))
+        try:
+            row |= _profile(lambda: run(**call))
+        except Exception as error:  # what was timed counts
+            row["profile"] = failure(error)["error"]
     return row
 
 
@@ -183,7 +187,7 @@ def _rows(pixels: int, batch: int, names: list[str], *, dry: bool) -> Iterator[d
                 call = inputs(unet, 64 if dry else pixels, batch, device, dtype)
                 yield _measure(name, unet, call, mode, dry=dry)
             except Exception as error:
-                yield {"variant": f"{name} {mode}", "error": f"{type(error).__name__}: {str(error)[:200]}"}
+                yield {"variant": f"{name} {mode}"} | failure(error)
             unet = call = None
             gc.collect()
             if torch.cuda.is_available():

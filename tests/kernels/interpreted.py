@@ -295,5 +295,28 @@ def test_prologue_is_left_out_where_it_costs_more(no_prologue):
 
 def test_max_autotune_times_several_tiles():
     arguments = cases.linear((20,), 64, 64, 4, torch.int8)
-    with compat.config.patch(max_autotune_gemm=True, benchmark_epilogue_fusion=False):
+    with compat.config.patch(max_autotune_gemm=True):
         check("linear", arguments)
+
+
+def test_max_autotune_fuses_what_the_default_does(monkeypatch):
+    """Also where several layers are alike: each takes in its activation and makes the codes of the next one. With
+    worker processes torch fuses only one of them where it leaves the choice of a tile open."""
+    real, made = compat.autotune_select_algorithm, []
+    monkeypatch.setattr(compat, "autotune_select_algorithm", lambda *a, **k: made.append(real(*a, **k)) or made[-1])
+    x, *layer = cases.linear((64,), 64, 64, 8, torch.int8)
+
+    def f(x, *layer):
+        for _ in range(3):
+            x = quantize(F.silu(OPS.linear(x, *layer)), layer[4], torch.int8)
+        return x
+
+    launches = {}
+    for autotune in (False, True):
+        torch._dynamo.reset()
+        with compat.config.patch(max_autotune_gemm=autotune):
+            _, code = run_and_get_code(torch.compile(f, fullgraph=True), x, *layer)
+        launches[autotune] = code[0].count(".run(")
+    assert launches[True] == launches[False] == 3
+    nodes = [r[0] if isinstance(r, tuple) else r for r in made]
+    assert len(nodes) == 6 and not any(isinstance(n.data.data, compat.ir.MultiTemplateBuffer) for n in nodes)
