@@ -59,7 +59,7 @@ def sweep(pixels: int, out: Path, *, dry: bool) -> Iterator[dict]:
     number = 90 if dry else 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
     path = out / "tuned.json" if dry else tuned.PATH
     source = "dry run, not measured" if dry else torch.cuda.get_device_name()
-    shapes = kernels.weighed(pixels)
+    shapes, found = kernels.weighed(pixels), {}
     for product in [kernels.small(p) for p in shapes[:2]] if dry else shapes:
         calls = {}
         row: dict = {"what": tuned.key(product)}
@@ -72,7 +72,8 @@ def sweep(pixels: int, out: Path, *, dry: bool) -> Iterator[dict]:
         if calls:
             times = interleaved({name: call for name, (_, call) in calls.items()}, 2 if dry else 15)
             fastest = min(times, key=lambda name: times[name])
-            _write(path, tiles.family(number), source, {tuned.key(product): calls[fastest][0]})
+            found[tuned.key(product)] = calls[fastest][0]
+            _write(path, tiles.family(number), source, found)
             if not dry:
                 shutil.copy(path, out / "tuned.json")
             row |= {

@@ -77,4 +77,4 @@ def test_variants_that_are_none_are_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["gpu", "unet-512-1:W8A8,W3A8", "--dry-run", "--out", str(tmp_path)])
     with pytest.raises(SystemExit):
         main()
-    assert "variants W3A8: expected some of fp16, W8A8, W4A8" in capsys.readouterr().err
+    assert "variants W3A8: expected some of fp16, torchao-int8, torchao-float8, W8A8" in capsys.readouterr().err
