@@ -63,8 +63,10 @@ def asked(path: str) -> tuple[str, Sampling]:
     if not prompt:
         raise ValueError("prompt is missing; ask for /?prompt=...")
     steps, seed = (whole(query, name, default) for name, default in (("steps", 4), ("seed", 0)))
-    if not 1 <= steps <= MOST_STEPS or seed < 0:
-        raise ValueError(f"steps is {steps} and seed {seed}; expected 1 to {MOST_STEPS} steps and a seed of 0 or more")
+    if not 1 <= steps <= MOST_STEPS or not 0 <= seed < 2**63:
+        raise ValueError(
+            f"steps is {steps} and seed {seed}; expected 1 to {MOST_STEPS} steps and a seed of 0 to 2^63 - 1"
+        )
     return prompt, Sampling(steps=steps, seed=seed)
 
 

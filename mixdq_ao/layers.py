@@ -97,6 +97,11 @@ def check_layer(module: nn.Module, layer: LayerPlan, *, need_ranges: bool = True
     """Raises PlanError unless ``module`` can be quantized as ``layer`` says."""
     if not layer.quantized:
         return
+    if "weight" not in module._parameters:
+        raise PlanError(
+            "its weight is computed by a parametrization, weight_norm or pruning; make that permanent first (as "
+            "torch.nn.utils.parametrize.remove_parametrizations or prune.remove do), or give the layer 16 bits"
+        )
     if need_ranges and not layer.calibrated:
         raise PlanError(
             f"act_bits is {layer.act_bits} but there is no act_range; run calibrate() and Plan.with_calibration()"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -162,11 +161,16 @@ def check_folding(smoothing: object, rotation: object) -> None:
     )
 
 
+LARGEST = 1e38
+"""What ranges and embeddings may hold: a span of two of them is a number of float32."""
+
+
 def parse_range(name: str, value: object) -> Range:
     ok = isinstance(value, tuple | list) and len(value) == 2 and all(type(v) in (int, float) for v in value)
     _expect(ok, name, value, "[lo, hi], two numbers, or null")
+    in_range = all(abs(v) <= LARGEST for v in value)  # type: ignore[union-attr]  # False for NaN
+    _expect(in_range, name, value, f"numbers from -{LARGEST:g} to {LARGEST:g}")
     lo, hi = (float(v) for v in value)  # type: ignore[union-attr]
-    _expect(math.isfinite(lo) and math.isfinite(hi), name, value, "finite numbers")
     _expect(lo <= hi, name, value, "lo <= hi")
     return lo, hi
 
@@ -318,7 +322,7 @@ def parse_embedding(value: object) -> tuple[float, ...] | None:
     if (
         not isinstance(value, list | tuple)
         or not value
-        or not all(type(v) in (int, float) and math.isfinite(v) for v in value)
+        or not all(type(v) in (int, float) and abs(v) <= LARGEST for v in value)
     ):
-        raise PlanError("bos_embedding is not a non-empty list of finite numbers (or null)")
+        raise PlanError(f"bos_embedding is not a non-empty list of numbers from -{LARGEST:g} to {LARGEST:g} (or null)")
     return tuple(float(v) for v in value)

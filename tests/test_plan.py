@@ -92,10 +92,14 @@ def test_hostile_text(tmp_path, text, says):
         load(tmp_path, text)
 
 
-def test_huge_numbers_are_not_ranges(tmp_path):
+@pytest.mark.parametrize("number", ["1e999", "1e308", "1" + "0" * 400])
+def test_huge_numbers_are_not_ranges(tmp_path, number):
+    """Also those that are numbers but whose spans are none of float32."""
     changed = document() | {"layers": {"a": {"act_range": [0, 0]}}}
-    with pytest.raises(PlanError, match="finite"):
-        load(tmp_path, json.dumps(changed).replace("[0, 0]", "[0, 1e999]"))
+    with pytest.raises(PlanError, match="expected numbers from -1e"):
+        load(tmp_path, json.dumps(changed).replace("[0, 0]", f"[0, {number}]"))
+    with pytest.raises(PlanError, match="bos_embedding"):
+        load(tmp_path, json.dumps(changed | {"bos_embedding": [7]}).replace("[7]", f"[{number}]"))
 
 
 def test_no_file(tmp_path):

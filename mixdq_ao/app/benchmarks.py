@@ -21,7 +21,11 @@ FIGURES = ("min", "median", "mean", "stddev", "rounds")
 def names_of(names: Sequence[str] = (), *, gpu: bool = False, quick: bool = False) -> list[str]:
     """The benchmarks that ``names`` select, as "file::test"; raises MixDQError where there are none."""
     done = subprocess.run(
-        [*_command(names, gpu, quick), "--collect-only", "-q"], cwd=_root(), capture_output=True, text=True, check=False
+        [*_command(names, gpu, quick), "--collect-only", "-q", "-o", "addopts="],
+        cwd=_root(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     found = [line for line in done.stdout.splitlines() if "::" in line]
     _check(done.returncode if found else FOUND_NONE, names, done.stdout + done.stderr)

@@ -101,9 +101,9 @@ def looks_local(name: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line of at most 300 characters."""
+    """What an error says, in one line of at most 1000 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
+    return text if len(text) <= 1000 else text[:997] + "..."
 
 
 def integers(text: str) -> list[int]:

@@ -14,6 +14,7 @@ from ..errors import CheckpointError
 from ..jsonfile import parse
 from .flatten import Contents, read_contents
 from .safetensors_io import SAVE_AGAIN, Header, read_header
+from .stored_values import check_values
 
 
 class Checkpoint:
@@ -86,7 +87,9 @@ class Checkpoint:
     def assemble(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """One entry of the state dict from plain tensors by key. Raises CheckpointError naming the file."""
         try:
-            return self.contents.assemble(name, tensors)
+            found = self.contents.assemble(name, tensors)
+            check_values(found)
+            return found
         except (ValueError, TypeError, AttributeError, KeyError) as e:
             path = self.where[self.contents.keys(name)[0]].path
             raise CheckpointError(f"{path}: {name!r} is damaged: {e}; {SAVE_AGAIN}") from e

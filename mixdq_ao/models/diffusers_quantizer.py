@@ -40,7 +40,7 @@ from ..quantize.tensor import is_quantized
 from ..registration import METHOD
 from .checkpoint import Checkpoint
 from .flatten import FORMAT, VERSION, check_version, flatten
-from .plan_of import plan_of
+from .plan_of import check_plan_of, plan_of
 
 # diffusers 0.39 began to ask a quantizer for plain tensors when it saves, and to give them back when it loads.
 HAS_HOOKS = hasattr(DiffusersQuantizer, "get_state_dict_and_metadata")
@@ -215,7 +215,10 @@ class MixDQQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pending:
             raise CheckpointError(f"{min(self.pending)!r} is part of a weight whose other parts were not given")
-        attach_quantizer(model, self.quantization_config.plan, self)
+        plan = self.quantization_config.plan
+        if self.pre_quantized:
+            check_plan_of("quantization_config", plan, dict(model.named_parameters()))
+        attach_quantizer(model, plan, self)
         # The model keeps this object: what only loading needs would keep files open and be copied with the model.
         self.configs = {}
         vars(self).pop("checkpoint", None)
@@ -229,6 +232,11 @@ class MixDQQuantizer(DiffusersQuantizer):
         adapted = next((name for name in state_dict if ".base_layer." in name), None)
         if adapted is not None:
             raise CheckpointError(f"{adapted!r} has adapters; call pipe.unload_lora_weights() before saving")
+        from .text_layers import JOINT  # needs diffusers' UNet, which needs its loaders, which load this
+
+        joint = next((name for name in state_dict if f"{JOINT}." in name), None)
+        if joint is not None:
+            raise CheckpointError(f"{joint!r} joins other layers; call unfuse_text_projections(unet) before saving")
         flat = flatten(state_dict)
         return _unshared(flat.tensors), flat.metadata()
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
+from ..errors import CheckpointError
 from ..layers import find_layers
 from ..plan import LayerPlan, Plan
 from ..quantize.quantizer import act_bits
@@ -51,6 +54,25 @@ def layer_plan_of(weight: object) -> LayerPlan:
 def same_layer(a: LayerPlan, b: LayerPlan) -> bool:
     """Equal but for the exact ranges (and for symmetry, which a weight's zero points may show by chance)."""
     return (a.weight_bits, a.act_bits, a.split, a.bos) == (b.weight_bits, b.act_bits, b.split, b.bos)
+
+
+def check_plan_of(where: object, plan: Plan, state: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless the weights are quantized as ``plan`` says."""
+    found = {n.removesuffix(".weight"): layer_plan_of(t) for n, t in state.items() if is_quantized(t)}
+    planned = {n: layer for n, layer in plan.layers.items() if layer.quantized}
+    for name in sorted(set(found) | set(planned)):
+        if name not in found or name not in planned or not same_layer(found[name], planned[name]):
+            raise CheckpointError(
+                f"{where}: layer {name!r} is planned as {_in_words(planned.get(name))} and stored as "
+                f"{_in_words(found.get(name))}; config and weights are of different saves, save the model again"
+            )
+
+
+def _in_words(layer: LayerPlan | None) -> str:
+    if layer is None:
+        return "not quantized"
+    split = "" if layer.split is None else f" split at {layer.split}"
+    return f"W{layer.weight_bits}A{layer.act_bits}{' BOS' if layer.bos else ''}{split}"
 
 
 def _symmetric(weight: MixDQTensor) -> bool:

@@ -24,14 +24,14 @@ from ..atomicfile import sync
 from ..errors import CheckpointError
 from ..jsonfile import write_document
 from ..layers import find_layers
-from ..plan import LayerPlan, Plan
+from ..plan import Plan
 from ..quantize.fake import FakeQuantizer
 from ..quantize.tensor import is_quantized
 from .checkpoint import Checkpoint, read_json
 from .diffusers_quantizer import METHOD, MixDQConfig, attach_quantizer, known_plan
 from .flatten import Flat, flatten
 from .pipelines import denoiser
-from .plan_of import layer_plan_of, plan_of, same_layer
+from .plan_of import check_plan_of, plan_of
 from .safetensors_io import write_safetensors
 from .skeleton import Library, check_fit, empty_model, fill, library_of, saved_config, without_aliases
 
@@ -79,7 +79,9 @@ def _prepared(model: nn.Module, plan: Plan | None) -> tuple[Library, Flat, Plan]
     state = without_aliases(model)
     where = f"{type(model).__name__} in memory"
     check_fit(
-        f"{where} (fuse or unload adapters, unfuse_projections, then save)", empty_model(Path(where), library), state
+        f"{where} (fuse or unload adapters, unfuse_projections, unfuse_text_projections, then save)",
+        empty_model(Path(where), library),
+        state,
     )
     return library, flatten(state), plan_of(model, plan or known_plan(model))
 
@@ -176,25 +178,6 @@ def load_quantized(directory: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
-def check_plan_of(where: object, plan: Plan, state: dict[str, Any]) -> None:
-    """Raises CheckpointError unless the weights are quantized as ``plan`` says."""
-    found = {n.removesuffix(".weight"): layer_plan_of(t) for n, t in state.items() if is_quantized(t)}
-    planned = {n: layer for n, layer in plan.layers.items() if layer.quantized}
-    for name in sorted(set(found) | set(planned)):
-        if name not in found or name not in planned or not same_layer(found[name], planned[name]):
-            raise CheckpointError(
-                f"{where}: layer {name!r} is planned as {_in_words(planned.get(name))} and stored as "
-                f"{_in_words(found.get(name))}; config and weights are of different saves, save the model again"
-            )
-
-
-def _in_words(layer: LayerPlan | None) -> str:
-    if layer is None:
-        return "not quantized"
-    split = "" if layer.split is None else f" split at {layer.split}"
-    return f"W{layer.weight_bits}A{layer.act_bits}{' BOS' if layer.bos else ''}{split}"
-
-
 def save_pipeline(pipe: Any, directory: str | os.PathLike[str], *, plan: Plan | None = None) -> None:
     """Saves a pipeline with quantized diffusers models; ``DiffusionPipeline.from_pretrained`` loads it.
 
@@ -205,11 +188,15 @@ def save_pipeline(pipe: Any, directory: str | os.PathLike[str], *, plan: Plan | 
     Raises:
         CheckpointError: the directory exists and is not empty, a part cannot be saved, or a file cannot be written.
     """
+    from .text_reuse import TextReuse  # needs diffusers' UNet, which needs its loaders, which load this
+
     directory = Path(directory)
     refuse_occupied(directory)
     main = denoiser(pipe)
     main = getattr(main, "_orig_mod", main)
-    for model in pipe.components.values():
+    for name, model in pipe.components.items():
+        if isinstance(model, TextReuse):
+            raise CheckpointError(f"pipe.{name} keeps the text's projections; pipe.{name} = pipe.{name}.undo() first")
         if isinstance(model, nn.Module):
             model = getattr(model, "_orig_mod", model)
             _make_saveable(model, plan if model is main else None)

@@ -18,6 +18,7 @@ class TextReuse(nn.Module):
 
     A text is the same while it is the same tensor, not written to; diffusers' pipelines pass one tensor to every step.
     Results are those of the UNet itself. Adapters and weights must not be changed meanwhile: ``forget()`` after that.
+    A pipeline is saved without it: ``pipe.unet = pipe.unet.undo()`` first.
     """
 
     def __init__(self, unet: nn.Module) -> None:

@@ -112,6 +112,8 @@ def mixdq_config(
     Raises:
         PlanError: a layer lacks its range or its moment, or cannot be quantized as asked.
     """
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan is {plan!r:.60}, expected a Plan, as Plan.load gives it")
     overrides = dict(overrides or {})
     decided = overridden(overrides)
     bos = None if plan.bos_embedding is None else torch.tensor(plan.bos_embedding, dtype=torch.float32)
@@ -211,6 +213,10 @@ def quantize_(model: nn.Module, config: AOBaseConfig, **kwargs: object) -> None:
     Raises:
         PlanError, QuantizationError: naming the layer, before anything is changed.
     """
+    if not isinstance(model, nn.Module):
+        raise QuantizationError(
+            f"model is a {type(model).__name__}, expected nn.Module, as in quantize_(pipe.unet, ...)"
+        )
     if isinstance(config, MixDQConfig):
         fold_(model, check_model(model, config))
         config = config.after_folding()
@@ -230,8 +236,32 @@ def declare_quantized(model: nn.Module, plan: Plan | None) -> None:
 
 def overridden(overrides: Mapping[str, Any]) -> Callable[[str], bool]:
     """Whether ``overrides`` (names, or "re:" and an expression) say what becomes of the layer of a name."""
-    patterns = [re.compile(k[3:]) for k in overrides if k.startswith("re:")]
+    patterns = [_pattern(k) for k in overrides if k.startswith("re:")]
     return lambda name: name in overrides or any(p.fullmatch(name) for p in patterns)
+
+
+def _pattern(key: str) -> re.Pattern[str]:
+    try:
+        return re.compile(key[3:])
+    except re.error as e:
+        raise PlanError(f"overrides names {key!r}, which is no regular expression: {e}") from e
+
+
+def _check_overrides(model: nn.Module, overrides: Mapping[str, Any]) -> None:
+    """Each names something that torchao finds and that is not made of layers, and says what becomes of it."""
+    layers = find_layers(model)
+    names = {n for n, _ in model.named_modules()} | {n for n, _ in model.named_parameters()}
+    for key, config in overrides.items():
+        if config is not None and not isinstance(config, AOBaseConfig):
+            raise PlanError(f"overrides gives {key!r} {config!r:.60}, expected a torchao config or None")
+        if key.startswith("re:"):
+            if not any(map(_pattern(key).fullmatch, names)):
+                raise PlanError(f"overrides names {key!r}, which matches no layer of {type(model).__name__}")
+        elif key not in names:
+            raise PlanError(f"overrides names {key!r}, which {type(model).__name__} does not have")
+        elif key not in layers and any(name.startswith(f"{key}.") for name in layers):
+            inside = f"re:{re.escape(key)}[.].*"
+            raise PlanError(f"overrides names {key!r}, which holds layers; name those, as {inside!r} does")
 
 
 def check_model(model: nn.Module, config: MixDQConfig) -> dict[Fold, Folding]:
@@ -239,10 +269,7 @@ def check_model(model: nn.Module, config: MixDQConfig) -> dict[Fold, Folding]:
     to be folded into its weights first."""
     check_plan(config.plan, model, need_ranges=False)
     layers = find_layers(model)
-    names = {n for n, _ in model.named_modules()} | {n for n, _ in model.named_parameters()}
-    for name in config.overrides:
-        if not name.startswith("re:") and name not in names:
-            raise PlanError(f"overrides names {name!r}, which {type(model).__name__} does not have")
+    _check_overrides(model, config.overrides)
     for name, layer_config in config.fqn_to_config.items():
         if not isinstance(layer_config, MixDQLayerConfig):
             continue

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torchao.utils import TorchAOBaseTensor
 
 from inductor_kernels import ops as _ops  # noqa: F401  (registers torch.ops.inductor_kernels)
 from inductor_kernels import reference
+from inductor_kernels.checks import FLOATS
 
 from ..errors import QuantizationError
 from ..plan import Rounding, WeightRange
@@ -134,7 +136,11 @@ def _usable_moment(moment: Tensor, rows: Tensor) -> Tensor:
 
 
 def refuse_unusable(weight: Tensor) -> None:
-    """Raises QuantizationError for a weight with no elements, NaN or infinity (not while tracing a graph)."""
+    """Raises QuantizationError for a weight that is not plain 16- or 32-bit floating point, has no elements, or holds
+    NaN or infinity (not looked for while tracing a graph)."""
+    if isinstance(weight, TorchAOBaseTensor) or weight.dtype not in FLOATS:
+        kind = f"{type(weight).__name__} of {weight.dtype}"
+        raise QuantizationError(f"weight is a {kind}, expected plain float32, bfloat16 or float16")
     if weight.numel() == 0:
         raise QuantizationError(f"weight has shape {tuple(weight.shape)}, expected at least one element")
     if torch.compiler.is_compiling() or weight.is_meta:

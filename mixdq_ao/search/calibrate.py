@@ -18,6 +18,7 @@ from ..plan import Range
 from ..progress import progress
 from ..quantize.bos import bos_mask
 from ..quantize.folds import Fold, Folding, folded
+from ..quantize.tensor import is_quantized
 from .calibration import Calibration, LayerCalibration
 from .observe import RangeMethod, RangeObserver
 from .smoothing import choose_folds, rotation_note
@@ -59,6 +60,9 @@ class Calibrator:
     def __init__(
         self, model: nn.Module, method: RangeMethod = "minmax", bos: bool | None = None, act_bits: int = 8
     ) -> None:
+        known = next((n for n, m in find_layers(model).items() if is_quantized(m.weight)), None)
+        if known is not None:
+            raise CalibrationError(f"layer {known!r} is quantized already; calibrate the original model")
         self.model, self.bos = model, bos
         self.method: RangeMethod = method
         self.act_bits = act_bits
@@ -208,7 +212,8 @@ def calibrate(
         Either runs everything twice: once to look at the channels, once with the weights changed (they are put back).
 
     Raises:
-        CalibrationError: act_bits is neither 8 nor 4, nothing ran, or an input holds NaN or infinity.
+        CalibrationError: act_bits is neither 8 nor 4, the model is quantized already, nothing ran, or an input holds
+            NaN or infinity.
         MixDQError: prompts are empty.
         QuantizationError: the model computes something else when smoothed or rotated.
     """

@@ -36,7 +36,7 @@ def checkout(tmp_path, monkeypatch) -> Path:
     folder.mkdir()
     (folder / "__init__.py").write_text("")
     (folder / "test_case.py").write_text(CASE)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: needs a GPU\n    quick: short\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -q\nmarkers =\n    gpu: needs a GPU\n    quick: short\n")
     monkeypatch.setattr(benchmarks, "_root", lambda: tmp_path)
     for name in [n for n in os.environ if n.startswith("PYTEST_")]:
         monkeypatch.delenv(name)  # or pytest-benchmark takes its process for one of several workers

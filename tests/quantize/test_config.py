@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torchao.quantization import Int8WeightOnlyConfig
 
 from mixdq_ao import LayerPlan, MixDQTensor, Plan, PlanError, QuantizationError, mixdq_config, quantize_
@@ -83,8 +84,15 @@ def test_overrides_combine_with_other_torchao_features(unet, calibration):
 
 def test_an_override_that_matches_nothing(unet, calibration):
     plan = Plan.uniform(unet, 8, 8).with_calibration(calibration)
-    with pytest.raises(PlanError, match="overrides names 'conv_inn'"):
-        quantize_(unet, mixdq_config(plan, overrides={"conv_inn": None}))
+    for overrides, says in (
+        ({"conv_inn": None}, "overrides names 'conv_inn'"),
+        ({"re:midblock.*": None}, "overrides names 're:midblock.*', which matches no layer"),
+        ({"re:(": None}, "overrides names 're:\\(', which is no regular expression"),
+        ({"mid_block": Int8WeightOnlyConfig()}, r"overrides names 'mid_block', which holds layers; .*re:mid_block"),
+        ({"conv_out": "int8"}, "overrides gives 'conv_out' 'int8', expected a torchao config or None"),
+    ):
+        with pytest.raises(PlanError, match=says):
+            quantize_(unet, mixdq_config(plan, overrides=overrides))
 
 
 def test_not_a_number_in_the_last_layer_leaves_the_model_unchanged(unet, calibration):
@@ -138,3 +146,27 @@ def test_a_layer_outside_a_unet():
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     quantize_(model, mixdq_config(Plan.uniform(model, 4, 16)))
     assert model(torch.randn(2, 6)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (nn.utils.parametrizations.weight_norm, "layer '1': its weight is computed by a parametrization"),
+        (lambda m: prune.identity(m, "weight"), "layer '1': its weight is computed"),
+        (lambda m: m.double(), "layer '1': weight is a Parameter of torch.float64, expected plain float32"),
+    ],
+)
+def test_a_weight_that_cannot_be_replaced_is_refused_before_anything_is_changed(change, says):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    change(model[1])
+    plan = Plan({"0": LayerPlan(weight_bits=8, act_bits=16), "1": LayerPlan(weight_bits=8, act_bits=16)})
+    with pytest.raises((PlanError, QuantizationError), match=says):
+        quantize_(model, mixdq_config(plan))
+    assert not is_quantized(model[0].weight)
+
+
+def test_what_is_given_in_the_wrong_place_is_named():
+    with pytest.raises(PlanError, match="plan is 'plan.json', expected a Plan"):
+        mixdq_config("plan.json")
+    with pytest.raises(QuantizationError, match="model is a Pipe, expected nn.Module"):
+        quantize_(type("Pipe", (), {})(), mixdq_config(Plan({})))

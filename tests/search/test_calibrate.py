@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mixdq_ao import Calibration, CalibrationError, MixDQError, Plan, calibrate
+from mixdq_ao import Calibration, CalibrationError, MixDQError, Plan, calibrate, mixdq_config, quantize_
 from mixdq_ao.quantize.quantizer import act_params, fake_quantize_act
 from mixdq_ao.search.observe import RangeObserver
 
@@ -169,3 +169,9 @@ def test_mse_range_is_the_best_of_a_search():
     assert best <= 1.05 * min(
         error(*(torch.tensor([x.min(), x.max()]) * s).tolist()) for s in torch.linspace(0.01, 1, 100)
     )
+
+
+def test_a_quantized_model_is_not_calibrated(unet, calibration):
+    quantize_(unet, mixdq_config(Plan.uniform(unet, 8, 8).with_calibration(calibration)))
+    with pytest.raises(CalibrationError, match="is quantized already; calibrate the original model"):
+        calibrate(unet, run=lambda: unet(**unet_inputs()))

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 HELP = "draw pictures, with a plan, a precision for each step, or in full precision"
 EXAMPLE = (
-    'mixdq generate examples/shapes/pipeline --plan plan.json --prompt "a large red circle" --steps 4 --out pictures'
+    "mixdq generate examples/shapes/pipeline --plan plan.json --steps 4 --out pictures "
+    '--prompt "a large red circle in the middle on a black background"'
 )
 STEPS = 4
 
