@@ -20,7 +20,7 @@ from mixdq_ao import Calibration, Plan, Sensitivity, TemporalPlan, allocate, ana
 from mixdq_ao.app.output import show_table
 from mixdq_ao.models.pipelines import Sampling
 from mixdq_ao.search.fingerprint import fingerprint
-from mixdq_ao.temporal.additivity import check_additivity
+from mixdq_ao.temporal.additivity import check_additivity, check_count
 from mixdq_ao.temporal.baselines import hand_set
 from mixdq_ao.temporal.collect import results_of
 from mixdq_ao.temporal.layer import Storage
@@ -38,6 +38,8 @@ def level_costs(act_bits: int = 8) -> dict[str, float]:
 
 
 COSTS = level_costs()
+MEASURED = 40
+"""Random schedules that show whether errors of steps add up."""
 
 
 class Study:
@@ -88,6 +90,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--costs", type=float, nargs="+", default=[0.2, 0.25, 0.4])
     args = parser.parse_args()
+    check_count(MEASURED, args.steps, len(COSTS))
     args.out.mkdir(parents=True, exist_ok=True)
     study = Study(args.out, args.prompts)
     error = study.prepared(args.steps, "own")
@@ -100,7 +103,7 @@ def main() -> None:
         by_hand += compare(found[-1], hand_set(error, **shared, max_cost=cost), cost)
         plan = TemporalPlan(study.levels, found[-1].levels, COSTS, {"metric": "ssim", "error": found[-1].error})
         plan.save(args.out / f"schedule_{cost:g}.json")
-    added = check_additivity(error, **shared)
+    added = check_additivity(error, **shared, schedules=MEASURED)
     print(
         f"random schedules: R2 of logs {added.r_squared:.3f}, measured {added.ratio:.2f} times the sum of their steps"
     )

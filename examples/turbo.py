@@ -18,7 +18,11 @@ from mixdq_ao.models.pipelines import denoiser, generate_all
 from mixdq_ao.search.metrics import psnr
 
 PIPELINE = Path(__file__).parent / "shapes" / "pipeline"
-PROMPTS = ["a large red circle", "a small blue square on a yellow background", "a green star above a white triangle"]
+PROMPTS = [  # the bundled model wants places and the background said
+    "a large red circle in the middle on a black background",
+    "a small blue square at the bottom on a yellow background",
+    "a green star above a white triangle on a grey background",
+]
 
 
 def compare(pipe: Any, prompts: list[str], counts: list[int], *, bos: bool | None = None) -> dict[int, float]:

@@ -127,7 +127,7 @@ def mixdq_config(
         if not layer.calibrated:
             raise PlanError(
                 f"layer {name!r}: act_bits is {layer.act_bits} but there is no act_range; "
-                "run calibrate() and Plan.with_calibration()"
+                "run calibrate() and Plan.with_calibration(), or give --calibration"
             )
         moment = moments.get(name) if moments is not None and layer.needs_moment else None
         configs[name] = MixDQLayerConfig(layer, mode, bos if layer.bos else None, name, moment)

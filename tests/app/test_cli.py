@@ -297,3 +297,9 @@ def test_doctor_in_words(capsys):
     assert "missing" in advice(found | {"int8 products": dict.fromkeys(routes, None)})[0]
     gpu = {"name": "Imaginary GPU", "int8 tensor cores": False}
     assert "no int8 tensor cores" in advice(found | {"gpu": gpu})[1]
+
+
+def test_a_plan_that_quantizes_nothing_is_refused_before_anything_is_loaded(capfd, tmp_path):
+    Plan({"conv_in": LayerPlan()}).save(tmp_path / "plan.json")
+    code, _, err = run(capfd, "quantize", tmp_path / "nowhere", "--plan", tmp_path / "plan.json")
+    assert code and "plan.json: quantizes no layer" in err

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...errors import PlanError
 from .. import options
 from ..inputs import load_pipeline, load_plan
 from ..output import mebibytes, show, show_json, wrote
@@ -39,6 +40,8 @@ def run(args: argparse.Namespace) -> None:
 
     from ..measure import held_bytes
 
+    if not any(layer.quantized for layer in plan.layers.values()):
+        raise PlanError(f"{args.plan}: quantizes no layer, expected one of less than 16 bits")
     if args.out:
         refuse_occupied(args.out)
     pipe = _quantized(args, plan)
