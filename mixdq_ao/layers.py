@@ -93,6 +93,15 @@ def check_plan(plan: Plan, model: nn.Module, *, need_ranges: bool = True) -> Non
             )
 
 
+def check_calibrated(layer: LayerPlan) -> None:
+    """Raises PlanError where activations are to be quantized and their range is not known."""
+    if not layer.calibrated:
+        raise PlanError(
+            f"act_bits is {layer.act_bits} but there is no act_range; run calibrate() and Plan.with_calibration(), or "
+            "give --calibration"
+        )
+
+
 def check_layer(module: nn.Module, layer: LayerPlan, *, need_ranges: bool = True) -> None:
     """Raises PlanError unless ``module`` can be quantized as ``layer`` says."""
     if not layer.quantized:
@@ -102,10 +111,8 @@ def check_layer(module: nn.Module, layer: LayerPlan, *, need_ranges: bool = True
             "its weight is computed by a parametrization, weight_norm or pruning; make that permanent first (as "
             "torch.nn.utils.parametrize.remove_parametrizations or prune.remove do), or give the layer 16 bits"
         )
-    if need_ranges and not layer.calibrated:
-        raise PlanError(
-            f"act_bits is {layer.act_bits} but there is no act_range; run calibrate() and Plan.with_calibration()"
-        )
+    if need_ranges:
+        check_calibrated(layer)
     channels = in_channels(module)
     if layer.split is not None and (not isinstance(module, nn.Conv2d) or module.groups != 1 or layer.split >= channels):
         raise PlanError(

@@ -21,7 +21,6 @@ OPS = torch.ops.inductor_kernels
 EXTRA = [Product(16384, 8192, 4096)]  # large enough that only the tensor cores matter
 SIZES = (512, 1024)
 LAYERS = 16  # shapes taken of each size
-OURS = ("w8a8", "w4a8", "w2a8")
 
 
 def shapes() -> list[Product]:
@@ -71,9 +70,9 @@ def _compiled(fn: Callable[[Tensor], Tensor], autotune: bool) -> Callable[[Tenso
 def _linear(m: int, n: int, k: int, device: str, autotune: bool) -> dict[str, Callable[[], object]]:
     x_q = torch.randint(-128, 128, (m, k), dtype=torch.int8, device=device)
     x, w = torch.randn(m, k, device=device).half(), torch.randn(n, k, device=device).half()
-    functions: dict[str, Callable[[], object]] = {"fp16": lambda: F.linear(x, w)}
+    functions: dict[str, Callable[[], object]] = {"fp16": captured(lambda: F.linear(x, w))}
     x16, w16 = x.bfloat16(), w.bfloat16()
-    functions["bf16"] = lambda: F.linear(x16, w16)
+    functions["bf16"] = captured(lambda: F.linear(x16, w16))
     for bits in (8, 4, 2):
         p = weights((n, k), bits, device)
         fn = _compiled(lambda x_q, p=p, bits=bits: OPS.linear(x_q, *p, None, bits, torch.float16), autotune)
@@ -84,8 +83,9 @@ def _linear(m: int, n: int, k: int, device: str, autotune: bool) -> dict[str, Ca
         if torch.cuda.get_device_capability() >= (8, 9):
             one = torch.ones((), device=device)
             x8, wf8 = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn).t()
-            functions["float8"] = lambda: torch._scaled_mm(x8, wf8, one, one, out_dtype=torch.float16)
-        functions["int_mm"] = lambda: torch._int_mm(x_q, w8.t())  # torch's int8 product alone: no scales, no bias
+            functions["float8"] = captured(lambda: torch._scaled_mm(x8, wf8, one, one, out_dtype=torch.float16))
+        # torch's int8 product alone: no scales, no bias
+        functions["int_mm"] = captured(lambda: torch._int_mm(x_q, w8.t()))
     return functions
 
 
@@ -94,7 +94,7 @@ def _conv(size: int, c: int, o: int, kernel: int, device: str, autotune: bool):
     x_q = torch.randint(-128, 128, (batch, size, size, c), dtype=torch.int8, device=device)
     x = torch.randn(batch, c, size, size, device=device).half().to(memory_format=torch.channels_last)
     w = torch.randn(o, c, kernel, kernel, device=device).half().to(memory_format=torch.channels_last)
-    functions: dict[str, Callable[[], object]] = {"fp16": lambda: F.conv2d(x, w, padding=pad)}
+    functions: dict[str, Callable[[], object]] = {"fp16": captured(lambda: F.conv2d(x, w, padding=pad))}
     for bits in (8, 4, 2):
         p = weights((o, kernel, kernel, c), bits, device)
         rest = (bits, [1, 1], pad, [1, 1], 1, torch.float16)
@@ -107,7 +107,7 @@ def _conv(size: int, c: int, o: int, kernel: int, device: str, autotune: bool):
 
 
 def _row(product: Product, functions: dict[str, Callable[[], object]], rounds: int) -> dict:
-    times = interleaved({name: captured(fn) if name not in OURS else fn for name, fn in functions.items()}, rounds)
+    times = interleaved(functions, rounds)
     row: dict = {"what": tuned.key(product), **{f"{name} ms": value for name, value in times.items()}}
     row |= {f"{name} vs fp16": times["fp16"] / value for name, value in times.items() if name != "fp16"}
     least = limit(product)

@@ -19,7 +19,7 @@ from torchao.quantization import quantize_ as torchao_quantize_
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 from ..errors import PlanError, QuantizationError
-from ..layers import check_layer, check_plan, find_layers
+from ..layers import check_calibrated, check_layer, check_plan, find_layers
 from ..plan import LayerPlan, Plan
 from .fake import FakeQuantizer, with_fake_quantizer, without_fake_quantizer
 from .folds import Fold, Folding, fold_, folded, folded_moments, foldings_of, planned_folds
@@ -124,11 +124,10 @@ def mixdq_config(
     for name, layer in plan.layers.items():
         if decided(name) or not layer.quantized:
             continue
-        if not layer.calibrated:
-            raise PlanError(
-                f"layer {name!r}: act_bits is {layer.act_bits} but there is no act_range; "
-                "run calibrate() and Plan.with_calibration(), or give --calibration"
-            )
+        try:
+            check_calibrated(layer)
+        except PlanError as e:
+            raise PlanError(f"layer {name!r}: {e}") from e
         moment = moments.get(name) if moments is not None and layer.needs_moment else None
         configs[name] = MixDQLayerConfig(layer, mode, bos if layer.bos else None, name, moment)
     config = MixDQConfig(configs)
@@ -247,9 +246,8 @@ def _pattern(key: str) -> re.Pattern[str]:
         raise PlanError(f"overrides names {key!r}, which is no regular expression: {e}") from e
 
 
-def _check_overrides(model: nn.Module, overrides: Mapping[str, Any]) -> None:
+def _check_overrides(model: nn.Module, layers: Mapping[str, nn.Module], overrides: Mapping[str, Any]) -> None:
     """Each names something that torchao finds and that is not made of layers, and says what becomes of it."""
-    layers = find_layers(model)
     names = {n for n, _ in model.named_modules()} | {n for n, _ in model.named_parameters()}
     for key, config in overrides.items():
         if config is not None and not isinstance(config, AOBaseConfig):
@@ -269,7 +267,7 @@ def check_model(model: nn.Module, config: MixDQConfig) -> dict[Fold, Folding]:
     to be folded into its weights first."""
     check_plan(config.plan, model, need_ranges=False)
     layers = find_layers(model)
-    _check_overrides(model, config.overrides)
+    _check_overrides(model, layers, config.overrides)
     for name, layer_config in config.fqn_to_config.items():
         if not isinstance(layer_config, MixDQLayerConfig):
             continue

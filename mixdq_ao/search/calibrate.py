@@ -60,6 +60,8 @@ class Calibrator:
     def __init__(
         self, model: nn.Module, method: RangeMethod = "minmax", bos: bool | None = None, act_bits: int = 8
     ) -> None:
+        if act_bits not in (8, 4):
+            raise CalibrationError(f"act_bits is {act_bits!r}, expected 8 or 4")
         known = next((n for n, m in find_layers(model).items() if is_quantized(m.weight)), None)
         if known is not None:
             raise CalibrationError(f"layer {known!r} is quantized already; calibrate the original model")
@@ -217,13 +219,11 @@ def calibrate(
         MixDQError: prompts are empty.
         QuantizationError: the model computes something else when smoothed or rotated.
     """
-    if act_bits not in (8, 4):
-        raise CalibrationError(f"act_bits is {act_bits!r}, expected 8 or 4")
     model = pipe if isinstance(pipe, nn.Module) else denoiser(pipe)
+    calibrator = Calibrator(model, method, bos, act_bits)
     options = {"guidance_scale": guidance_scale, "batch_size": batch_size, "seed": seed}
     go, metadata = _runs(pipe, prompts, steps, run, options)
     folds = _folds(model, go, smoothing, rotation)
-    calibrator = Calibrator(model, method, bos, act_bits)
     with folded(model, folds), calibrator.watch(), torch.no_grad():
         go()
     metadata |= {"method": method} | ({"act_bits": act_bits} if method == "mse" else {})

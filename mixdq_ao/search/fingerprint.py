@@ -16,12 +16,13 @@ from ..models.pipelines import denoiser
 def fingerprint(subject: Any, settings: Mapping[str, Any]) -> str:
     """A hash of ``settings`` (JSON) and of a model or a pipeline: of all its components, parameters and buffers of
     modules (names, types, shapes, bytes) and configs of those that have one (schedulers, models)."""
-    digest = hashlib.blake2b(_json(settings), digest_size=16)
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
     for name, part in _parts(subject).items():
         config = getattr(part, "config", None)
         if isinstance(config, Mapping):  # names with "_" say where a part came from
             public = {key: value for key, value in config.items() if not key.startswith("_")}
-            digest.update(f"{name} {type(part).__name__}".encode() + _json(public))
+            text = json.dumps(public, sort_keys=True, default=lambda value: type(value).__name__)
+            digest.update(f"{name} {type(part).__name__}{text}".encode())
         if isinstance(part, nn.Module):
             _add_values(digest, name, part)
     return digest.hexdigest()
@@ -40,7 +41,3 @@ def _add_values(digest: Any, prefix: str, model: nn.Module) -> None:
         digest.update(f"{prefix} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(raw.numpy().data)
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, sort_keys=True, default=lambda v: type(v).__name__).encode()

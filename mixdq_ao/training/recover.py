@@ -31,6 +31,7 @@ from ..quantize.fake import without_fake_quantizer
 from .recover_layers import make_student, students
 from .recover_loop import MakeOptimizer, Run, error_on, record_for
 from .recover_options import Recipe, recipe_of
+from .recover_targets import Targets
 
 HELD_OUT = 32
 """Prompts kept for measuring where none are given: an eighth of them, at most this many."""
@@ -118,6 +119,11 @@ def recover(
         pipe, student, learned, exam, recipe, directory=directory, settings=settings, make_optimizer=make_optimizer
     )
     run.train(on_evaluation, save_every)
+    return _result(run, plan, exam)
+
+
+def _result(run: Run, plan: Plan, exam: Targets) -> Recovery:
+    """The pipeline's denoiser becomes the best state of a run that is over, or stopped by itself."""
     p = run.progress
     if not p.history:
         raise OptimizerError(
@@ -125,18 +131,18 @@ def recover(
         )
     run.keep_best()
     if p.stopped is not None:
-        warnings.warn(f"recover stopped at {p.stopped}; kept the state of step {p.best_step}", RuntimeWarning, 2)
+        warnings.warn(f"recover stopped at {p.stopped}; kept the state of step {p.best_step}", RuntimeWarning, 3)
     before, after = p.history[0]["error"], p.best
-    found = _plan_of(student, plan, recipe, before, after, p.best_step)
-    adopt(teacher, student)
-    declare_quantized(teacher, found)
+    found = _plan_of(run.student, plan, run.recipe, before, after, p.best_step)
+    adopt(run.teacher, run.student)
+    declare_quantized(run.teacher, found)
     return Recovery(
         plan=found,
         status="finished" if p.stopped is None else f"stopped, {p.stopped}",
         best_step=p.best_step,
         before=before,
         after=after,
-        real=error_on(teacher, exam, recipe.batch_size),
+        real=error_on(run.teacher, exam, run.recipe.batch_size),
         history=p.history,
         seconds=p.seconds,
         core_seconds=p.core_seconds,
