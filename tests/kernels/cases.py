@@ -1,11 +1,12 @@
-"""Random arguments of the operators, and how far float32 arithmetic may be from the exact result."""
+"""Random arguments of the operators, and what they make of them in exact arithmetic."""
 
 import torch
 
 from inductor_kernels import packing, reference
 
+from .budget import Bounded, known, unit
+
 BITS = (8, 4, 2)
-UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 def weight(shape, bits, *, extreme=False):
@@ -71,10 +72,10 @@ def weight_only(arguments, dtype, *, conv):
 
 
 def exact(name, arguments):
-    """(result in float64 before the last rounding, bound of the float32 error).
+    """What ``linear``, ``conv2d`` or a ``_weight_only`` variant makes before the last rounding; codes may be bounded.
 
-    Products are integers; a sum of K of them in any order errs by at most K ulp of the sum of their sizes, the
-    scales and the bias by a few ulp more. sqrt(K) is what rounding errors really add up to; 8 leaves room.
+    A sum of K products in any order errs by at most K units of the sum of their sizes. sqrt(K) is what rounding errors
+    really add up to; 8 leaves room. Sums of integers below 2**24 are exact, in float32 as well.
     """
     conv = name.startswith("conv2d")
     only = name.endswith("weight_only")
@@ -82,28 +83,25 @@ def exact(name, arguments):
     scale, bias = (arguments[3], arguments[4]) if only else (arguments[4], arguments[6])
     groups = (arguments[9] if only else arguments[11]) if conv else 1
     bits = arguments[5] if only else arguments[7 if conv else 8]
-    wi = packing.unpack_weight(w, wzp, bits, x.shape[-1] // groups).double()
+    geometry = arguments[6:9] if only else arguments[8:11]
+    if isinstance(x, torch.Tensor):
+        x = known(x.double() + (128 if x.dtype == torch.int8 else 0))
+    centered = x.value if only else x.value - arguments[5].double()
+    wi = packing.unpack_weight(w, wzp, bits, centered.shape[-1] // groups).double()
+
+    def times(x, w):
+        return reference._conv(x, w, *geometry, groups) if conv else x @ w.t()
+
+    size = times(centered.abs() + x.error, wi.abs())
+    in_float32 = unit(torch.float32) * (wi[0].numel() ** 0.5 + 8) * size
     if not only:
-        x = x.double() - (arguments[5].double() - (128 if x.dtype == torch.int8 else 0))
-    if conv:
-        geometry = arguments[6:9] if only else arguments[8:11]
-        total = reference._conv(x.double(), wi, *geometry, groups)
-        size = reference._conv(x.double().abs(), wi.abs(), *geometry, groups)
-    else:
-        total, size = x.double() @ wi.t(), x.double().abs() @ wi.abs().t()
-    factor = scale.double()
+        in_float32[size < 2**24] = 0
+    y = Bounded(times(centered, wi), times(x.error, wi.abs()) + in_float32).rounded(torch.float32) * scale
     if name == "linear" and arguments[7] is not None:
-        factor = factor * arguments[7].double().unsqueeze(-1)
-    y = total * factor + (0 if bias is None else bias.double())
-    terms = wi[0].numel() ** 0.5 + 8
-    return y, 2**-24 * (terms * size * factor.abs() + 4 * y.abs() + 1e-30)
+        y = y * arguments[7].unsqueeze(-1)
+    return y if bias is None else y + bias
 
 
 def assert_right(name, arguments, y, dtype=torch.float32):
     """``y`` equals the exact result to float32 rounding and one rounding to ``dtype``."""
-    expected, bound = exact(name, arguments)
-    assert y.dtype == dtype and y.shape == expected.shape
-    unit = 0 if dtype == torch.float32 else UNIT[dtype]
-    error = (y.double() - expected).abs()
-    allowed = bound + unit * (expected.abs() + bound) + (2.0**-24 if dtype == torch.float16 else 0)
-    assert bool((error <= allowed).all()), f"{name}: {float((error / allowed).max()):.3g} times the bound"
+    exact(name, arguments).check(y, dtype)

@@ -5,11 +5,12 @@ import torch
 from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
-from inductor_kernels import compat, roofline, testing, tiles, tuned
+from inductor_kernels import compat, reference, roofline, testing, tiles, tuned
 
 from . import cases
 
 OPS = torch.ops.inductor_kernels
+HALF = torch.float16
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -111,9 +112,8 @@ def test_layers_share_the_rows_of_zero_points(no_prologue):
 
     arguments = first[0], second[0], *first[1:], *second[1:]
     y, code = run_and_get_code(torch.compile(lambda *a: torch.add(*products(*a)), fullgraph=True), *arguments)
-    a, b = products(*arguments)
-    largest = max(a.abs().max(), b.abs().max()).item()
-    torch.testing.assert_close(y, a + b, rtol=0, atol=4 * torch.finfo(y.dtype).eps * largest)  # the sum may cancel
+    exact = [cases.exact("conv2d", (x + 1, *rest)) for x, *rest in (first, second)]
+    (exact[0] + exact[1]).check(y, torch.float32)
     assert code[0].count(".run(") == 5  # codes of x and y, the rows, two products
 
 
@@ -142,15 +142,16 @@ def quantize(x, zero_point, dtype):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
 @pytest.mark.parametrize("k", [64, 45])
 def test_linear_fuses_what_surrounds_it(bits, dtype, k):
-    """Quantize in front; bias, GELU and residual behind: one kernel, and the numbers of the parts."""
-    _, *rest = cases.linear((2, 11), 24, k, bits, dtype, out=torch.float16)
+    """Quantize in front; bias, GELU and residual behind: one kernel, and no more roundings than the parts have."""
+    _, *rest = cases.linear((2, 11), 24, k, bits, dtype, out=HALF)
     x, residual = torch.randn(2, 11, k).half(), torch.randn(2, 11, 24).half()
 
     def f(x, residual, *rest):
         return F.gelu(OPS.linear(quantize(x, rest[4], dtype), *rest)) + residual
 
-    expected = f(x, residual, *rest)
-    torch.testing.assert_close(run(f, x, residual, *rest), expected, rtol=2e-3, atol=4e-3)
+    exact = cases.exact("linear", (quantize(x, rest[4], dtype), *rest))
+    exact = exact.rounded(HALF).activated("gelu").rounded(HALF) + residual
+    exact.check(run(f, x, residual, *rest), HALF)
 
 
 @pytest.mark.parametrize("bits", cases.BITS)
@@ -158,17 +159,18 @@ def test_linear_fuses_what_surrounds_it(bits, dtype, k):
 def test_conv2d_fuses_what_surrounds_it(bits, kernel, c):
     """The same for a channels-last module: padding must still read the zero point when the quantize is inside."""
     padding = (kernel // 2, kernel // 2)
-    _, *rest = cases.conv2d(2, (6, 5), c, 24, (kernel, kernel), bits, torch.int8, padding=padding, out=torch.float16)
+    _, *rest = cases.conv2d(2, (6, 5), c, 24, (kernel, kernel), bits, torch.int8, padding=padding, out=HALF)
     x, residual = (torch.randn(2, n, 6, 5).half().to(memory_format=torch.channels_last) for n in (c, 24))
 
     def f(x, residual, *rest):
         y = OPS.conv2d(quantize(x, rest[4], torch.int8).permute(0, 2, 3, 1), *rest)
         return F.silu(y.permute(0, 3, 1, 2)) + residual
 
-    expected = f(x, residual, *rest)
     y = run(f, x, residual, *rest)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(y, expected, rtol=2e-3, atol=4e-3)
+    exact = cases.exact("conv2d", (quantize(x, rest[4], torch.int8).permute(0, 2, 3, 1), *rest))
+    exact = exact.rounded(HALF).activated("silu").rounded(HALF) + residual.permute(0, 2, 3, 1)
+    exact.check(y.permute(0, 2, 3, 1), HALF)
 
 
 @pytest.mark.parametrize("tile, parts", [((16, 64, 32, 2, 1), 2), ((32, 128, 32, 2, 1), 4)])
@@ -181,42 +183,44 @@ def test_columns_of_a_tile_are_finished_in_parts(monkeypatch, tile, parts, name)
         arguments = cases.linear((35,), 141, 45, 4, torch.int8, rows=True)
     else:
         arguments = cases.conv2d(1, (5, 6), 20, 141, bits=4, dtype=torch.int8)
-    residual = torch.randn_like(cases.exact(name, arguments)[0], dtype=torch.float32)
+    exact = cases.exact(name, arguments)
+    residual = torch.randn(exact.value.shape)
 
     def f(residual, *rest):
         return F.silu(getattr(OPS, name)(*rest)) + residual
 
-    torch.testing.assert_close(run(f, residual, *arguments), f(residual, *arguments))
+    (exact.activated("silu") + residual).check(run(f, residual, *arguments), torch.float32)
 
 
 @pytest.mark.parametrize(
     "gate, bits, k, dtype, out",
     [
-        (F.gelu, 8, 100, torch.int8, torch.float16),
-        (F.gelu, 4, 45, torch.uint8, torch.float32),
-        (lambda y: F.gelu(y, approximate="tanh"), 2, 45, torch.int8, torch.float32),
-        (F.silu, 4, 64, torch.int8, torch.float16),
+        ("gelu", 8, 100, torch.int8, HALF),
+        ("gelu", 4, 45, torch.uint8, torch.float32),
+        ("gelu_tanh", 2, 45, torch.int8, torch.float32),
+        ("silu", 4, 64, torch.int8, HALF),
     ],
 )
 def test_gates(gate, bits, k, dtype, out):
-    """Values, gates and the next quantize: one kernel for all, codes at most one apart from those of the parts."""
+    """Values, gates and the next quantize: one kernel for all."""
     arguments = cases.linear((2, 11), 150, k, bits, dtype, out=out, rows=True)
 
     def f(*arguments):
         value, gates = OPS.linear(*arguments).chunk(2, -1)
-        y = value * gate(gates)
+        y = value * reference.ACTIVATIONS[gate](gates)
         return y, quantize(y, arguments[5], dtype)
 
-    (y, codes), (expected, wanted) = run(f, *arguments), f(*arguments)
-    torch.testing.assert_close(y, expected, rtol=2e-3 if out == torch.float16 else 2e-5, atol=1e-3)
-    assert (codes.int() - wanted.int()).abs().max() <= 1
+    y, codes = run(f, *arguments)
+    exact = cases.exact("linear", arguments).rounded(out).glu(gate, out).rounded(out)
+    exact.check(y, out)
+    exact.codes(20, arguments[5]).check(codes, dtype)
 
 
 @pytest.mark.parametrize("gate", ["gelu", "silu"])
 def test_gates_of_shared_reductions(shared, gate):
-    arguments = *cases.linear((20,), 50, 300, 4, torch.int8, rows=True), gate
-    y = run(lambda *a: OPS.linear_glu(*a), *arguments, kernels=2)
-    torch.testing.assert_close(y, OPS.linear_glu(*arguments), rtol=2e-5, atol=1e-5)
+    arguments = cases.linear((20,), 50, 300, 4, torch.int8, rows=True)
+    y = run(lambda *a: OPS.linear_glu(*a), *arguments, gate, kernels=2)
+    cases.exact("linear", arguments).glu(gate).check(y, torch.float32)
 
 
 @pytest.fixture
@@ -262,29 +266,32 @@ def test_shared_reductions_of_any_size_compile_once(shared):
 
 def test_what_follows_a_shared_reduction_adds_it_up(shared, no_prologue):
     """Bias, SiLU, residual, norm and the next quantize: one kernel; then the next product and its sum."""
-    _, *first = cases.linear((20,), 48, 300, 8, torch.int8, out=torch.float16)
-    _, *second = cases.linear((20,), 24, 48, 4, torch.int8, out=torch.float16)
-    x, residual = cases.codes((20, 300), torch.int8), torch.randn(20, 48).half()
+    _, *first = cases.linear((20,), 48, 300, 8, torch.int8, out=HALF)
+    _, *second = cases.linear((20,), 24, 48, 4, torch.int8, out=HALF)
+    x, residual = cases.codes((20, 300), torch.int8), 40 * torch.randn(20, 48).half()  # as large as the product
 
     def f(x, residual, first, second):
         y = F.layer_norm(F.silu(OPS.linear(x, *first)) + residual, (48,))
         return OPS.linear(quantize(y, second[4], torch.int8), *second)
 
     y = run(f, x, residual, first, second, kernels=4)
-    torch.testing.assert_close(y, f(x, residual, first, second), rtol=2e-2, atol=2e-2)
+    exact = cases.exact("linear", (x, *first)).rounded(HALF).activated("silu").rounded(HALF) + residual
+    codes = exact.rounded(HALF).layer_norm().rounded(HALF).codes(20, second[4])
+    cases.assert_right("linear", (codes, *second), y, HALF)
 
 
 def test_next_quantize_is_an_epilogue():
     """A product that feeds another hands over 8-bit codes."""
-    _, *first = cases.linear((40,), 48, 64, 8, torch.int8, out=torch.float16)
-    _, *second = cases.linear((40,), 24, 48, 4, torch.int8, out=torch.float16)
+    _, *first = cases.linear((40,), 48, 64, 8, torch.int8, out=HALF)
+    _, *second = cases.linear((40,), 24, 48, 4, torch.int8, out=HALF)
     x = cases.codes((40, 64), torch.int8)
 
     def f(x, first, second):
         return OPS.linear(quantize(F.silu(OPS.linear(x, *first)), second[4], torch.int8), *second)
 
     y = run(f, x, first, second, kernels=2)
-    torch.testing.assert_close(y, f(x, first, second), rtol=2e-2, atol=2e-2)
+    codes = cases.exact("linear", (x, *first)).rounded(HALF).activated("silu").rounded(HALF).codes(20, second[4])
+    cases.assert_right("linear", (codes, *second), y, HALF)
 
 
 def test_prologue_is_left_out_where_it_costs_more(no_prologue):

@@ -6,6 +6,7 @@ import torch
 from inductor_kernels import reference
 
 from . import cases
+from .budget import known
 
 OPS = torch.ops.inductor_kernels
 
@@ -44,7 +45,8 @@ def test_compiles_in_one_graph(name):
 
     torch._dynamo.reset()  # f is compiled for every name
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(f, fullgraph=True)(*arguments), f(*arguments))
+        y = torch.compile(f, fullgraph=True)(*arguments)
+        (known(op(*arguments)).activated("silu") + 1).check(y, torch.float32)
 
 
 def test_other_devices_have_the_shape():

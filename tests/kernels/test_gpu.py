@@ -83,7 +83,8 @@ def test_shared_reductions(bits, shares, monkeypatch):
 @pytest.mark.parametrize("bits", cases.BITS)
 @pytest.mark.parametrize("n", [2560, 70])
 def test_gates_and_the_quantize_behind_them(bits, n):
-    x, w, wzp, total, scale, *rest = cases.linear((256,), n, 640, bits, torch.int8, out=torch.float16)
+    half = torch.float16
+    x, w, wzp, total, scale, *rest = cases.linear((256,), n, 640, bits, torch.int8, out=half)
     arguments = x, w, wzp, total, scale / 50, *rest  # far from what float16 cannot hold
 
     def f(*arguments):
@@ -91,24 +92,23 @@ def test_gates_and_the_quantize_behind_them(bits, n):
         y = value * F.gelu(gate)
         return y, quantize(y, 20, arguments[5])
 
-    expected, wanted = f(*arguments)
     y, codes = torch.compile(f, fullgraph=True)(*[a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments])
-    torch.testing.assert_close(y.cpu(), expected, rtol=4e-3, atol=1e-2)
-    assert (codes.cpu().int() - wanted.int()).abs().max() <= 2  # float16 in between is rounded on the CPU alone
+    exact = cases.exact("linear", arguments).rounded(half).glu("gelu", half).rounded(half)
+    exact.check(y.cpu(), half)
+    exact.codes(20, arguments[5]).check(codes.cpu(), torch.int8)
 
 
 def test_cuda_graphs_need_no_host():
-    arguments = [a.cuda() if isinstance(a, torch.Tensor) else a for a in cases.linear((64,), 64, 64, 4, torch.int8)]
-    x = torch.randn(64, 64, device="cuda")
+    x, (_, *rest) = torch.randn(64, 64), cases.linear((64,), 64, 64, 4, torch.int8)
+    moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in (x, *rest)]
 
     def f(x, *rest):
         return F.silu(OPS.linear(quantize(x, 20, rest[4]), *rest))
 
-    expected = f(x, *arguments[1:])
     compiled = torch.compile(f, mode="reduce-overhead", fullgraph=True)
     for _ in range(3):
-        y = compiled(x, *arguments[1:])
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+        y = compiled(*moved)
+    cases.exact("linear", (quantize(x, 20, rest[4]), *rest)).activated("silu").check(y.cpu(), torch.float32)
 
 
 def test_eager_serves_as_well():

@@ -14,7 +14,9 @@ import torch
 import inductor_kernels.lowering
 f = lambda x: (x.sin() * x.cos()).softmax(-1)
 x = torch.randn(4, 128)
-torch.testing.assert_close(torch.compile(f)(x), f(x))
+exact = f(x.double())
+units = 128 + 16  # the sum of 128 numbers; what is exponentiated is below 1, and errs by less than 4 before and after
+assert ((torch.compile(f)(x) - exact).abs() <= units * 2**-24 * exact).all()
 """
 
 

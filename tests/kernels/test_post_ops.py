@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from inductor_kernels import checks, onednn, reference, routes, weights
 
 from . import cases
+from .budget import Bounded, known
 
 OPS = torch.ops.inductor_kernels
 INVERSE, ZERO = torch.tensor(23.0), torch.tensor(31, dtype=torch.int32)
@@ -20,24 +21,11 @@ def products_of_any_size_in_onednn(monkeypatch):
     monkeypatch.setattr(routes, "small", lambda: 0)
 
 
-def activated(arguments, activation):
-    """(exact result in float64, bound of the float32 error).
-
-    No activation is steeper than 1.2. oneDNN's own error is measured at 1 unit of float32 of the argument, and the erf
-    it approximates has one of 1.5e-7 (Abramowitz and Stegun, 7.1.26), which counts for half the argument.
-    """
-    y, bound = cases.exact("linear", arguments)
-    return reference.ACTIVATIONS[activation](y), 1.2 * bound + 8 * cases.UNIT[torch.float32] * y.abs()
-
-
 def assert_codes(found, arguments, activation="none"):
-    """Rounded to the nearest code, so half a code at most from the exact value, and float32 errors where it is near a
-    tie."""
-    y, bound = activated(arguments, activation)
-    exact = y * INVERSE.double() + ZERO
-    allowed = 0.5 + bound * INVERSE.double() + 2.0**-21 * (exact.abs() + ZERO)
-    assert found.dtype == torch.uint8 and len(found.unique()) > 20
-    assert bool(((found.double() - exact.clamp(0, 255)).abs() <= allowed).all())
+    """Of the unrounded result. oneDNN takes 1 / INVERSE, and divides by that: two roundings more."""
+    inverse = known(INVERSE).rounded(torch.float32).rounded(torch.float32)
+    cases.exact("linear", arguments).activated(activation).codes(inverse, ZERO).check(found, torch.uint8)
+    assert len(found.unique()) > 20
 
 
 @pytest.mark.parametrize("bits", cases.BITS)
@@ -52,9 +40,8 @@ def test_the_bits_of_adding_afterwards(bits, dtype):
 @pytest.mark.skipif(not onednn.writes(torch.bfloat16), reason="oneDNN's int8 products write bfloat16 from AVX-512 on")
 def test_sixteen_bits_where_onednn_writes_them():
     arguments, other = cases.linear((3,), 16, 32, 4, out=torch.bfloat16), torch.randn(3, 16).bfloat16()
-    expected = (OPS.linear(*arguments[:9], torch.float32) + other).bfloat16()
     y = OPS.linear_post(*arguments, other, "none", None, None)
-    torch.testing.assert_close(y.float(), expected.float(), rtol=2**-7, atol=1e-6)
+    (cases.exact("linear", arguments) + other).check(y, torch.bfloat16)
 
 
 @pytest.mark.parametrize("rows", [False, True])
@@ -64,10 +51,8 @@ def test_activations_and_codes(activation, bits, rows):
     """Also where it falls back: a scale per row, and 8 bits on machines that multiply them elsewhere."""
     for out in (torch.float32, torch.bfloat16):
         arguments = cases.linear((2, 9), 33, 70, bits, rows=rows, out=out)
-        exact, bound = activated(arguments, activation)
         y = OPS.linear_post(*arguments, None, activation, None, None)
-        unit = 0 if out == torch.float32 else cases.UNIT[out]
-        assert y.dtype == out and bool(((y.double() - exact).abs() <= bound + unit * (exact.abs() + bound)).all())
+        cases.exact("linear", arguments).activated(activation).check(y, out)
         assert_codes(OPS.linear_post(*arguments, None, activation, INVERSE, ZERO), arguments, activation)
 
 
@@ -105,8 +90,11 @@ def test_sums_in_a_graph():
         return OPS.linear(*a) + other, other.relu() + OPS.linear(*b), twice + other, twice.relu(), OPS.linear(*d) + row
 
     found, _, calls = taken(f, other, other[0])
-    for y, expected in zip(found, f(other, other[0]), strict=True):
-        torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+    first, second, twice, fourth = (cases.exact("linear", arguments) for arguments in (a, b, c, d))
+    relu = Bounded(twice.value.relu(), twice.error)
+    exact = first + other, second + other.relu(), twice + other, relu, fourth + other[0]
+    for y, expected in zip(found, exact, strict=True):
+        expected.check(y, torch.float32)
     assert calls == (2, 2)
 
 
@@ -134,8 +122,8 @@ def test_activations_in_a_graph():
         return F.gelu(OPS.linear(*a)), reference.quantize(F.silu(OPS.linear(*b)), inverse, zero, 15)
 
     (y, codes), code, calls = taken(f, INVERSE, ZERO)
-    exact, bound = activated(a, "gelu")
-    assert bool(((y - exact).abs() <= bound).all()) and codes.max() == 15
+    cases.exact("linear", a).activated("gelu").check(y, torch.float32)
+    assert codes.max() == 15
     assert calls == (2, 0) and code.count("cpp_pybinding(") == 1 and ".erf()" not in code and ".exp()" not in code
 
 
