@@ -12,6 +12,7 @@ import yaml
 
 from .errors import MixDQError, PlanError
 from .plan import ACT_BITS, WEIGHT_BITS, LayerPlan, Plan
+from .textfile import read_text
 
 PathLike = str | os.PathLike[str]
 
@@ -40,10 +41,7 @@ def read_layer_map(path: PathLike, error: type[MixDQError]) -> dict[str, Any]:
     or has a key that is not a string.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as e:
-        raise error(f"{path}: cannot be read as UTF-8 text: {e}") from e
+    text = read_text(path, error)
     try:
         _check_depth(text)
         document = yaml.load(text, Loader=_UniqueKeyLoader)

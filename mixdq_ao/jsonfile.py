@@ -9,6 +9,7 @@ from typing import Any
 
 from .atomicfile import replacing
 from .errors import MixDQError
+from .textfile import read_text
 
 
 def parse(text: str) -> Any:
@@ -27,16 +28,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"key {key!r} appears twice")
         document[key] = value
     return document
-
-
-def read_text(path: str | os.PathLike[str], error: type[MixDQError], hint: str = "") -> str:
-    """The text of a file. Raises ``error``, naming the file and ending with ``hint``, where it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as e:
-        raise error(f"{os.fspath(path)}: cannot be read: {e.strerror or e}{hint}") from e
-    except UnicodeDecodeError as e:
-        raise error(f"{os.fspath(path)}: cannot be read as UTF-8 text (byte {e.start}){hint}") from e
 
 
 def read_document(path: str | os.PathLike[str], kind: str, version: int, error: type[MixDQError]) -> dict[str, Any]:

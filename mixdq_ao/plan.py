@@ -7,15 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from .document import Document
 from .errors import PlanError
-from .jsonfile import read_document, write_document
 
 if TYPE_CHECKING:
     from torch import nn
 
     from .search.calibration import Calibration
 
-FORMAT, VERSION = "mixdq-plan", 1
 WEIGHT_BITS = (2, 4, 8, 16)
 ACT_BITS = (4, 8, 16)
 Range = tuple[float, float]
@@ -203,9 +202,10 @@ class PlanSummary:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Document):
     """Bits and ranges of every layer of one model, keyed by the layer's name as ``named_modules`` gives it."""
 
+    FORMAT, VERSION, ERROR = "mixdq-plan", 1, PlanError
     layers: Mapping[str, LayerPlan]
     metadata: Mapping[str, Any] = field(default_factory=dict)
     bos_embedding: tuple[float, ...] | None = None
@@ -218,19 +218,6 @@ class Plan:
                 raise PlanError(
                     f"layer {name!r}: bos is true but the plan has no bos_embedding; calibrate with BOS handling"
                 )
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Reads a plan file. Raises PlanError naming the file, the layer and what was expected."""
-        document = read_document(path, FORMAT, VERSION, PlanError)
-        try:
-            return cls.from_json(document)
-        except PlanError as e:
-            raise PlanError(f"{os.fspath(path)}: {e}") from e
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan as JSON, atomically."""
-        write_document(path, self.to_json())
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Plan:
@@ -250,8 +237,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
-            "version": VERSION,
+            "format": self.FORMAT,
+            "version": self.VERSION,
             "metadata": dict(self.metadata),
             "bos_embedding": None if self.bos_embedding is None else list(self.bos_embedding),
             "layers": {n: v.to_json() for n, v in self.layers.items()},

@@ -79,7 +79,7 @@ def test_unreadable_unknown_and_mismatched_files(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="none.yaml: cannot be read"):
         Plan.from_mixdq_yaml(tmp_path / "none.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"model.\xe9: 4\n")
-    with pytest.raises(PlanError, match="latin.yaml: cannot be read as UTF-8"):
+    with pytest.raises(PlanError, match="latin.yaml: is not UTF-8"):
         Plan.from_mixdq_yaml(tmp_path / "latin.yaml")
     with pytest.raises(PlanError, match="'b' has no weight bits"):
         Plan.from_mixdq_yaml(weight, write(tmp_path / "a.yaml", "model.b: 8\n"))

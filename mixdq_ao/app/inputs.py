@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MixDQError
+from ..textfile import prompts_of, read_text
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -18,16 +19,7 @@ def read_prompts(path: Path) -> list[str]:
 
     Raises MixDQError when the file cannot be read, is not UTF-8, or holds no prompt.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as e:
-        raise MixDQError(f"{path}: cannot be read: {e.strerror}; expected a text file with one prompt a line") from e
-    except UnicodeDecodeError as e:
-        raise MixDQError(f"{path}: is not UTF-8 text (byte {e.start}); expected one prompt a line") from e
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise MixDQError(f"{path}: holds no prompt, expected one a line")
-    return prompts
+    return prompts_of(read_text(path, MixDQError, "; expected a text file with one prompt a line"), path)
 
 
 def load_plan(path: Path, calibration: Path | None) -> Plan:

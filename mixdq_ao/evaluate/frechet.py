@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import MixDQError
+from ..search.metrics import gaussian_distance
 
 SMALLEST = 1e-12
 """Of the largest eigenvalue: smaller ones are rounding errors of zero."""
@@ -89,13 +90,10 @@ def _from_safetensors(path: Path) -> tuple[Tensor, Tensor, int, str | None]:
 
 
 def distance(a: Gaussian, b: Gaussian) -> float:
-    """``|ma - mb|^2 + tr(Ca + Cb - 2 (Cb^(1/2) Ca Cb^(1/2))^(1/2))``: Heusel et al. 2017, equation 6, in a form that
-    needs symmetric eigen-decompositions only. Raises MixDQError where they differ in dimension."""
+    """Of Heusel et al. 2017, equation 6 (see ``gaussian_distance``). Raises MixDQError where they differ in
+    dimension."""
     _same_size(a, b)
-    root = _power(b.covariance, 0.5)
-    cross = torch.linalg.eigvalsh(root @ a.covariance @ root).clamp_min(0).sqrt().sum()
-    value = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
-    return max(value.item(), 0.0)
+    return gaussian_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 
 def influence(features: NDArray[np.floating] | Tensor, b: Gaussian) -> NDArray[np.float64]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import MixDQError
 from ..jsonfile import parse
+from ..textfile import prompts_of, read_text
 
 EXPECTED = "COCO's captions_*.json, MJHQ-30K's meta_data.json, or a text file with one prompt a line"
 HUB_FILE = "meta_data.json"
@@ -57,14 +58,9 @@ def read_prompts(source: str | Path) -> Prompts:
     Raises MixDQError naming the file and the entry.
     """
     path = _local(str(source))
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as e:
-        raise MixDQError(f"{path}: cannot be read: {e.strerror}; expected {EXPECTED}") from e
-    except UnicodeDecodeError as e:
-        raise MixDQError(f"{path}: is not UTF-8 text (byte {e.start}); expected {EXPECTED}") from e
+    text = read_text(path, MixDQError, f"; expected {EXPECTED}")
     if path.suffix != ".json":
-        return _from_text(path, text)
+        return Prompts(tuple(prompts_of(text, path)), None, "text")
     try:
         document = parse(text)
     except (ValueError, RecursionError) as e:
@@ -90,13 +86,6 @@ def _local(source: str) -> Path:
             f"{source}: is no file, and {file or HUB_FILE} of the data set {name} cannot be had from the hub "
             f"({' '.join(str(e).split())[:120]}); expected {EXPECTED}"
         ) from e
-
-
-def _from_text(path: Path, text: str) -> Prompts:
-    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not lines:
-        raise MixDQError(f"{path}: holds no prompt, expected one a line")
-    return Prompts(lines, None, "text")
 
 
 def _from_coco(path: Path, document: dict[str, Any]) -> Prompts:

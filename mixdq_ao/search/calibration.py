@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from ..document import Document
 from ..errors import CalibrationError, PlanError
-from ..jsonfile import read_document, write_document
 from ..plan import LayerPlan, Plan, Range, check_folding, parse_embedding, parse_range
 
-FORMAT, VERSION = "mixdq-calibration", 1
 FOLDING = ("smoothing", "rotation")
 """Fields that only files of calibrations that asked for them hold."""
 
@@ -53,7 +51,7 @@ class LayerCalibration:
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
+class Calibration(Document):
     """Ranges of a model's layers.
 
     Attributes:
@@ -63,6 +61,7 @@ class Calibration:
         metadata: model class, number of prompts, sampling.
     """
 
+    FORMAT, VERSION, ERROR = "mixdq-calibration", 1, CalibrationError
     layers: Mapping[str, LayerCalibration]
     ties: Sequence[tuple[str, ...]] = ()
     bos_embedding: tuple[float, ...] | None = None
@@ -88,30 +87,24 @@ class Calibration:
         layers = {n: replace(v, smoothing=None, rotation=None) for n, v in self.layers.items()}
         return replace(self, layers=layers)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the calibration as JSON, atomically."""
-        write_document(
-            path,
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                "metadata": dict(self.metadata),
-                "bos_embedding": None if self.bos_embedding is None else list(self.bos_embedding),
-                "ties": [list(t) for t in self.ties],
-                "layers": {n: layer_to_json(v) for n, v in self.layers.items()},
-            },
-        )
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": self.FORMAT,
+            "version": self.VERSION,
+            "metadata": dict(self.metadata),
+            "bos_embedding": None if self.bos_embedding is None else list(self.bos_embedding),
+            "ties": [list(t) for t in self.ties],
+            "layers": {n: layer_to_json(v) for n, v in self.layers.items()},
+        }
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Calibration:
-        """Reads a calibration file. Raises CalibrationError naming the file, the layer and what was expected."""
-        document = read_document(path, FORMAT, VERSION, CalibrationError)
+    def from_json(cls, document: dict[str, Any]) -> Calibration:
         try:
             layers = {n: _layer(n, v) for n, v in _mapping(document, "layers").items()}
             ties = [_tie(t, layers) for t in document.get("ties", [])]
             return cls(layers, ties, parse_embedding(document.get("bos_embedding")), _mapping(document, "metadata"))
-        except (PlanError, CalibrationError, TypeError) as e:
-            raise CalibrationError(f"{os.fspath(path)}: {e}") from e
+        except (PlanError, TypeError) as e:
+            raise CalibrationError(str(e)) from e
 
 
 def layer_to_json(layer: LayerCalibration) -> dict[str, Any]:

@@ -73,20 +73,25 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     """Frechet distance of two sets of features [n, d], each taken as a Gaussian (Heusel et al. 2017, equation 6):
     ``|ma - mb|^2 + tr(Ca + Cb - 2 (Ca^(1/2) Cb Ca^(1/2))^(1/2))``.
 
-    Both square roots come from symmetric eigen-decompositions, which need no complex numbers. A covariance from
-    n <= d samples is singular; it is then shrunk towards its own mean variance, ``(1 - a) C + a tr(C) / d I`` with
-    a = d / (n + d), so that distances at small n are comparable with each other (not with those at large n).
+    A covariance from n <= d samples is singular; it is then shrunk towards its own mean variance,
+    ``(1 - a) C + a tr(C) / d I`` with a = d / (n + d), so that distances at small n are comparable with each other (not
+    with those at large n).
     """
     for name, features in (("features_a", features_a), ("features_b", features_b)):
         if features.ndim != 2 or features.shape[0] < 2 or not torch.isfinite(features).all():
             raise MixDQError(f"{name} is {tuple(features.shape)}, expected finite [n, d] with n >= 2")
     if features_a.shape[1] != features_b.shape[1]:
         raise MixDQError(f"features have {features_a.shape[1]} and {features_b.shape[1]} dimensions, expected the same")
-    (mean_a, cov_a), (mean_b, cov_b) = _gaussian(features_a.double()), _gaussian(features_b.double())
-    values, vectors = torch.linalg.eigh(cov_a)
+    return gaussian_distance(*_gaussian(features_a.double()), *_gaussian(features_b.double()))
+
+
+def gaussian_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor) -> float:
+    """The Frechet distance of two Gaussians: means [d], covariances [d, d], float64. Both square roots come from
+    symmetric eigen-decompositions, which need no complex numbers."""
+    values, vectors = torch.linalg.eigh(covariance_a)
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
-    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    cross = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp_min(0).sqrt().sum()
+    distance = (mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * cross
     return max(distance.item(), 0.0)
 
 

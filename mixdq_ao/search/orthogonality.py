@@ -8,7 +8,6 @@ steps exponentially; the rule for that (``step_weights``) and the default of bet
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ..document import Document
 from ..errors import SensitivityError
-from ..jsonfile import read_document, write_document
 from ..layers import LayerShape, find_layers, group_of, stored_bytes
 from ..models.pipelines import Sampling, check_prompts, denoiser, generate
 from ..plan import LayerPlan
@@ -28,7 +27,6 @@ from .calibration import Calibration
 from .orthogonality_gram import LEAST, Correlator, Enough, Estimator
 from .sensitivity import LayerSensitivity, Sensitivity
 
-FORMAT, VERSION = "mixdq-orthogonality", 1
 KEYS = ("format", "version", "metadata", "estimator", "steps", "sampled", "layers", "matrices")
 DECIMALS = 6
 """Correlations are kept to this many: more than some tens of samples can tell."""
@@ -39,7 +37,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Orthogonality:
+class Orthogonality(Document):
     """Correlations between the layers of a model at sampled denoising steps.
 
     Attributes:
@@ -51,6 +49,7 @@ class Orthogonality:
         metadata: model class, number of prompts, sampling.
     """
 
+    FORMAT, VERSION, ERROR = "mixdq-orthogonality", 1, SensitivityError
     layers: Mapping[str, LayerSensitivity]
     steps: int
     sampled: tuple[int, ...]
@@ -131,25 +130,12 @@ class Orthogonality:
         matrices = self.matrices[[self.sampled.index(s) for s in kept]]
         return Orthogonality(self.layers, self.steps, tuple(kept), matrices, self.estimator, self.metadata)
 
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Orthogonality:
-        """Reads a file of ``save``. Raises SensitivityError naming file, field, value and expectation."""
-        document = read_document(path, FORMAT, VERSION, SensitivityError)
-        try:
-            return cls.from_json(document)
-        except SensitivityError as e:
-            raise SensitivityError(f"{os.fspath(path)}: {e}") from e
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file as JSON, atomically."""
-        write_document(path, self.to_json())
-
     def to_json(self) -> dict[str, Any]:
         """Of each matrix the lower triangle with the diagonal, row after row: L (L + 1) / 2 numbers."""
         rows, columns = np.tril_indices(len(self.layers))
         return {
-            "format": FORMAT,
-            "version": VERSION,
+            "format": self.FORMAT,
+            "version": self.VERSION,
             "metadata": dict(self.metadata),
             "estimator": self.estimator,
             "steps": self.steps,

@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from ..document import Document
 from ..errors import SensitivityError
-from ..jsonfile import read_document, write_document
 from .roundings import PLAIN, ROUNDINGS
 
-FORMAT, VERSION = "mixdq-sensitivity", 1
 BITS = (2, 4, 8, 16)
 GROUPS = ("content", "quality")
 ERROR_FLOOR = 1e-12
@@ -98,13 +97,14 @@ class LayerSensitivity:
 
 
 @dataclass(frozen=True, slots=True)
-class Sensitivity:
+class Sensitivity(Document):
     """The sensitivity of every layer of one model, by the layer's name, and how it was measured.
 
     ``metadata["noise_floor"]``, if present, is the relative error power of the measurement itself (what two runs
     of the unquantized model differ by); allocation treats smaller differences as none.
     """
 
+    FORMAT, VERSION, ERROR = "mixdq-sensitivity", 1, SensitivityError
     layers: Mapping[str, LayerSensitivity]
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
@@ -125,19 +125,6 @@ class Sensitivity:
         return max(float(self.metadata.get("noise_floor", 0.0)), ERROR_FLOOR)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Sensitivity:
-        """Reads a sensitivity file. Raises SensitivityError naming file, layer, field, value and expectation."""
-        document = read_document(path, FORMAT, VERSION, SensitivityError)
-        try:
-            return cls.from_json(document)
-        except SensitivityError as e:
-            raise SensitivityError(f"{os.fspath(path)}: {e}") from e
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file as JSON, atomically."""
-        write_document(path, self.to_json())
-
-    @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Sensitivity:
         unknown = set(document) - {"format", "version", "metadata", "layers"}
         if unknown:
@@ -150,7 +137,7 @@ class Sensitivity:
 
     def to_json(self) -> dict[str, Any]:
         layers = {n: v.to_json() for n, v in self.layers.items()}
-        return {"format": FORMAT, "version": VERSION, "metadata": dict(self.metadata), "layers": layers}
+        return {"format": self.FORMAT, "version": self.VERSION, "metadata": dict(self.metadata), "layers": layers}
 
     @classmethod
     def from_mixdq_yaml(

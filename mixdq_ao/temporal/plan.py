@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from .. import plan as plans
+from ..document import Document
 from ..errors import PlanError, ScheduleError
-from ..jsonfile import read_document, write_document
 from ..plan import Plan
 
 if TYPE_CHECKING:
@@ -20,12 +18,11 @@ if TYPE_CHECKING:
 
     from ..search.calibration import Calibration
 
-FORMAT, VERSION = "mixdq-temporal-plan", 1
 KEYS = ("format", "version", "metadata", "levels", "steps")
 
 
 @dataclass(frozen=True, slots=True)
-class TemporalPlan:
+class TemporalPlan(Document):
     """A precision for every step of a scheduler (the idea of TMPDiff, arXiv 2603.14062).
 
     Attributes:
@@ -34,6 +31,7 @@ class TemporalPlan:
         costs: {name: relative cost of a step}, falling, for every level; None where no costs are known.
     """
 
+    FORMAT, VERSION, ERROR = "mixdq-temporal-plan", 1, ScheduleError
     levels: Mapping[str, Plan | None]
     steps: tuple[str, ...]
     costs: Mapping[str, float] | None = None
@@ -69,25 +67,12 @@ class TemporalPlan:
         used = Counter(self.steps)
         return {name: used[name] for name in self.levels}
 
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> TemporalPlan:
-        """Reads a file. Raises ScheduleError naming the file, the level or step, and what was expected."""
-        document = read_document(path, FORMAT, VERSION, ScheduleError)
-        try:
-            return cls.from_json(document)
-        except ScheduleError as e:
-            raise ScheduleError(f"{os.fspath(path)}: {e}") from e
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan as JSON, atomically."""
-        write_document(path, self.to_json())
-
     def to_json(self) -> dict[str, Any]:
         levels = [
             {"name": name, "cost": None if self.costs is None else self.costs[name], "plan": plan and plan.to_json()}
             for name, plan in self.levels.items()
         ]
-        header = {"format": FORMAT, "version": VERSION}
+        header = {"format": self.FORMAT, "version": self.VERSION}
         return header | {"metadata": dict(self.metadata), "levels": levels, "steps": list(self.steps)}
 
     @classmethod
@@ -181,8 +166,8 @@ def _level_from_json(place: int, value: dict[str, Any]) -> tuple[str, float | No
         raise ScheduleError(f"level {place}: name is {name!r}, expected a non-empty text")
     if plan is None:
         return name, cost, None
-    if not isinstance(plan, dict) or (plan.get("format"), plan.get("version")) != (plans.FORMAT, plans.VERSION):
-        raise ScheduleError(f"level {name!r}: plan is no {plans.FORMAT} of version {plans.VERSION}, or null for 16 bit")
+    if not isinstance(plan, dict) or (plan.get("format"), plan.get("version")) != (Plan.FORMAT, Plan.VERSION):
+        raise ScheduleError(f"level {name!r}: plan is no {Plan.FORMAT} of version {Plan.VERSION}, or null for 16 bit")
     try:
         return name, cost, Plan.from_json(plan)
     except PlanError as e:

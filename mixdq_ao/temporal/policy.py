@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import ScheduleError
-from ..jsonfile import read_text
 from ..plan import Plan
+from ..textfile import read_text
 from .plan import TemporalPlan
 
 FIELD = "quantization_config.runtime.diffusion_step_policy"

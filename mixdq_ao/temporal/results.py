@@ -12,16 +12,14 @@ A schedule is the place of each step's level in ``levels`` (0: the most precise)
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..document import Document
 from ..errors import ScheduleError
-from ..jsonfile import read_document, write_document
 from .plan import check_costs
 
-FORMAT, VERSION = "mixdq-schedule-results", 1
 KEYS = ("format", "version", "metadata", "metric", "levels", "measured", "named", "additivity")
 Steps = tuple[str, ...]
 
@@ -47,7 +45,7 @@ class Additivity:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScheduleResults:
+class ScheduleResults(Document):
     """Attributes:
     levels: {name: relative cost of a step}, precise first. metric: what the errors are, in words.
     measured: {schedule: error}, all for one number of steps.
@@ -55,6 +53,7 @@ class ScheduleResults:
     additivity: {what was compared: result}.
     """
 
+    FORMAT, VERSION, ERROR = "mixdq-schedule-results", 1, ScheduleError
     levels: Mapping[str, float]
     metric: str
     measured: Mapping[Steps, float]
@@ -105,25 +104,12 @@ class ScheduleResults:
         order = [name for name in self.levels if name in found]
         return {n: found[n] for n in order if not any(math.isnan(e) for e, _ in found[n])}
 
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> ScheduleResults:
-        """Reads a file. Raises ScheduleError naming the file, the place in it, and what was expected."""
-        document = read_document(path, FORMAT, VERSION, ScheduleError)
-        try:
-            return cls.from_json(document)
-        except ScheduleError as e:
-            raise ScheduleError(f"{os.fspath(path)}: {e}") from e
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the results as JSON, atomically."""
-        write_document(path, self.to_json())
-
     def to_json(self) -> dict[str, Any]:
         places = {name: str(i) for i, name in enumerate(self.levels)}
         text = lambda steps: " ".join(places[n] for n in steps)  # noqa: E731
         return {
-            "format": FORMAT,
-            "version": VERSION,
+            "format": self.FORMAT,
+            "version": self.VERSION,
             "metadata": dict(self.metadata),
             "metric": self.metric,
             "levels": [{"name": n, "cost": c} for n, c in self.levels.items()],

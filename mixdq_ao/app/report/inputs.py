@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 from ...errors import MixDQError
 from ...plan import Plan
 from ...search.sensitivity import Sensitivity
-from ...temporal import plan as temporal_plan
-from ...temporal import results as schedule_results
 from ...temporal.plan import TemporalPlan
 from ...temporal.results import ScheduleResults
 from .grid import Grid, read_grid
@@ -104,10 +102,10 @@ def read_inputs(directory: Path) -> Inputs:
 
 def _schedule(path: Path) -> tuple[str, TemporalPlan | ScheduleResults]:
     """A schedule, or what was measured of several, told from the file's header."""
-    kind, expected = read_json(path).get("format"), (temporal_plan.FORMAT, schedule_results.FORMAT)
+    kind, expected = read_json(path).get("format"), (TemporalPlan.FORMAT, ScheduleResults.FORMAT)
     if kind not in expected:
         raise MixDQError(f"{path}: format is {kind!r:.60}, expected {' or '.join(expected)}")
-    return path.stem, (TemporalPlan if kind == temporal_plan.FORMAT else ScheduleResults).load(path)
+    return path.stem, (TemporalPlan if kind == TemporalPlan.FORMAT else ScheduleResults).load(path)
 
 
 def _orthogonality(path: Path) -> Orthogonality:

@@ -1,0 +1,41 @@
+"""Objects that are JSON files: written whole or not at all, read with every field checked."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar, Self
+
+from .errors import MixDQError
+from .jsonfile import read_document, write_document
+
+
+class Document:
+    """What has ``to_json`` and ``from_json``, as a file whose header is ``{"format": FORMAT, "version": VERSION}``."""
+
+    __slots__ = ()
+    FORMAT: ClassVar[str]
+    VERSION: ClassVar[int]
+    ERROR: ClassVar[type[MixDQError]]
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole file, header included."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Self:
+        """The object of a file whose header is right. Raises ``ERROR`` naming field, value and expectation."""
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads a file of ``save``. Raises the class's error naming the file, the field, its value and what was
+        expected."""
+        document = read_document(path, cls.FORMAT, cls.VERSION, cls.ERROR)
+        try:
+            return cls.from_json(document)
+        except cls.ERROR as e:
+            raise cls.ERROR(f"{os.fspath(path)}: {e}") from e
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file as JSON, atomically."""
+        write_document(path, self.to_json())
