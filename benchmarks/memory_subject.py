@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile
 
 from inductor_kernels import weight_cache
@@ -41,6 +42,17 @@ def peak_by_torch(call: Any) -> int:
     return peak
 
 
+def training(unet: UNet2DConditionModel, inputs: dict[str, Any]) -> Any:
+    """A step of an adapter's training, without its optimizer; the adapter stays in the model."""
+    unet.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+
+    def step() -> None:
+        with torch.enable_grad():
+            unet(**inputs)[0].square().mean().backward()
+
+    return step
+
+
 @torch.no_grad()
 def measure(what: str) -> dict[str, float]:
     if what.endswith("memory"):
@@ -62,9 +74,10 @@ def measure(what: str) -> dict[str, float]:
     settled = anonymous() - base
     with Peak() as peak:
         call()
+    held, by_torch = model_bytes(unet), peak_by_torch(call)
     return {
-        "error": error, "held": model_bytes(unet), "resident": settled,
-        "call_by_torch": peak_by_torch(call), "call_by_kernel": peak.bytes,
+        "error": error, "held": held, "resident": settled, "call_by_torch": by_torch, "call_by_kernel": peak.bytes,
+        "training_by_torch": peak_by_torch(training(unet, inputs)),
     }  # fmt: skip
 
 

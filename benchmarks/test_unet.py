@@ -131,3 +131,26 @@ def test_mid_size_compiled(benchmark: Any, mid: SimpleNamespace) -> None:
         torch._dynamo.reset()
         models[name] = torch.compile(model, fullgraph=True)
     run_all(benchmark, models, mid.inputs, rounds=7)
+
+
+@pytest.mark.slow
+def test_mid_size_training(benchmark: Any, mid: SimpleNamespace) -> None:
+    """Forward and backward of an adapter's training, eager; no optimizer, which is the same for all."""
+    pytest.importorskip("peft", reason="adapters are an extra")
+    from peft import LoraConfig
+
+    goal = torch.randn(1, 4, 64, 64)
+    full = copy.deepcopy(mid.models["float32"])
+    models = {"float32": full, "bfloat16": InBfloat16(copy.deepcopy(full).bfloat16())}
+    models |= {name: copy.deepcopy(model) for name, model in mid.models.items() if name != "float32"}
+    for model in models.values():
+        unet = model.model if isinstance(model, InBfloat16) else model
+        targets = ["to_q", "to_k", "to_v", "to_out.0"]
+        unet.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=targets, init_lora_weights=False), "mine")
+
+    def step(model: nn.Module) -> None:
+        model.zero_grad()
+        (model(**mid.inputs)[0] - goal).square().mean().backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+    in_turn(benchmark, {n: lambda m=m: step(m) for n, m in models.items()}, rounds=5, warmup=1)

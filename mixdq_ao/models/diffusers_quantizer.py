@@ -246,7 +246,8 @@ class MixDQQuantizer(DiffusersQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters are; gradients go through quantized weights, not into them."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

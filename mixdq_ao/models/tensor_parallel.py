@@ -15,7 +15,7 @@ of a gated feed-forward are each cut, and attention gets its number of heads.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -116,8 +116,23 @@ def keep_columns(layer: nn.Linear, size: int, rank: int, group: Any) -> None:
         layer.register_parameter("bias", None)
 
     def reduce(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        output = output.contiguous()
-        dist.all_reduce(output, group=group)
-        return output
+        return cast(Tensor, _Sum.apply(output, group))
 
     layer.register_forward_hook(reduce)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the processes. In backward each would have its own part of the gradient only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        x = x.contiguous() if not x.requires_grad else x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise QuantizationError(
+            "a gradient of blocks that tensor_parallel divided: each process has only a part of it; train with FSDP2 "
+            "(fully_shard, docs/howto/parallel.md) or with parallelize_module"
+        )

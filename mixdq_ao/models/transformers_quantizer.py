@@ -75,7 +75,8 @@ class MixDQTransformersQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters are; gradients go through quantized weights, not into them."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

@@ -130,9 +130,16 @@ class FakeQuantLinear(nn.Linear):
 
 
 class FakeQuantConv2d(nn.Conv2d):
-    """A convolution whose weight stays a trainable floating-point parameter and is rounded at every call."""
+    """A convolution whose weight stays a trainable floating-point parameter and is rounded at every call.
+
+    Layers become one (``with_fake_quantizer``). What is called with the arguments of a convolution is a plain one: peft
+    makes the parts of an adapter with the class of the layer it is around.
+    """
 
     quantizer: FakeQuantizer
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return nn.Conv2d(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     def forward(self, input: Tensor) -> Tensor:
         q = self.quantizer

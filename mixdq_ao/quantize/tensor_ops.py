@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from inductor_kernels.packing import pack
 
 from .bos import bos_mask
 from .eager import is_eager, reused
+from .gradient import differentiable
 from .quantizer import quantize_act
 from .shared import share
 from .tensor import MixDQTensor, SplitMixDQTensor, _row_sums
@@ -24,20 +26,23 @@ kernels = torch.ops.inductor_kernels
 
 def linear(x: Tensor, weight: MixDQTensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times the quantized weight [N, K], plus bias; the result has x's type."""
-    stored, bits = (weight.qdata, weight.weight_zero_point), weight.bits
-    act, z = weight.act, weight.act_zero_point
-    if act is None:
-        y = kernels.linear_weight_only(x, *stored, weight.scale, bias, bits)
-    elif is_eager(x):
-        y = kernels.quantize_linear(x, *act, *stored, weight.weight_sum, weight.scale, bias, bits)
-    else:
-        codes = quantize_act(x, *act)
-        y = kernels.linear(codes, *stored, weight.weight_sum, weight.scale, z, bias, None, bits, x.dtype)
+    y = differentiable(partial(_linear, weight), weight.dequantize, x, bias)
     embedding = weight.bos_embedding
     if weight.bos_output is None or embedding is None:
         return y
     row = weight.bos_output if bias is None else weight.bos_output + bias
     return torch.where(reused(x, embedding, lambda: bos_mask(x, embedding)), row.to(y.dtype), y)
+
+
+def _linear(weight: MixDQTensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    stored, bits = (weight.qdata, weight.weight_zero_point), weight.bits
+    act, z = weight.act, weight.act_zero_point
+    if act is None:
+        return kernels.linear_weight_only(x, *stored, weight.scale, bias, bits)
+    if is_eager(x):
+        return kernels.quantize_linear(x, *act, *stored, weight.weight_sum, weight.scale, bias, bits)
+    codes = quantize_act(x, *act)
+    return kernels.linear(codes, *stored, weight.weight_sum, weight.scale, z, bias, None, bits, x.dtype)
 
 
 def conv2d(
@@ -55,9 +60,13 @@ def conv2d(
         raise NotImplementedError(f"padding={padding!r} with a quantized weight: give the padding as numbers")
     if x.dim() == 3:
         return conv2d(x.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
+    geometry = (_pair(stride), _pair(padding), _pair(dilation), groups)
+    return differentiable(partial(_conv2d, weight, geometry), weight.dequantize, x, bias, geometry)
+
+
+def _conv2d(weight: MixDQTensor, geometry: tuple[Any, ...], x: Tensor, bias: Tensor | None) -> Tensor:
     stored, bits = (weight.qdata, weight.weight_zero_point), weight.bits
     act, z = weight.act, weight.act_zero_point
-    geometry = (_pair(stride), _pair(padding), _pair(dilation), groups)
     nhwc = x.permute(0, 2, 3, 1)
     if act is None:
         y = kernels.conv2d_weight_only(nhwc, *stored, weight.scale, bias, bits, *geometry)

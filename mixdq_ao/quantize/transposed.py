@@ -125,3 +125,9 @@ _HANDLERS: dict[Any, Any] = {
 def _(func, types, args, kwargs):
     weight: MixDQTensor = args[0]
     return TransposedMixDQTensor(weight) if weight.dim() == 2 else func(weight.dequantize())
+
+
+@MixDQTensor.implements([aten.mm.default, aten.bmm.default])
+def _(func, types, args, kwargs):
+    """``grad @ weight``, what torch makes of the backward of ``x @ weight.t()``: of the weight's values."""
+    return func(*(t.dequantize() if isinstance(t, MixDQTensor) else t for t in args))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from inductor_kernels.packing import pack, unpack_weight
 
 from ..plan import LayerPlan
 from ..quantize.bos import bos_mask
+from ..quantize.gradient import differentiable
 from ..quantize.quantizer import ActQuant, act_bits, act_params, quantize_act, quantize_weight
 from ..quantize.tensor import bos_row
 from . import nested, nested_op
@@ -126,7 +128,17 @@ class LevelWeight(nn.Module):
         return (values.to(torch.float32) * scale.reshape(-1, *[1] * (values.dim() - 1))).to(dtype)
 
     def product(self, x: Tensor, form: Form, bias: Tensor | None, geometry: list[int]) -> Tensor:
-        """x [..., K], or NHWC with a geometry, times the weight, in x's type."""
+        """x [..., K], or [B, C, H, W] with a geometry, times the weight, in x's type."""
+        product, values = partial(self._product, form, geometry), partial(self.dequantize, form)
+        return differentiable(product, values, x, bias, nested_op.window(geometry))
+
+    def _product(self, form: Form, geometry: list[int], x: Tensor, bias: Tensor | None) -> Tensor:
+        x = x.permute(0, 2, 3, 1) if geometry else x
+        y = self._product_of_rows(form, geometry, x, bias)
+        return y.permute(0, 3, 1, 2) if geometry else y
+
+    def _product_of_rows(self, form: Form, geometry: list[int], x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., K] or NHWC."""
         bits, row, zero_point = form.bits, form.row, None
         scale, sums = self.scale[row], self.sums
         codes = x
@@ -209,11 +221,10 @@ class LevelLayer(nn.Module):
             return self._convolved(x.unsqueeze(0), form).squeeze(0)
         halves = [x] if self.split is None else x.tensor_split([self.split], 1)
         parts = [
-            weight.product(half.permute(0, 2, 3, 1), form, None if i else self.bias, g)  # type: ignore[operator]
+            weight.product(half, form, None if i else self.bias, g)  # type: ignore[operator]
             for i, (half, weight) in enumerate(zip(halves, self.weights, strict=True))
         ]
-        y = parts[0] if self.split is None else parts[0] + parts[1]
-        return y.permute(0, 3, 1, 2)
+        return parts[0] if self.split is None else parts[0] + parts[1]
 
     @property
     def weight(self) -> Tensor:

@@ -7,6 +7,8 @@ together anew at every call would be new weights to it, so here they are made on
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,11 @@ library.define(
 )
 
 
+def window(geometry: list[int]) -> list[Any]:
+    """[stride, stride, padding, padding, dilation, dilation, groups] as operators take it; empty stays empty."""
+    return [geometry[:2], geometry[2:4], geometry[4:6], geometry[6]] if geometry else []
+
+
 def product(
     x: Tensor,
     weight: Tensor,
@@ -36,9 +43,9 @@ def product(
     geometry: list[int],
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """The operator of ``inductor_kernels`` that fits: linear where ``geometry`` is empty, else a convolution with
-    [stride, stride, padding, padding, dilation, dilation, groups]; weight-only where ``zero_point`` is None."""
-    where = [geometry[:2], geometry[2:4], geometry[4:6], geometry[6]] if geometry else []
+    """The operator of ``inductor_kernels`` that fits: linear where ``geometry`` is empty, else a convolution (see
+    ``window``); weight-only where ``zero_point`` is None."""
+    where = window(geometry)
     if zero_point is None:
         operator = kernels.conv2d_weight_only if geometry else kernels.linear_weight_only
         return operator(x, weight, weight_zero_point, scale, bias, bits, *where)

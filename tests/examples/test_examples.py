@@ -131,6 +131,11 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch, capsys):
     ("name", "arguments", "written"),
     [
         ("lora", ["--prompts", "1"], {"fused.png", "loaded.png"}),
+        (
+            "train_lora",
+            ["--steps", "20", "--batch", "1"],
+            {"before_after.png", "pytorch_lora_weights.safetensors"},
+        ),
         ("recover", ["--steps", "1", "--prompts", "8"], {"full.png", "rounded.png", "recovered.png", "unet"}),
         (
             "schedule",
@@ -142,11 +147,31 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch, capsys):
 def test_programs_with_little_to_do(name, arguments, written, tmp_path, monkeypatch):
     from importlib import import_module
 
-    if name == "lora":
+    if "lora" in name:
         pytest.importorskip("peft", reason="LoRA is an extra")
     monkeypatch.setattr(sys, "argv", [f"examples.{name}", "--out", str(tmp_path), *arguments])
     import_module(f"examples.{name}").main()
     assert written <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_pictures_and_their_captions_are_read(tmp_path):
+    pytest.importorskip("peft", reason="LoRA is an extra")
+    from PIL import Image
+
+    from examples.train_lora import read_pictures
+
+    with pytest.raises(SystemExit, match="each with its caption"):
+        read_pictures(tmp_path, 64)
+    wide = Image.new("RGB", (300, 100), "red")
+    wide.paste("blue", (100, 0, 200, 100))
+    for name in ("a.png", "b.JPG", "without.png"):
+        wide.save(tmp_path / name)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"caption {name}\n", encoding="utf-8")
+    (first, caption), (second, other) = read_pictures(tmp_path, 64)
+    assert (caption, other) == ("caption a", "caption b")
+    assert first.shape == second.shape == (3, 64, 64)
+    assert torch.equal(first[:, 8:56, 8:56], torch.tensor([0.0, 0, 1]).view(3, 1, 1).expand(3, 48, 48))  # the middle
 
 
 def test_an_lcm_lora_makes_a_quantized_many_step_model_draw_in_few(bundled, shapes):

@@ -42,9 +42,10 @@ class FeedForward(nn.Module):
 
 def difference(model: FeedForward, x: torch.Tensor, mesh, source: int | None, inference: bool) -> float:
     """Of the divided model from the whole one, relative to its largest output. Weights come back to the bit."""
-    expected, whole = model(x), copy.deepcopy(model)
+    bos = model.up.weight.bos_embedding
+    (expected, wanted), whole = with_gradient(model, x), copy.deepcopy(model)
     if source is not None and mesh.get_local_rank() != source:  # what it holds must not matter
-        model = FeedForward(model.up.weight.bits, model.up.bias is not None, model.up.weight.bos_embedding)
+        model = FeedForward(model.up.weight.bits, model.up.bias is not None, bos)
         for layer in (model.up, model.down):
             layer.weight.qdata.zero_()
     parallelize_module(model, mesh, {name: style() for name, style in PLAN.items()}, src_data_rank=source)
@@ -53,10 +54,24 @@ def difference(model: FeedForward, x: torch.Tensor, mesh, source: int | None, in
         assert layer.weight.to_local().shape == shape
     with torch.inference_mode(inference):
         found = model(x)
+    gradient = with_gradient(model, x)[1]
     for layer in (model.up, model.down):
         for name, parameter in list(layer.named_parameters()):
             setattr(layer, name, nn.Parameter(parameter.full_tensor(), requires_grad=False))
     assert_same(model, whole)
+    rows = slice(None if bos is None else 1, None)  # torch's own backward gives BOS rows a gradient as well
+    return max(apart(found, expected), apart(gradient[:, rows], wanted[:, rows]))
+
+
+def with_gradient(model: FeedForward, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, and the gradient its squares give to the input."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y = model(x)
+        return y.detach(), torch.autograd.grad(y.square().sum(), x)[0]
+
+
+def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 

@@ -34,6 +34,14 @@ class Small(nn.Module):
         return self.text(self.odd(self.wide(self.conv(x).permute(0, 2, 3, 1))))
 
 
+def gradient_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Of the input. Weights are gathered again, to be read in backward."""
+    x = x.detach().requires_grad_()
+    model(x).square().sum().backward()
+    assert x.grad is not None and x.grad.any()
+    return x.grad
+
+
 def main(rank: int, port: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     torch.set_num_threads(1)
@@ -41,6 +49,7 @@ def main(rank: int, port: str) -> None:
     model, x = Small(), torch.randn(2, 3, 5, 5)
     with torch.no_grad():
         expected = model(x)
+    gradient = gradient_of(model, x)
     ignored = undivided(model, 2)
     assert ignored == {model.odd.weight}
     mesh = init_device_mesh("cpu", (2,))
@@ -52,6 +61,7 @@ def main(rank: int, port: str) -> None:
     with torch.no_grad():
         for _ in range(3):
             assert torch.equal(model(x), expected)
+    assert torch.equal(gradient_of(model, x), gradient)
     dist.destroy_process_group()
     print("0", flush=True)
 

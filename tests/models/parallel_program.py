@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -39,6 +40,8 @@ def main(rank: int, port: str) -> None:
     assert len(names) % 3 == 0 and any("attn2" in n for n in names) and any("ff" in n for n in names), names
     bytes_after = sum(m.weight.qdata.numel() for m in find_layers(model).values() if hasattr(m.weight, "qdata"))
     assert bytes_after < bytes_before
+    with pytest.raises(QuantizationError, match="FSDP2"):
+        model(**{**inputs, "sample": inputs["sample"].requires_grad_()})[0].sum().backward()
     difference = ((found - expected).abs().max() / expected.abs().max()).item()
     both = [torch.empty_like(found) for _ in range(2)]
     dist.all_gather(both, found)

@@ -24,6 +24,7 @@ from mixdq_ao import quantize_ as quantize
 from mixdq_ao.temporal.follow import step_count, step_of
 
 from ..conftest import unet_inputs
+from ..quantize.reference import assert_close
 
 
 class Small(nn.Module):
@@ -132,6 +133,21 @@ def test_inductor_gives_what_eager_does():
         for level in "bc":
             runtime.level = level
             torch.testing.assert_close(compiled(x, t)[0], runtime.model(x, t)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("storage", ["nested", "own"])
+def test_gradients_go_through_every_level(storage):
+    """Those of the layers the integers stand for; ``weight`` gives their values at the present level."""
+    runtime = prepare(Small(), small_plan("abcd"), storage=storage)
+    x, t, g = torch.randn(2, 4, 8, 8), torch.tensor(500), torch.randn(2, 4, 8, 8)
+    for level in "abcd":
+        runtime.level = level
+        conv, proj = (layer.weight.detach().double() for layer in (runtime.model.conv, runtime.model.proj))
+        inside = (g.double().movedim(1, -1) @ proj).movedim(-1, 1)
+        expected = torch.nn.functional.conv_transpose2d(inside, conv, padding=1)
+        x.requires_grad_()
+        (found,) = torch.autograd.grad(runtime.model(x, t)[0], x, g)
+        assert_close(found, expected, terms=40)
 
 
 @pytest.mark.parametrize(

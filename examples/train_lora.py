@@ -1,0 +1,153 @@
+"""An adapter trained on a quantized model (QLoRA): python -m examples.train_lora --out out/my_lora
+
+    python -m examples.train_lora stabilityai/stable-diffusion-xl-base-1.0 --pictures my-pictures --bits 4
+
+The base model is quantized first and stays as it is, packed integers; gradients go through its layers into the adapter
+alone (Dettmers et al. 2023, arXiv 2305.14314), which learns with the very rounding it will be used with. The file it
+is saved to loads into the full-precision model as well. ``--pictures`` is a folder of pictures, each with its caption
+beside it (``cat.png``, ``cat.txt``). Without one the bundled pipeline learns to draw everything on a black ground,
+whatever is asked for.
+
+Needs peft: pip install -c constraints.txt -e ".[lora]"
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+from examples.shapes import data, subject
+from examples.shapes.few_steps import TARGETS, conditions
+from examples.shapes.pictures import save_grid
+from mixdq_ao import Plan, Sampling, bos_aware, calibrate, mixdq_config, quantize_
+from mixdq_ao.app.inputs import load_pipeline
+from mixdq_ao.models.pipelines import generate_all
+from mixdq_ao.search.metrics import psnr
+
+Example = tuple[Tensor, str]  # picture [3, H, W] in [0, 1], caption
+WARM = 20  # steps until the rate is reached
+
+
+def read_pictures(folder: Path, size: int) -> list[Example]:
+    """Pictures that have a caption, cropped to squares of ``size`` pixels."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        caption = path.with_suffix(".txt")
+        if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and caption.is_file():
+            upright = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+            square = ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS)
+            pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(size, size, 3)
+            found.append((pixels.permute(2, 0, 1) / 255, caption.read_text(encoding="utf-8").strip()))
+    if not found:
+        raise SystemExit(f"{folder}: expected pictures (.png, .jpg, .webp), each with its caption in a .txt beside it")
+    return found
+
+
+def at_night(count: int, *, held_out: bool = False) -> list[Example]:
+    """What the bundled pipeline draws, on a black ground."""
+    rng, asked = random.Random(3), subject.prompts(count, seed=31, held_out=held_out)
+    return [(data.picture(replace(prompt.spec, ground="black"), rng, jitter=0), prompt.text) for prompt in asked]
+
+
+@torch.no_grad()
+def latents(pipe: Any, examples: list[Example]) -> Tensor:
+    """What the denoiser should arrive at, on its scale."""
+    vae = pipe.vae
+    encoded = [
+        vae.encode((2 * picture[None] - 1).to(vae.device, vae.dtype)).latent_dist.mean for picture, _ in examples
+    ]
+    return torch.cat(encoded) * vae.config.scaling_factor
+
+
+def wanted(scheduler: Any, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """What the denoiser should answer, by the kind of answer it was trained to give."""
+    kind = scheduler.config.prediction_type
+    if kind not in ("epsilon", "v_prediction"):
+        raise SystemExit(f"the scheduler's prediction_type is {kind!r}, expected 'epsilon' or 'v_prediction'")
+    return noise if kind == "epsilon" else scheduler.get_velocity(clean, noise, t)
+
+
+def train(
+    pipe: Any, examples: list[Example], *, times: list[int], steps: int, batch: int, rate: float, rank: int
+) -> None:
+    """Gives ``pipe.unet`` an adapter trained on ``examples``."""
+    unet, scheduler = pipe.unet, pipe.scheduler
+    clean, captions = latents(pipe, examples), [caption for _, caption in examples]
+    unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), "mine")
+    learnt = [p for p in unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learnt, lr=rate, weight_decay=0.0)
+    generator, start, losses = torch.Generator().manual_seed(5), time.perf_counter(), []
+    for step in range(steps):
+        pick = torch.randint(len(examples), (batch,), generator=generator)
+        t = torch.tensor(times)[torch.randint(len(times), (batch,), generator=generator)].to(clean.device)
+        noise = torch.randn(batch, *clean.shape[1:], generator=generator).to(clean)
+        with torch.no_grad():
+            told = conditions(pipe, [captions[i] for i in pick.tolist()])
+        x = scheduler.add_noise(clean[pick], noise, t)
+        loss = F.mse_loss(unet(x, t, **told).sample.float(), wanted(scheduler, clean[pick], noise, t).float())
+        optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / WARM) * (1 - step / steps)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learnt, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if step % 20 == 19:
+            print(
+                f"step {step + 1}: loss {sum(losses[-20:]) / 20:.4f}, {time.perf_counter() - start:.0f} s", flush=True
+            )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split(":")[0])
+    parser.add_argument("pipeline", nargs="?", default=str(subject.PIPELINE), help="directory, or name on the hub")
+    parser.add_argument("--pictures", type=Path, help="folder of pictures and captions (default: shapes on black)")
+    parser.add_argument("--bits", type=int, default=4, choices=(16, 8, 4), help="of weights; 16: nothing is quantized")
+    parser.add_argument(
+        "--times", type=int, nargs="+", help="timesteps to train at (default: all, bundled: of 4 steps)"
+    )
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=Path("out/my_lora"))
+    args = parser.parse_args(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    logging.set_verbosity_error()  # else one is told of each text encoder that the adapter does not touch
+    pipe = load_pipeline(args.pipeline)
+    size = pipe.default_sample_size * pipe.vae_scale_factor
+    examples = read_pictures(args.pictures, size) if args.pictures else at_night(256)
+    asked = examples[:4] if args.pictures else at_night(16, held_out=True)
+    texts, sampling = [caption for _, caption in asked], Sampling(steps=4, seed=8)
+    if args.bits < 16:
+        calibration = calibrate(pipe, [caption for _, caption in examples[:64]], steps=4)
+        quantize_(pipe.unet, mixdq_config(Plan.uniform(pipe.unet, args.bits, 8).with_calibration(calibration)))
+        bos_aware(pipe)
+    before = generate_all(pipe, texts, sampling)
+    few = args.pictures is None and args.pipeline == str(subject.PIPELINE)
+    times = args.times or ([999, 749, 499, 249] if few else list(range(pipe.scheduler.config.num_train_timesteps)))
+    train(pipe, examples, times=times, steps=args.steps, batch=args.batch, rate=args.rate, rank=args.rank)
+    state: dict[str, Any] = {**get_peft_model_state_dict(pipe.unet, adapter_name="mine")}
+    pipe.save_lora_weights(args.out, unet_lora_layers=state)
+    after = generate_all(pipe, texts, sampling)
+    save_grid(torch.cat([before, after]), texts, args.out / "before_after.png")
+    goal = torch.stack([picture for picture, _ in asked])
+    old, new = (psnr(pictures, goal).mean().item() for pictures in (before, after))
+    print(f"PSNR to the pictures asked for: {old:.1f} dB before, {new:.1f} dB after")
+    print(f"{args.out}: {sum(v.numel() for v in state.values())} weights")
+
+
+if __name__ == "__main__":
+    main()

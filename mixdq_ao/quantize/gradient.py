@@ -1,0 +1,73 @@
+"""Gradients through products of quantized weights, for what is trained around them: adapters, biases, norms, prompts.
+
+The input gets the gradient of the layer its integers stand for, as if the input itself were not rounded (straight
+through, Bengio et al. 2013, arXiv 1308.3432), which is that of ``mode="fake"``. The weight gets none, and nothing is
+kept for backward but the weight, whose values are put together there for a moment:
+
+    linear   grad_x = grad_y @ W      conv2d   grad_x = the transposed convolution      grad_bias = sum of grad_y
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+Product = Callable[[Tensor, Tensor | None], Tensor]
+Values = Callable[[torch.dtype], Tensor]
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, product: Product, values: Values, geometry: Sequence[Any]
+    ) -> Tensor:
+        ctx.values, ctx.geometry, ctx.shape = values, geometry, x.shape
+        return product(x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (g,) = gradients
+        of_x = of_bias = None
+        if ctx.needs_input_grad[0]:
+            weight = ctx.values(g.dtype)
+            of_x = _of_image(g, weight, ctx.shape, *ctx.geometry) if ctx.geometry else g @ weight
+        if ctx.needs_input_grad[1]:
+            of_bias = g.sum((0, 2, 3)) if ctx.geometry else g.reshape(-1, g.shape[-1]).sum(0)
+        return of_x, of_bias, None, None, None
+
+
+def _of_image(
+    g: Tensor,
+    weight: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Gradient of an image [B, C, H, W] (``shape``) whose convolution got the gradient ``g`` [B, O, H', W']."""
+    x = g.new_empty(1).expand(shape)  # torch asks for one, and reads its shape only
+    wanted = [True, False, False]
+    return torch.ops.aten.convolution_backward(
+        g, x, weight, None, stride, padding, dilation, False, [0, 0], groups, wanted
+    )[0]
+
+
+def differentiable(
+    product: Product, values: Values, x: Tensor, bias: Tensor | None = None, geometry: Sequence[Any] = ()
+) -> Tensor:
+    """``product(x, bias)``, recorded for backward where x or bias asks for a gradient.
+
+    Args:
+        product: the integer product; called without recording anything.
+        values: the weight in the floating-point type it is given: [N, K], or [O, C / groups, kh, kw].
+        x: [..., K]; with a geometry [B, C, H, W].
+        geometry: stride, padding, dilation (two numbers each) and groups of a convolution; empty for linear.
+    """
+    asked = x.requires_grad or (bias is not None and bias.requires_grad)
+    if not (asked and torch.is_grad_enabled()):
+        return product(x, bias)
+    return cast(Tensor, _Differentiable.apply(x, bias, product, values, geometry))
