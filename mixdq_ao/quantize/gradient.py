@@ -2,9 +2,9 @@
 
 The input gets the gradient of the layer its integers stand for, as if the input itself were not rounded (straight
 through, Bengio et al. 2013, arXiv 1308.3432), which is that of ``mode="fake"``. The weight gets none, and nothing is
-kept for backward but the weight, whose values are put together there for a moment:
+kept for backward but the weight, whose integers are multiplied with once more, in the gradient's type:
 
-    linear   grad_x = grad_y @ W      conv2d   grad_x = the transposed convolution      grad_bias = sum of grad_y
+    linear   grad_x = (grad_y scale) @ w      conv2d   the transposed convolution      grad_bias = sum of grad_y
 """
 
 from __future__ import annotations
@@ -16,27 +16,36 @@ import torch
 from torch import Tensor
 
 Product = Callable[[Tensor, Tensor | None], Tensor]
-Values = Callable[[torch.dtype], Tensor]
+Factors = Callable[[], tuple[Tensor, Tensor]]
 
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, product: Product, values: Values, geometry: Sequence[Any]
+        ctx: Any, x: Tensor, bias: Tensor | None, product: Product, factors: Factors, geometry: Sequence[Any]
     ) -> Tensor:
-        ctx.values, ctx.geometry, ctx.shape = values, geometry, x.shape
+        ctx.factors, ctx.geometry, ctx.shape = factors, geometry, x.shape
         return product(x, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (g,) = gradients
         of_x = of_bias = None
-        if ctx.needs_input_grad[0]:
-            weight = ctx.values(g.dtype)
-            of_x = _of_image(g, weight, ctx.shape, *ctx.geometry) if ctx.geometry else g @ weight
         if ctx.needs_input_grad[1]:
             of_bias = g.sum((0, 2, 3)) if ctx.geometry else g.reshape(-1, g.shape[-1]).sum(0)
+        if ctx.needs_input_grad[0]:
+            g, weight = _scaled(g, *ctx.factors())
+            of_x = _of_image(g, weight, ctx.shape, *ctx.geometry) if ctx.geometry else g @ weight
         return of_x, of_bias, None, None, None
+
+
+def _scaled(g: Tensor, integers: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Two factors of ``g``'s type with the scale in one of them: in ``g``, which is smaller than a weight and leaves
+    the integers exact, or in the weight where float16 might not hold it in ``g``."""
+    inner = [1] * (integers.dim() - 2)  # of an image [B, O, H, W]
+    if g.dtype == torch.float16:
+        return g, (integers * scale.view(-1, 1, *inner)).to(g.dtype)
+    return (g * scale.view(-1, *inner)).to(g.dtype), integers.to(g.dtype)
 
 
 def _of_image(
@@ -57,17 +66,17 @@ def _of_image(
 
 
 def differentiable(
-    product: Product, values: Values, x: Tensor, bias: Tensor | None = None, geometry: Sequence[Any] = ()
+    product: Product, factors: Factors, x: Tensor, bias: Tensor | None = None, geometry: Sequence[Any] = ()
 ) -> Tensor:
     """``product(x, bias)``, recorded for backward where x or bias asks for a gradient.
 
     Args:
         product: the integer product; called without recording anything.
-        values: the weight in the floating-point type it is given: [N, K], or [O, C / groups, kh, kw].
+        factors: gives the weight as int8 integers, [N, K] or [O, C / groups, kh, kw], and their float32 scale [N].
         x: [..., K]; with a geometry [B, C, H, W].
         geometry: stride, padding, dilation (two numbers each) and groups of a convolution; empty for linear.
     """
     asked = x.requires_grad or (bias is not None and bias.requires_grad)
     if not (asked and torch.is_grad_enabled()):
         return product(x, bias)
-    return cast(Tensor, _Differentiable.apply(x, bias, product, values, geometry))
+    return cast(Tensor, _Differentiable.apply(x, bias, product, factors, geometry))

@@ -222,6 +222,10 @@ class MixDQTensor(TorchAOBaseTensor, metaclass=_Parameters):
         """float32 [N]: the weight is weight_scale * integers."""
         return self.scale if self.act_scale is None else self.scale / self.act_scale
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(integers, weight_scale)."""
+        return self.integers(), self.weight_scale()
+
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
         """The weight in floating point, in the logical shape."""
         values = self.integers()

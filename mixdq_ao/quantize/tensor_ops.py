@@ -26,7 +26,7 @@ kernels = torch.ops.inductor_kernels
 
 def linear(x: Tensor, weight: MixDQTensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times the quantized weight [N, K], plus bias; the result has x's type."""
-    y = differentiable(partial(_linear, weight), weight.dequantize, x, bias)
+    y = differentiable(partial(_linear, weight), weight.factors, x, bias)
     embedding = weight.bos_embedding
     if weight.bos_output is None or embedding is None:
         return y
@@ -61,7 +61,7 @@ def conv2d(
     if x.dim() == 3:
         return conv2d(x.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
     geometry = (_pair(stride), _pair(padding), _pair(dilation), groups)
-    return differentiable(partial(_conv2d, weight, geometry), weight.dequantize, x, bias, geometry)
+    return differentiable(partial(_conv2d, weight, geometry), weight.factors, x, bias, geometry)
 
 
 def _conv2d(weight: MixDQTensor, geometry: tuple[Any, ...], x: Tensor, bias: Tensor | None) -> Tensor:

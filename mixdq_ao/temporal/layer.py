@@ -119,18 +119,22 @@ class LevelWeight(nn.Module):
             return nested.merged(self._stored(8), self.length)
         return unpack_weight(self._stored(bits), self._zero(bits), bits, self.length)
 
-    def dequantize(self, form: Form, dtype: torch.dtype) -> Tensor:
-        """The weight in floating point, in the logical shape [N, K] or [O, C / groups, kh, kw]."""
+    def factors(self, form: Form) -> tuple[Tensor, Tensor]:
+        """The weight as int8 integers in the logical shape, [N, K] or [O, C / groups, kh, kw], and their scale [N]."""
         scale = self.scale[form.row]
         if form.levels is not None:
             scale = scale * self.inverse[form.row]
-        values = self.integers(form.bits).movedim(-1, 1)
+        return self.integers(form.bits).movedim(-1, 1), scale
+
+    def dequantize(self, form: Form, dtype: torch.dtype) -> Tensor:
+        """The weight in floating point, in the logical shape."""
+        values, scale = self.factors(form)
         return (values.to(torch.float32) * scale.reshape(-1, *[1] * (values.dim() - 1))).to(dtype)
 
     def product(self, x: Tensor, form: Form, bias: Tensor | None, geometry: list[int]) -> Tensor:
         """x [..., K], or [B, C, H, W] with a geometry, times the weight, in x's type."""
-        product, values = partial(self._product, form, geometry), partial(self.dequantize, form)
-        return differentiable(product, values, x, bias, nested_op.window(geometry))
+        product, factors = partial(self._product, form, geometry), partial(self.factors, form)
+        return differentiable(product, factors, x, bias, nested_op.window(geometry))
 
     def _product(self, form: Form, geometry: list[int], x: Tensor, bias: Tensor | None) -> Tensor:
         x = x.permute(0, 2, 3, 1) if geometry else x

@@ -51,11 +51,12 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, bits: int, symmetric:
     return F.conv2d(x, integers * scale[:, None, None, None], None if bias is None else bias.double(), **geometry)
 
 
-def assert_close(y: Tensor, reference: Tensor, terms: int) -> None:
+def assert_close(y: Tensor, reference: Tensor, terms: int, factor: torch.dtype = torch.float32) -> None:
     """Within rounding: every one of ``terms`` products and sums may err by half a unit of float32 of the largest
-    magnitude, plus one rounding to y's own type."""
+    magnitude, or of the type that a factor was rounded to, plus one rounding to y's own type."""
     magnitude = reference.abs().amax().item() + 1e-30
-    budget = magnitude * (torch.finfo(torch.float32).eps * terms**0.5 + torch.finfo(y.dtype).eps)
+    unit = max(torch.finfo(torch.float32).eps, torch.finfo(factor).eps)
+    budget = magnitude * (unit * terms**0.5 + torch.finfo(y.dtype).eps)
     error = (y.double() - reference).abs().amax().item()
     assert y.shape == reference.shape
     assert error <= budget, f"error {error:.3g} exceeds {budget:.3g} at magnitude {magnitude:.3g}"

@@ -40,15 +40,14 @@ def gradients(product, *inputs):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("act", ACTS.values(), ids=ACTS.keys())
 @pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_linear(bits, act, shape, dtype):
     weight = torch.randn(9, 7).to(dtype)
     x, bias = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(9).to(dtype).requires_grad_()
     w = quantized(weight, bits, act)
     y, g, (of_x, of_bias) = gradients(lambda x, b: F.linear(x, w, b), x, bias)
     assert torch.equal(y, F.linear(x.detach(), w, bias.detach()))
-    rounded = w.dequantize(dtype).double() if dtype == torch.bfloat16 else values(weight, bits)
-    assert_close(of_x, g.double() @ rounded, terms=9)
+    assert_close(of_x, g.double() @ values(weight, bits), terms=9, factor=dtype)
     assert_close(of_bias, g.double().reshape(-1, 9).sum(0), terms=6)
 
 
@@ -69,6 +68,15 @@ def test_conv2d(bits, act, geometry):
     assert torch.equal(y, F.conv2d(x.detach(), w, bias.detach(), **geometry))
     assert_close(of_x, wanted, terms=90)
     assert_close(of_bias, g.double().sum((0, 2, 3)), terms=g[:, 0].numel())
+
+
+def test_float16_holds_small_gradients():
+    """Which times a scale would be a few units of the smallest number."""
+    weight = torch.randn(9, 7).half() * 1e-2
+    w, g = quantized(weight, 8, None), torch.full((2, 9), 0.02).half()
+    x = torch.randn(2, 7).half().requires_grad_()
+    (of_x,) = torch.autograd.grad(F.linear(x, w), x, g)
+    assert_close(of_x, g.double() @ values(weight, 8), terms=9, factor=torch.float16)
 
 
 def test_halves_of_a_split_convolution():
