@@ -27,7 +27,7 @@ for step in "${steps[@]}"; do
     echo "== $step"
     log=$OUT/${step//[:,]/-}.log
     if [ "$step" = tests ]; then
-        timeout "$LIMIT" "$PYTHON" -m pytest -m gpu tests/kernels -p no:cacheprovider >"$log" 2>&1
+        timeout "$LIMIT" "$PYTHON" -m pytest -m gpu tests/kernels tests/quantize -p no:cacheprovider >"$log" 2>&1
         status=$?
         tail -1 "$log"
     else
