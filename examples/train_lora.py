@@ -31,27 +31,33 @@ from torch.nn import functional as F
 from examples.shapes import data, subject
 from examples.shapes.few_steps import TARGETS, conditions
 from examples.shapes.pictures import save_grid
-from mixdq_ao import Plan, Sampling, bos_aware, calibrate, mixdq_config, quantize_
+from mixdq_ao import MixDQError, Plan, Sampling, bos_aware, calibrate, mixdq_config, quantize_
 from mixdq_ao.app.inputs import load_pipeline
 from mixdq_ao.models.pipelines import generate_all
 from mixdq_ao.search.metrics import psnr
+from mixdq_ao.textfile import read_text
 
 Example = tuple[Tensor, str]  # picture [3, H, W] in [0, 1], caption
 WARM = 20  # steps until the rate is reached
 
 
 def read_pictures(folder: Path, size: int) -> list[Example]:
-    """Pictures that have a caption, cropped to squares of ``size`` pixels."""
+    """Pictures that have a caption, cropped to squares of ``size`` pixels. Raises MixDQError naming the file."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
     found = []
-    for path in sorted(folder.iterdir()):
+    for path in paths:
         caption = path.with_suffix(".txt")
         if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and caption.is_file():
-            upright = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+            try:
+                upright = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+            except OSError as e:
+                raise MixDQError(f"{path}: cannot be read as a picture: {e}") from e
             square = ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS)
             pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(size, size, 3)
-            found.append((pixels.permute(2, 0, 1) / 255, caption.read_text(encoding="utf-8").strip()))
+            text = read_text(caption, MixDQError, "; expected a caption")
+            found.append((pixels.permute(2, 0, 1) / 255, text.strip()))
     if not found:
-        raise SystemExit(f"{folder}: expected pictures (.png, .jpg, .webp), each with its caption in a .txt beside it")
+        raise MixDQError(f"{folder}: expected pictures (.png, .jpg, .webp), each with its caption in a .txt beside it")
     return found
 
 
@@ -75,7 +81,7 @@ def wanted(scheduler: Any, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """What the denoiser should answer, by the kind of answer it was trained to give."""
     kind = scheduler.config.prediction_type
     if kind not in ("epsilon", "v_prediction"):
-        raise SystemExit(f"the scheduler's prediction_type is {kind!r}, expected 'epsilon' or 'v_prediction'")
+        raise MixDQError(f"the scheduler's prediction_type is {kind!r}, expected 'epsilon' or 'v_prediction'")
     return noise if kind == "epsilon" else scheduler.get_velocity(clean, noise, t)
 
 
@@ -110,23 +116,49 @@ def train(
             )
 
 
+def at_least_1(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m examples.train_lora", description=(__doc__ or "").split(":")[0])
+    add = parser.add_argument
+    add("pipeline", nargs="?", default=str(subject.PIPELINE), help="directory, or name on the hub (default: bundled)")
+    add("--pictures", type=Path, help="folder of cat.png, cat.txt with its caption, ... (default: shapes on black)")
+    add("--bits", type=int, default=4, choices=(16, 8, 4), help="of weights (default 4); 16: nothing is quantized")
+    add("--times", type=at_least_1, nargs="+", help="timesteps to train at (default: all; bundled: those of 4 steps)")
+    add("--steps", type=at_least_1, default=200, help="batches (default 200)")
+    add("--batch", type=at_least_1, default=8, help="pictures at a time (default 8)")
+    add("--rate", type=float, default=2e-3, help="learning rate at its highest (default 2e-3)")
+    add("--rank", type=at_least_1, default=8, help="of the adapter (default 8)")
+    add("--out", type=Path, default=Path("out/my_lora"), help="directory to write to (default out/my_lora)")
+    return parser.parse_args(arguments)
+
+
+def times_of(args: argparse.Namespace, scheduler: Any) -> list[int]:
+    """Timesteps to train at."""
+    count = scheduler.config.num_train_timesteps
+    if args.times and max(args.times) >= count:
+        raise MixDQError(f"--times {max(args.times)}: expected less than {count}, which the scheduler has")
+    few = args.pictures is None and args.pipeline == str(subject.PIPELINE)
+    return args.times or ([999, 749, 499, 249] if few else list(range(count)))
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split(":")[0])
-    parser.add_argument("pipeline", nargs="?", default=str(subject.PIPELINE), help="directory, or name on the hub")
-    parser.add_argument("--pictures", type=Path, help="folder of pictures and captions (default: shapes on black)")
-    parser.add_argument("--bits", type=int, default=4, choices=(16, 8, 4), help="of weights; 16: nothing is quantized")
-    parser.add_argument(
-        "--times", type=int, nargs="+", help="timesteps to train at (default: all, bundled: of 4 steps)"
-    )
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=Path("out/my_lora"))
-    args = parser.parse_args(arguments)
+    args = arguments_of(arguments)
+    try:
+        run(args)
+    except MixDQError as e:
+        raise SystemExit(f"error: {e}") from None
+
+
+def run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity_error()  # else one is told of each text encoder that the adapter does not touch
     pipe = load_pipeline(args.pipeline)
+    times = times_of(args, pipe.scheduler)
     size = pipe.default_sample_size * pipe.vae_scale_factor
     examples = read_pictures(args.pictures, size) if args.pictures else at_night(256)
     asked = examples[:4] if args.pictures else at_night(16, held_out=True)
@@ -136,8 +168,6 @@ def main(arguments: list[str] | None = None) -> None:
         quantize_(pipe.unet, mixdq_config(Plan.uniform(pipe.unet, args.bits, 8).with_calibration(calibration)))
         bos_aware(pipe)
     before = generate_all(pipe, texts, sampling)
-    few = args.pictures is None and args.pipeline == str(subject.PIPELINE)
-    times = args.times or ([999, 749, 499, 249] if few else list(range(pipe.scheduler.config.num_train_timesteps)))
     train(pipe, examples, times=times, steps=args.steps, batch=args.batch, rate=args.rate, rank=args.rank)
     state: dict[str, Any] = {**get_peft_model_state_dict(pipe.unet, adapter_name="mine")}
     pipe.save_lora_weights(args.out, unet_lora_layers=state)

@@ -139,15 +139,16 @@ def _conv2d_weight_only_shape(x: Tensor, weight: Tensor, *rest) -> Tensor:
     return x.new_empty((x.shape[0], *size, weight.shape[0]))
 
 
-def _unrecorded(implementation):
+def _undisturbed(implementation):
     """The products are integer ones: nothing is recorded, whatever requires a gradient (a layer's bias does unless
-    it is frozen)."""
+    it is frozen), and autocast, which would round integers that are held in float32, does not reach them."""
 
     @functools.wraps(implementation)
     def run(*arguments):
-        if not torch.is_grad_enabled():
+        device = arguments[0].device.type
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(device):
             return implementation(*arguments)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device, enabled=False):
             return implementation(*arguments)
 
     return run
@@ -158,8 +159,8 @@ def _register() -> None:
         name = schema.split("(")[0]
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-        library.impl(name, _unrecorded(getattr(reference, name)), "CompositeExplicitAutograd")
-        on_cpu = _unrecorded(getattr(cpu, name))
+        library.impl(name, _undisturbed(getattr(reference, name)), "CompositeExplicitAutograd")
+        on_cpu = _undisturbed(getattr(cpu, name))
         library.impl(name, on_cpu, "CPU")
         torch.library.register_fake(f"inductor_kernels::{name}", globals()[f"_{name}_shape"], lib=library)
         getattr(torch.ops.inductor_kernels, name).on_cpu = on_cpu  # for generated code: the dispatcher costs 9 us

@@ -39,8 +39,8 @@ def adapted_layer(target: Any, adapter_name: str, *, config: Any, **kwargs: Any)
     """A layer with an adapter around ``target``, a quantized nn.Linear or nn.Conv2d; called by peft.
 
     Raises:
-        QuantizationError: a kind of adapter that changes the weight itself, or a layer in or before which smoothing or
-            rotation is folded (also where it is not quantized).
+        QuantizationError: a kind of adapter, or of its start, that changes the weight itself, or a layer in or before
+            which smoothing or rotation is folded (also where it is not quantized).
     """
     layer = getattr(target, "base_layer", target)
     name = kwargs.get("target_name", type(layer).__name__)
@@ -48,6 +48,11 @@ def adapted_layer(target: Any, adapter_name: str, *, config: Any, **kwargs: Any)
         raise QuantizationError(
             f"layer {name!r}: smoothing or rotation is folded into its weight, which no adapter knows of; fuse the "
             "adapter into the original model (pipe.fuse_lora), calibrate that and quantize it"
+        )
+    if str(config.init_lora_weights).lower() not in ("true", "false", "gaussian", "orthogonal", "eva"):
+        raise QuantizationError(
+            f"layer {name!r}: init_lora_weights={config.init_lora_weights!r} changes the weight, which is quantized; "
+            "expected True, False, 'gaussian', 'orthogonal' or 'eva'"
         )
     if config.use_dora:
         raise QuantizationError(f"layer {name!r}: use_dora scales the weight, which is quantized; use a plain LoRA")
@@ -85,11 +90,10 @@ class _OverQuantized:
             self._keep_tensor(adapter, tensor)
 
     def _keep_tensor(self: Any, adapter: str, held: Any) -> None:
-        """A new scale goes into the tensor there was: in place, which a graph can hold too."""
+        """A scale stays a tensor of its type. It is a new one: backward may still need what the last one holds."""
         new = self.scaling.get(adapter)
         if isinstance(held, Tensor) and new is not held:
-            held.copy_(new) if isinstance(new, Tensor) else held.fill_(new)
-            self.scaling[adapter] = held
+            self.scaling[adapter] = new.to(held) if isinstance(new, Tensor) else torch.full_like(held, new)
 
     def _scale_as_tensor(self: Any, adapter: str) -> None:
         if not isinstance(self.scaling[adapter], Tensor):

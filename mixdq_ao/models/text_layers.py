@@ -54,9 +54,12 @@ class TextProjection(nn.Module):
         return value
 
     def store(self, value: Tensor) -> None:
-        """Keeps ``value`` where the last one of its shape was: compiled code and CUDA graphs go on reading there."""
+        """Keeps ``value`` where the last one of its shape was: compiled code and CUDA graphs go on reading there. What
+        has a gradient gets a place of its own, which is part of one graph."""
         held = self.value
-        if held is not None and (held.shape, held.dtype, held.device) == (value.shape, value.dtype, value.device):
+        learnt = value.requires_grad or (held is not None and held.requires_grad)
+        same = held is not None and (held.shape, held.dtype, held.device) == (value.shape, value.dtype, value.device)
+        if held is not None and same and not learnt:
             held.copy_(value)
         else:
             self.value = value.clone(memory_format=torch.contiguous_format)

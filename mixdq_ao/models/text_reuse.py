@@ -17,7 +17,8 @@ class TextReuse(nn.Module):
     """Stands in for a UNet (compiled or not) and calls its text projections only when the text has changed.
 
     A text is the same while it is the same tensor, not written to; diffusers' pipelines pass one tensor to every step.
-    Results are those of the UNet itself. Adapters and weights must not be changed meanwhile: ``forget()`` after that.
+    Results and gradients are those of the UNet itself: what was computed without gradients is not used with them, and
+    what has some only once. Adapters and weights must not be changed meanwhile: ``forget()`` after that.
     A pipeline is saved without it: ``pipe.unet = pipe.unet.undo()`` first.
     """
 
@@ -28,7 +29,7 @@ class TextReuse(nn.Module):
         self.unet, self.projections = unet, text_projections(inner)
         compiled = inner is not unet
         self._project = torch.compile(self._products, fullgraph=True) if compiled else self._products
-        self._known: tuple[Tensor, int] | None = None
+        self._known: tuple[Tensor, int, bool] | None = None
 
     def _products(self, text: Tensor) -> list[Tensor]:
         return project(self._inner(), self.projections, text)
@@ -49,16 +50,18 @@ class TextReuse(nn.Module):
         text = encoder_hidden_states
         if not self._unchanged(text):
             self.projections = text_projections(self._inner())
-            for projection, value in zip(self.projections, self._project(text), strict=True):
+            values = self._project(text)
+            for projection, value in zip(self.projections, values, strict=True):
                 projection.store(value)
-            self._known = None if text.is_inference() else (text, text._version)
+            learnt = torch.is_grad_enabled() and (text.requires_grad or any(value.requires_grad for value in values))
+            self._known = None if learnt or text.is_inference() else (text, text._version, torch.is_grad_enabled())
         return self.unet(sample, timestep, text, *args, **kwargs)
 
     def _unchanged(self, text: Tensor) -> bool:
         """An inference tensor does not tell when it is written to, so it is never known. Nothing is stored where
         projections were joined or taken apart meanwhile."""
         known = self._known
-        same = known is not None and known[0] is text and known[1] == text._version
+        same = known is not None and known[0] is text and known[1:] == (text._version, torch.is_grad_enabled())
         return same and all(projection.value is not None for projection in self.projections)
 
     def __getattr__(self, name: str) -> Any:

@@ -43,7 +43,8 @@ def reused(x: Tensor, parameter: Tensor, compute: Callable[[], Tensor]) -> Tenso
 
     ``parameter`` is told by identity and must never be changed in place, nor the result.
     """
-    if not is_eager(x) or x.is_inference():  # an inference tensor does not tell when it is changed
+    # An inference tensor does not tell when it is changed, and one made in inference mode is of no use outside.
+    if not is_eager(x) or x.is_inference() or torch.is_inference_mode_enabled():
         return compute()
     place = id(x)
     known = _known.get(place)

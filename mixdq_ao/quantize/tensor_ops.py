@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -111,6 +112,20 @@ def _(func, types, args, kwargs):
 @SplitMixDQTensor.implements_torch_function([F.conv2d, torch.conv2d])
 def _(func, types, args, kwargs):
     return split_conv2d(*args, **kwargs)
+
+
+@MixDQTensor.implements_torch_function(Tensor.requires_grad_)
+@SplitMixDQTensor.implements_torch_function(Tensor.requires_grad_)
+def _(func, types, args, kwargs):
+    """Integers are not trained: what asks for all parameters gets those it can have."""
+    weight, *asked = args
+    if (*asked, *kwargs.values(), True)[0]:
+        warnings.warn(
+            "mixdq_ao: quantized weights get no gradient, requires_grad stays False; train adapters, give layers that "
+            "are to be trained 16 bits in the plan, or train what the integers are rounded from (recover)",
+            stacklevel=2,
+        )
+    return weight
 
 
 @MixDQTensor.implements([aten.transpose.int, aten.permute.default])

@@ -16,6 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
+from mixdq_ao import MixDQError
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PIPELINE = EXAMPLES / "shapes" / "pipeline"
 
@@ -154,14 +156,25 @@ def test_programs_with_little_to_do(name, arguments, written, tmp_path, monkeypa
     assert written <= {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.parametrize("wrong", [["--steps", "0"], ["--batch", "-1"], ["--times", "1000"], ["--pictures", "nowhere"]])
+def test_what_cannot_be_trained_is_said_before(wrong, tmp_path, capsys):
+    pytest.importorskip("peft", reason="LoRA is an extra")
+    from examples import train_lora
+
+    with pytest.raises(SystemExit) as e:
+        train_lora.main([*wrong, "--out", str(tmp_path)])
+    assert wrong[1] in str(e.value) + capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_pictures_and_their_captions_are_read(tmp_path):
     pytest.importorskip("peft", reason="LoRA is an extra")
     from PIL import Image
 
     from examples.train_lora import read_pictures
 
-    with pytest.raises(SystemExit, match="each with its caption"):
-        read_pictures(tmp_path, 64)
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(MixDQError, match="each with its caption"):
+            read_pictures(folder, 64)
     wide = Image.new("RGB", (300, 100), "red")
     wide.paste("blue", (100, 0, 200, 100))
     for name in ("a.png", "b.JPG", "without.png"):
@@ -171,6 +184,12 @@ def test_pictures_and_their_captions_are_read(tmp_path):
     (first, caption), (second, other) = read_pictures(tmp_path, 64)
     assert (caption, other) == ("caption a", "caption b")
     assert first.shape == second.shape == (3, 64, 64)
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(MixDQError, match="b.txt: is not UTF-8"):
+        read_pictures(tmp_path, 64)
+    (tmp_path / "a.png").write_bytes(b"none")
+    with pytest.raises(MixDQError, match="a.png: cannot be read as a picture"):
+        read_pictures(tmp_path, 64)
     assert torch.equal(first[:, 8:56, 8:56], torch.tensor([0.0, 0, 1]).view(3, 1, 1).expand(3, 48, 48))  # the middle
 
 

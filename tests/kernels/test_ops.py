@@ -118,6 +118,25 @@ def test_reference_agrees_with_exact_arithmetic():
         cases.assert_right("conv2d", arguments, inductor_kernels.reference.conv2d(*arguments))
 
 
+@pytest.mark.parametrize("bits", cases.BITS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_harmless(route, bits, dtype):
+    """Integers held in float32 are not rounded to it; float16 would even overflow."""
+    out = {"out": dtype}
+    linear, conv2d = cases.linear((9,), 30, 250, bits, **out), cases.conv2d(c=30, bits=bits, **out)
+    for name, arguments in (
+        ("linear", linear),
+        ("conv2d", conv2d),
+        ("linear_weight_only", cases.weight_only(linear, dtype, conv=False)),
+        ("conv2d_weight_only", cases.weight_only(conv2d, dtype, conv=True)),
+    ):
+        op = getattr(OPS, name)
+        with torch.autocast("cpu", dtype):
+            y = op(*arguments)
+        assert torch.equal(y, op(*arguments)) and y.isfinite().all()
+        cases.assert_right(name, arguments, y, dtype)
+
+
 def test_grad_mode_is_harmless():
     arguments = cases.linear()
     with torch.enable_grad():

@@ -214,7 +214,10 @@ def test_scales_and_hot_swaps_do_not_compile_again():
 
 def test_what_cannot_be_done_is_said(fine):
     with pytest.raises(QuantizationError, match="use_dora"):
-        fine.add_adapter(LoraConfig(r=2, target_modules=["to_q"], use_dora=True))
+        copy.deepcopy(fine).add_adapter(LoraConfig(r=2, target_modules=["to_q"], use_dora=True))
+    for start in ("pissa", "pissa_niter_4", "olora"):
+        with pytest.raises(QuantizationError, match=f"to_q': init_lora_weights='{start}' changes the weight"):
+            copy.deepcopy(fine).add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=start))
 
 
 def test_a_broken_adapter_is_not_fused(fine):

@@ -59,6 +59,23 @@ def test_compiled(unet, plan):
     assert (gradient(model, inputs, goal) - eager).norm() < 1e-3 * eager.norm()
 
 
+def test_scales_may_change_before_backward(unet, plan):
+    """diffusers sets the scale of one call back as it ends; a teacher runs without the adapter in between."""
+    model, inputs, goal = learner(unet, plan), unet_inputs(), torch.randn(2, 4, 8, 8)
+    model.set_adapters("mine", 0.5)
+    wanted = gradient(model, inputs, goal)
+    model.set_adapters("mine", 1.0)
+    assert torch.equal(gradient(model, inputs | {"cross_attention_kwargs": {"scale": 0.5}}, goal), wanted)
+    model.set_adapters("mine", 0.5)
+    model.zero_grad()
+    y = model(**inputs)[0]
+    model.set_adapters("mine", 0.0)
+    output(model)
+    model.set_adapters("mine", 1.0)
+    (y - goal).square().mean().backward()
+    assert torch.equal(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]), wanted)
+
+
 def test_text_encoders_train_adapters(tmp_path):
     """As transformers' Trainer asks: a quantization that says so, adapters that get gradients."""
     encoder = tiny_clip()

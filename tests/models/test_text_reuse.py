@@ -77,6 +77,22 @@ def test_inference_tensors_are_never_taken_for_known(quantized, calls, steps):
     assert not torch.equal(first, second)
 
 
+def test_gradients_are_those_of_the_model(quantized, steps):
+    """After a call without gradients, and at every step."""
+    text = steps[0]["encoder_hidden_states"].requires_grad_()
+
+    def gradient(unet, step):
+        return torch.autograd.grad(unet(**step)[0].square().mean(), text)[0]
+
+    expected = [gradient(quantized, step) for step in steps]
+    assert all(g.any() for g in expected)
+    reused = reuse_text_projections(SimpleNamespace(unet=quantized)).unet
+    with torch.no_grad():
+        reused(**steps[0])
+    for step, g in zip(steps, expected, strict=True):
+        assert (gradient(reused, step) - g).norm() < 1e-5 * g.norm()  # summed in another order
+
+
 @torch.no_grad()
 def test_compiled_once_for_all_prompts(quantized, steps):
     torch._dynamo.reset()

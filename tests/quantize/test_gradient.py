@@ -101,6 +101,27 @@ def test_bos_rows_are_constants():
     assert_close(of_bias, g.double().sum((0, 1)), terms=6)
 
 
+def test_what_inference_mode_knew_of_a_text_is_found_again():
+    """A mask made there cannot be saved for backward."""
+    w = quantized(torch.randn(9, 7), 8, (-2, 2, 8), bos_embedding=torch.arange(7.0))
+    x = torch.randn(2, 3, 7, requires_grad=True)
+    with torch.inference_mode():
+        F.linear(x, w)
+    F.linear(x, w).sum().backward()
+    assert x.grad is not None and x.grad.any()
+
+
+def test_integers_do_not_become_parameters_to_train():
+    model = Block()
+    quantize_(model, mixdq_config(PLAN))
+    with pytest.warns(UserWarning, match="mixdq_ao: quantized weights get no gradient.* 16 bits in the plan"):
+        model.requires_grad_(True)
+    learnt_ = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert learnt_ == {"norm.weight", "norm.bias", "conv.bias", "proj.bias", "last.weight", "last.bias"}
+    model.requires_grad_(False)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
 class Block(nn.Module):
     """Trained layers around quantized ones."""
 
