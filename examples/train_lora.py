@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.training_utils import cast_training_params
 from diffusers.utils import logging
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -93,6 +94,7 @@ def train(
     clean, captions = latents(pipe, examples), [caption for _, caption in examples]
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), "mine")
+    cast_training_params(unet)  # the adapter's to float32, also where the model computes in 16 bits
     learnt = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learnt, lr=rate, weight_decay=0.0)
     generator, start, losses = torch.Generator().manual_seed(5), time.perf_counter(), []
@@ -166,7 +168,8 @@ def run(args: argparse.Namespace) -> None:
     if args.bits < 16:
         calibration = calibrate(pipe, [caption for _, caption in examples[:64]], steps=4)
         quantize_(pipe.unet, mixdq_config(Plan.uniform(pipe.unet, args.bits, 8).with_calibration(calibration)))
-        bos_aware(pipe)
+        if calibration.bos_embedding is not None:
+            bos_aware(pipe)
     before = generate_all(pipe, texts, sampling)
     train(pipe, examples, times=times, steps=args.steps, batch=args.batch, rate=args.rate, rank=args.rank)
     state: dict[str, Any] = {**get_peft_model_state_dict(pipe.unet, adapter_name="mine")}
