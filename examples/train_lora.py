@@ -33,7 +33,8 @@ from examples.shapes import data, subject
 from examples.shapes.few_steps import TARGETS, conditions
 from examples.shapes.pictures import save_grid
 from mixdq_ao import MixDQError, Plan, Sampling, bos_aware, calibrate, mixdq_config, quantize_
-from mixdq_ao.app.inputs import load_pipeline
+from mixdq_ao.app.inputs import at_least, load_pipeline
+from mixdq_ao.evaluate.resize import from_pillow
 from mixdq_ao.models.pipelines import generate_all
 from mixdq_ao.search.metrics import psnr
 from mixdq_ao.textfile import read_text
@@ -54,9 +55,8 @@ def read_pictures(folder: Path, size: int) -> list[Example]:
             except OSError as e:
                 raise MixDQError(f"{path}: cannot be read as a picture: {e}") from e
             square = ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS)
-            pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(size, size, 3)
             text = read_text(caption, MixDQError, "; expected a caption")
-            found.append((pixels.permute(2, 0, 1) / 255, text.strip()))
+            found.append((from_pillow(square) / 255, text.strip()))
     if not found:
         raise MixDQError(f"{folder}: expected pictures (.png, .jpg, .webp), each with its caption in a .txt beside it")
     return found
@@ -104,8 +104,9 @@ def train(
         noise = torch.randn(batch, *clean.shape[1:], generator=generator).to(clean)
         with torch.no_grad():
             told = conditions(pipe, [captions[i] for i in pick.tolist()])
+        goal = wanted(scheduler, clean[pick], noise, t)
         x = scheduler.add_noise(clean[pick], noise, t)
-        loss = F.mse_loss(unet(x, t, **told).sample.float(), wanted(scheduler, clean[pick], noise, t).float())
+        loss = F.mse_loss(unet(x, t, **told).sample.float(), goal.float())
         optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / WARM) * (1 - step / steps)
         optimizer.zero_grad()
         loss.backward()
@@ -113,15 +114,8 @@ def train(
         optimizer.step()
         losses.append(loss.item())
         if step % 20 == 19:
-            print(
-                f"step {step + 1}: loss {sum(losses[-20:]) / 20:.4f}, {time.perf_counter() - start:.0f} s", flush=True
-            )
-
-
-def at_least_1(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
+            seconds = time.perf_counter() - start
+            print(f"step {step + 1}: loss {sum(losses[-20:]) / 20:.4f}, {seconds:.0f} s", flush=True)
 
 
 def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
@@ -130,11 +124,11 @@ def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
     add("pipeline", nargs="?", default=str(subject.PIPELINE), help="directory, or name on the hub (default: bundled)")
     add("--pictures", type=Path, help="folder of cat.png, cat.txt with its caption, ... (default: shapes on black)")
     add("--bits", type=int, default=4, choices=(16, 8, 4), help="of weights (default 4); 16: nothing is quantized")
-    add("--times", type=at_least_1, nargs="+", help="timesteps to train at (default: all; bundled: those of 4 steps)")
-    add("--steps", type=at_least_1, default=200, help="batches (default 200)")
-    add("--batch", type=at_least_1, default=8, help="pictures at a time (default 8)")
+    add("--times", type=at_least(1), nargs="+", help="timesteps to train at (default: all; bundled: those of 4 steps)")
+    add("--steps", type=at_least(1), default=200, help="batches (default 200)")
+    add("--batch", type=at_least(1), default=8, help="pictures at a time (default 8)")
     add("--rate", type=float, default=2e-3, help="learning rate at its highest (default 2e-3)")
-    add("--rank", type=at_least_1, default=8, help="of the adapter (default 8)")
+    add("--rank", type=at_least(1), default=8, help="of the adapter (default 8)")
     add("--out", type=Path, default=Path("out/my_lora"), help="directory to write to (default out/my_lora)")
     return parser.parse_args(arguments)
 

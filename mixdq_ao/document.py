@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from .errors import MixDQError
@@ -16,6 +17,11 @@ class Document:
     FORMAT: ClassVar[str]
     VERSION: ClassVar[int]
     ERROR: ClassVar[type[MixDQError]]
+    metadata: Mapping[str, Any]
+
+    def header(self) -> dict[str, Any]:
+        """What every file begins with."""
+        return {"format": self.FORMAT, "version": self.VERSION, "metadata": dict(self.metadata)}
 
     def to_json(self) -> dict[str, Any]:
         """The whole file, header included."""

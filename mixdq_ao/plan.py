@@ -237,9 +237,7 @@ class Plan(Document):
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "format": self.FORMAT,
-            "version": self.VERSION,
-            "metadata": dict(self.metadata),
+            **self.header(),
             "bos_embedding": None if self.bos_embedding is None else list(self.bos_embedding),
             "layers": {n: v.to_json() for n, v in self.layers.items()},
         }

@@ -75,30 +75,21 @@ class _OverQuantized:
 
     def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().update_layer(adapter_name, *args, **kwargs)  # type: ignore[misc]
-        self._scale_as_tensor(adapter_name)
+        self._scales_as_tensors()
 
     def set_scale(self: Any, adapter: str, scale: Any) -> None:
-        """``scale`` times the adapter's own, written into the tensor that compiled code reads."""
-        held = self.scaling.get(adapter)
         super().set_scale(adapter, scale)  # type: ignore[misc]
-        self._keep_tensor(adapter, held)
+        self._scales_as_tensors()
 
     def unscale_layer(self: Any, scale: Any = None) -> None:
-        held = dict(self.scaling)
         super().unscale_layer(scale)  # type: ignore[misc]
-        for adapter, tensor in held.items():
-            self._keep_tensor(adapter, tensor)
+        self._scales_as_tensors()
 
-    def _keep_tensor(self: Any, adapter: str, held: Any) -> None:
-        """A scale stays a tensor of its type. It is a new one: backward may still need what the last one holds."""
-        new = self.scaling.get(adapter)
-        if isinstance(held, Tensor) and new is not held:
-            self.scaling[adapter] = new.to(held) if isinstance(new, Tensor) else torch.full_like(held, new)
-
-    def _scale_as_tensor(self: Any, adapter: str) -> None:
-        if not isinstance(self.scaling[adapter], Tensor):
-            device = self.get_base_layer().weight.device
-            self.scaling[adapter] = torch.tensor(float(self.scaling[adapter]), device=device)
+    def _scales_as_tensors(self: Any) -> None:
+        """A changed scale is a new tensor: backward may still need what the last one holds."""
+        device = self.get_base_layer().weight.device
+        for adapter, scale in self.scaling.items():
+            self.scaling[adapter] = torch.as_tensor(scale, dtype=torch.float32, device=device)
 
     @torch.no_grad()
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -57,9 +57,8 @@ class TextProjection(nn.Module):
         """Keeps ``value`` where the last one of its shape was: compiled code and CUDA graphs go on reading there. What
         has a gradient gets a place of its own, which is part of one graph."""
         held = self.value
-        learnt = value.requires_grad or (held is not None and held.requires_grad)
-        same = held is not None and (held.shape, held.dtype, held.device) == (value.shape, value.dtype, value.device)
-        if held is not None and same and not learnt:
+        fits = held is not None and (held.shape, held.dtype, held.device) == (value.shape, value.dtype, value.device)
+        if held is not None and fits and not (held.requires_grad or value.requires_grad):
             held.copy_(value)
         else:
             self.value = value.clone(memory_format=torch.contiguous_format)

@@ -53,7 +53,7 @@ class TextReuse(nn.Module):
             values = self._project(text)
             for projection, value in zip(self.projections, values, strict=True):
                 projection.store(value)
-            learnt = torch.is_grad_enabled() and (text.requires_grad or any(value.requires_grad for value in values))
+            learnt = any(value.requires_grad for value in values)
             self._known = None if learnt or text.is_inference() else (text, text._version, torch.is_grad_enabled())
         return self.unet(sample, timestep, text, *args, **kwargs)
 

@@ -15,6 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .quantizer import scaled
+
 Product = Callable[[Tensor, Tensor | None], Tensor]
 Factors = Callable[[], tuple[Tensor, Tensor]]
 
@@ -34,17 +36,17 @@ class _Differentiable(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             of_bias = g.sum((0, 2, 3)) if ctx.geometry else g.reshape(-1, g.shape[-1]).sum(0)
         if ctx.needs_input_grad[0]:
-            g, weight = _scaled(g, *ctx.factors())
+            g, weight = _factors(g, *ctx.factors())
             of_x = _of_image(g, weight, ctx.shape, *ctx.geometry) if ctx.geometry else g @ weight
         return of_x, of_bias, None, None, None
 
 
-def _scaled(g: Tensor, integers: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _factors(g: Tensor, integers: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Two factors of ``g``'s type with the scale in one of them: in ``g``, which is smaller than a weight and leaves
     the integers exact, or in the weight where float16 might not hold it in ``g``."""
-    inner = [1] * (integers.dim() - 2)  # of an image [B, O, H, W]
     if g.dtype == torch.float16:
-        return g, (integers * scale.view(-1, 1, *inner)).to(g.dtype)
+        return g, scaled(integers, scale).to(g.dtype)
+    inner = [1] * (integers.dim() - 2)  # of an image [B, O, H, W]
     return (g * scale.view(-1, *inner)).to(g.dtype), integers.to(g.dtype)
 
 

@@ -49,7 +49,12 @@ class WeightQuant:
 
     def dequantize(self) -> Tensor:
         """float32, shaped like the weight."""
-        return self.integers().to(torch.float32) * _rows(self.scale, self.codes.dim())
+        return scaled(self.integers(), self.scale)
+
+
+def scaled(integers: Tensor, scale: Tensor) -> Tensor:
+    """float32: integers [N, ...] times the scale [N] of their rows."""
+    return integers.to(torch.float32) * _rows(scale, integers.dim())
 
 
 def _rows(x: Tensor, dim: int) -> Tensor:

@@ -12,7 +12,7 @@ from torchao.utils import TorchAOBaseTensor
 from inductor_kernels import ops as _ops  # noqa: F401  (registers torch.ops.inductor_kernels)
 from inductor_kernels.packing import pack, unpack, unpack_weight
 
-from .quantizer import ActQuant, WeightQuant, act_bits, quantize_weight
+from .quantizer import ActQuant, WeightQuant, act_bits, quantize_weight, scaled
 from .shared import key, share
 
 
@@ -228,9 +228,7 @@ class MixDQTensor(TorchAOBaseTensor, metaclass=_Parameters):
 
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
         """The weight in floating point, in the logical shape."""
-        values = self.integers()
-        scale = self.weight_scale().reshape(-1, *[1] * (values.dim() - 1))
-        return (values.to(torch.float32) * scale).to(output_dtype or self.dtype)
+        return scaled(*self.factors()).to(output_dtype or self.dtype)
 
     def stored_tensors(self) -> dict[str, Tensor]:
         """The plain tensors this weight holds, by attribute name."""

@@ -89,9 +89,7 @@ class Calibration(Document):
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "format": self.FORMAT,
-            "version": self.VERSION,
-            "metadata": dict(self.metadata),
+            **self.header(),
             "bos_embedding": None if self.bos_embedding is None else list(self.bos_embedding),
             "ties": [list(t) for t in self.ties],
             "layers": {n: layer_to_json(v) for n, v in self.layers.items()},

@@ -134,9 +134,7 @@ class Orthogonality(Document):
         """Of each matrix the lower triangle with the diagonal, row after row: L (L + 1) / 2 numbers."""
         rows, columns = np.tril_indices(len(self.layers))
         return {
-            "format": self.FORMAT,
-            "version": self.VERSION,
-            "metadata": dict(self.metadata),
+            **self.header(),
             "estimator": self.estimator,
             "steps": self.steps,
             "sampled": list(self.sampled),

@@ -136,8 +136,7 @@ class Sensitivity(Document):
         return cls({n: _layer_from_json(n, v) for n, v in layers.items()}, metadata)  # type: ignore[union-attr]
 
     def to_json(self) -> dict[str, Any]:
-        layers = {n: v.to_json() for n, v in self.layers.items()}
-        return {"format": self.FORMAT, "version": self.VERSION, "metadata": dict(self.metadata), "layers": layers}
+        return {**self.header(), "layers": {n: v.to_json() for n, v in self.layers.items()}}
 
     @classmethod
     def from_mixdq_yaml(

@@ -16,7 +16,7 @@ from inductor_kernels.packing import pack, unpack_weight
 from ..plan import LayerPlan
 from ..quantize.bos import bos_mask
 from ..quantize.gradient import differentiable
-from ..quantize.quantizer import ActQuant, act_bits, act_params, quantize_act, quantize_weight
+from ..quantize.quantizer import ActQuant, act_bits, act_params, quantize_act, quantize_weight, scaled
 from ..quantize.tensor import bos_row
 from . import nested, nested_op
 
@@ -128,8 +128,7 @@ class LevelWeight(nn.Module):
 
     def dequantize(self, form: Form, dtype: torch.dtype) -> Tensor:
         """The weight in floating point, in the logical shape."""
-        values, scale = self.factors(form)
-        return (values.to(torch.float32) * scale.reshape(-1, *[1] * (values.dim() - 1))).to(dtype)
+        return scaled(*self.factors(form)).to(dtype)
 
     def product(self, x: Tensor, form: Form, bias: Tensor | None, geometry: list[int]) -> Tensor:
         """x [..., K], or [B, C, H, W] with a geometry, times the weight, in x's type."""

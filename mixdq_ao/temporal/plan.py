@@ -72,8 +72,7 @@ class TemporalPlan(Document):
             {"name": name, "cost": None if self.costs is None else self.costs[name], "plan": plan and plan.to_json()}
             for name, plan in self.levels.items()
         ]
-        header = {"format": self.FORMAT, "version": self.VERSION}
-        return header | {"metadata": dict(self.metadata), "levels": levels, "steps": list(self.steps)}
+        return {**self.header(), "levels": levels, "steps": list(self.steps)}
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> TemporalPlan:

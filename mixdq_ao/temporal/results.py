@@ -108,9 +108,7 @@ class ScheduleResults(Document):
         places = {name: str(i) for i, name in enumerate(self.levels)}
         text = lambda steps: " ".join(places[n] for n in steps)  # noqa: E731
         return {
-            "format": self.FORMAT,
-            "version": self.VERSION,
-            "metadata": dict(self.metadata),
+            **self.header(),
             "metric": self.metric,
             "levels": [{"name": n, "cost": c} for n, c in self.levels.items()],
             "measured": {text(s): e for s, e in self.measured.items()},
