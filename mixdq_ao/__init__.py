@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .models.fused_text import fuse_text_projections, unfuse_text_projections
     from .models.pipelines import Sampling, generate
     from .models.serialization import load_quantized, save_quantized
-    from .models.text_reuse import reuse_text_projections
+    from .models.text_reuse import forget_text_projections, reuse_text_projections
     from .plan import LayerPlan, Plan, PlanSummary
     from .quantize.bos_encoder import BOSAwareTextEncoder, bos_aware
     from .quantize.config import MixDQLayerConfig, mixdq_config, quantize_
@@ -81,6 +81,7 @@ _HOME = {
     "load_quantized": "models.serialization",
     "save_quantized": "models.serialization",
     "reuse_text_projections": "models.text_reuse",
+    "forget_text_projections": "models.text_reuse",
     "LayerPlan": "plan",
     "Plan": "plan",
     "PlanSummary": "plan",

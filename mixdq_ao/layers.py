@@ -18,8 +18,19 @@ Group = Literal["content", "quality"]
 GroupRule = Callable[[str], Group]
 
 
+class JointLinear(nn.Linear):
+    """Linear layers of one input as one product. They stay in their places, their weights views of this one's: plans
+    and files speak of them, and this is no layer of its own."""
+
+
 def find_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Every nn.Linear and nn.Conv2d of ``model`` by name, in module order. 794 in SDXL's UNet."""
+    """Every nn.Linear and nn.Conv2d of ``model`` by name, in module order; of joint ones the layers they compute.
+    794 in SDXL's UNet."""
+    return {n: m for n, m in find_products(model).items() if not isinstance(m, JointLinear)}
+
+
+def find_products(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The layers, and those that compute several of them at once."""
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
 
 

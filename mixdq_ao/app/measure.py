@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..layers import find_layers
+from ..layers import find_products
 from ..models.pipelines import Sampling, generate
 from ..progress import progress
 from ..quantize.tensor import is_quantized
@@ -63,7 +63,7 @@ def held_bytes(model: nn.Module) -> int:
     """Bytes of the tensors the linear and convolution layers really hold: packed integers, scales, zero points, BOS
     rows, biases; memory shared by several layers counts once."""
     held: dict[int, int] = {}
-    for module in find_layers(model).values():
+    for module in find_products(model).values():
         for tensor in _tensors(module):
             storage = tensor.untyped_storage()
             held[storage.data_ptr()] = max(held.get(storage.data_ptr(), 0), tensor.numel() * tensor.element_size())

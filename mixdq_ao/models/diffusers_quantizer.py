@@ -40,6 +40,7 @@ from ..quantize.tensor import is_quantized
 from ..registration import METHOD
 from .checkpoint import Checkpoint
 from .flatten import FORMAT, VERSION, check_version, flatten
+from .joint_names import without_joint
 from .plan_of import check_plan_of, plan_of
 
 # diffusers 0.39 began to ask a quantizer for plain tensors when it saves, and to give them back when it loads.
@@ -232,12 +233,7 @@ class MixDQQuantizer(DiffusersQuantizer):
         adapted = next((name for name in state_dict if ".base_layer." in name), None)
         if adapted is not None:
             raise CheckpointError(f"{adapted!r} has adapters; call pipe.unload_lora_weights() before saving")
-        from .text_layers import JOINT  # needs diffusers' UNet, which needs its loaders, which load this
-
-        joint = next((name for name in state_dict if f"{JOINT}." in name), None)
-        if joint is not None:
-            raise CheckpointError(f"{joint!r} joins other layers; call unfuse_text_projections(unet) before saving")
-        flat = flatten(state_dict)
+        flat = flatten(without_joint(state_dict))
         return _unshared(flat.tensors), flat.metadata()
 
     @property

@@ -13,18 +13,19 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import nn
 
+from ..layers import JointLinear
 from ..quantize.join import difference, joined
 from ..quantize.tensor import MixDQTensor
-
-JOINT = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
+from .joint_names import JOINT_OF
+from .text_layers import TextProjection, own_class
 
 
 def fuse_projections(model: nn.Module) -> tuple[str, ...]:
     """Joins the projections of every attention where they have one precision and read one tensor with one range.
 
     Results stay the same to the bit, and so do the bytes: the layers' own weights become views of the joint one.
-    Fuse last: adapters and other precisions want the layers apart, and a fused model is not saved
-    (``unfuse_projections``).
+    The model is saved as if they were apart. Fuse last: adapters, other precisions and ``load_state_dict`` want the
+    layers apart (``unfuse_projections``).
 
     Returns the names of the attentions that were fused; others are left as they are.
     """
@@ -45,7 +46,7 @@ def unfuse_projections(model: nn.Module) -> None:
 def unfuse_attention(attention: Attention) -> None:
     """The same for one attention; one that is not fused stays as it is."""
     if getattr(attention, "fused_projections", False):
-        for name in JOINT:
+        for name in JOINT_OF:
             if hasattr(attention, name):
                 delattr(attention, name)
         attention.fused_projections = False
@@ -59,10 +60,10 @@ def _process(attention: Attention, processor: Any) -> None:
 
 def _fuse(attention: Attention) -> bool:
     joint = "to_kv" if attention.is_cross_attention else "to_qkv"
-    layers = [getattr(attention, name, None) for name in JOINT[joint]]
+    layers = [getattr(attention, name, None) for name in JOINT_OF[joint]]
     if len({layer.weight.shape[0] for layer in layers if isinstance(layer, nn.Linear)}) > 1:
         return False
-    if not all(alike(layers[0], layer) for layer in layers):
+    if any(isinstance(layer, TextProjection) for layer in layers) or not all(alike(layers[0], x) for x in layers):
         return False
     setattr(attention, joint, join_layers(layers))
     attention.fused_projections = True
@@ -72,15 +73,15 @@ def _fuse(attention: Attention) -> bool:
 
 def alike(a: Any, b: Any) -> bool:
     """Whether two modules are quantized linear layers that :func:`join_layers` takes together."""
-    if not all(type(layer) is nn.Linear and isinstance(layer.weight, MixDQTensor) for layer in (a, b)):
+    if not all(own_class(layer) is nn.Linear and isinstance(layer.weight, MixDQTensor) for layer in (a, b)):
         return False
     return (a.bias is None) == (b.bias is None) and not difference(a.weight, b.weight)
 
 
-def join_layers(layers: Sequence[Any]) -> nn.Linear:
+def join_layers(layers: Sequence[Any]) -> JointLinear:
     """One layer that gives the outputs of ``layers`` side by side; their own weights become views of its weight."""
     weight = joined([layer.weight for layer in layers])
-    whole = nn.Linear(weight.shape[1], weight.shape[0], bias=layers[0].bias is not None, device="meta")
+    whole = JointLinear(weight.shape[1], weight.shape[0], bias=layers[0].bias is not None, device="meta")
     whole.weight = nn.Parameter(weight, requires_grad=False)
     if layers[0].bias is not None:
         whole.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)

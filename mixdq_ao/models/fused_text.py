@@ -12,7 +12,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from .fused_projections import alike, join_layers, unfuse_attention
-from .text_layers import JOINT, TextProjection, inner_unet, restore, text_projections
+from .joint_names import JOINT_TEXT
+from .text_layers import TextProjection, inner_unet, restore, text_projections
 
 
 class TextProjections(nn.Module):
@@ -25,8 +26,8 @@ class TextProjections(nn.Module):
 
     def __init__(self, groups: Sequence[Sequence[TextProjection]]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(join_layers([p.layer for p in group]) for group in groups)
-        self.sizes = [[p.layer.weight.shape[0] for p in group] for group in groups]
+        self.layers = nn.ModuleList(join_layers(group) for group in groups)
+        self.sizes = [[p.weight.shape[0] for p in group] for group in groups]
         self.readers = tuple(p for group in groups for p in group)
         for position, reader in enumerate(self.readers):
             reader.joint = self, position
@@ -48,19 +49,19 @@ def fuse_text_projections(unet: Any) -> tuple[int, ...]:
 
     Projections of one bit width and one input range (a plan ties those that read one tensor) become one product, BOS
     rows included: the same bits as before, and the same bytes, for the layers' own weights become views of the joint
-    one. Others stay where they are. Fuse last: adapters want the layers apart, and a fused model is not saved
-    (``unfuse_text_projections``).
+    one. Others stay where they are. The model is saved as if they were apart. Fuse last: adapters, other precisions
+    and ``load_state_dict`` want the layers apart (``unfuse_text_projections``).
 
     Returns how many projections each product computes. Raises MixDQError for a denoiser without such projections.
     """
-    inner = inner_unet(getattr(unet, "unet", unet))
+    inner = inner_unet(unet)
     unfuse_text_projections(inner)
     for attention in inner.modules():
         if isinstance(attention, Attention) and attention.is_cross_attention:
             unfuse_attention(attention)  # the joint product takes its pair apart
     groups = _grouped(text_projections(inner))
     if groups:
-        inner.add_module(JOINT, TextProjections(groups))
+        inner.add_module(JOINT_TEXT, TextProjections(groups))
     else:
         restore(inner)
     return tuple(len(group) for group in groups)
@@ -68,11 +69,11 @@ def fuse_text_projections(unet: Any) -> tuple[int, ...]:
 
 def unfuse_text_projections(unet: Any) -> None:
     """The projections compute by themselves again."""
-    inner = inner_unet(getattr(unet, "unet", unet))
-    if hasattr(inner, JOINT):
-        for reader in getattr(inner, JOINT).readers:
+    inner = inner_unet(unet)
+    if hasattr(inner, JOINT_TEXT):
+        for reader in getattr(inner, JOINT_TEXT).readers:
             reader.joint = None
-        delattr(inner, JOINT)
+        delattr(inner, JOINT_TEXT)
     restore(inner)
 
 
@@ -80,9 +81,9 @@ def _grouped(projections: list[TextProjection]) -> list[list[TextProjection]]:
     """Projections that can be joined, the largest group first."""
     groups: list[list[TextProjection]] = []
     for projection in projections:
-        group = next((g for g in groups if alike(g[0].layer, projection.layer)), None)
+        group = next((g for g in groups if alike(g[0], projection)), None)
         if group is not None:
             group.append(projection)
-        elif alike(projection.layer, projection.layer):
+        elif alike(projection, projection):
             groups.append([projection])
     return sorted((g for g in groups if len(g) > 1), key=len, reverse=True)

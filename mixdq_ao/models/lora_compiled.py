@@ -22,6 +22,7 @@ from torch import nn
 
 from ..errors import QuantizationError
 from ..registration import is_ours
+from .joint_names import JOINT_TEXT, TEXT_REUSE
 
 OF_PIPELINES = (
     "load_lora_weights",
@@ -67,16 +68,10 @@ def _inside(around: Callable[[Any], Any], method: Callable[..., Any]) -> Callabl
 
 @contextmanager
 def unwrapped(pipe: Any) -> Iterator[None]:
-    """``pipe`` with the quantized models inside ``torch.compile``'s wrappers instead of these.
-
-    Raises:
-        QuantizationError: a component keeps keys and values of the text.
-    """
+    """``pipe`` with the quantized models inside ``torch.compile``'s wrappers instead of these."""
     held: dict[str, Any] = {}
     for name in getattr(pipe, "_lora_loadable_modules", ()):
         component: Any = getattr(pipe, name, None)
-        if type(component).__name__ == "TextReuse":
-            raise _kept(f"pipe.{name}")
         wrapper = type(component).__name__ == "OptimizedModule"
         if wrapper and not hasattr(component, "_hf_hook") and _quantized(component):
             held[name] = component
@@ -92,21 +87,22 @@ def unwrapped(pipe: Any) -> Iterator[None]:
 @contextmanager
 def checked(model: Any) -> Iterator[None]:
     """Raises QuantizationError where layers that take adapters are not asked for their outputs."""
+    if hasattr(model, TEXT_REUSE):
+        raise QuantizationError(
+            "the UNet keeps keys and values of the text, which adapters change; forget_text_projections(pipe) before "
+            "adapters are loaded, and reuse_text_projections(pipe) again when they are as they are to stay"
+        )
+    if hasattr(model, JOINT_TEXT):
+        raise _useless("keys and values of the text", "unfuse_text_projections(unet)")
     for name, module in model.named_modules():
-        if type(module).__name__ == "TextProjection":
-            raise _kept("pipe.unet")
         if getattr(module, "fused_projections", False) and _quantized(module):
-            raise QuantizationError(
-                f"the projections of {name!r} are computed as one, past which adapters would do nothing; "
-                "unfuse_projections(model) before adapters are loaded"
-            )
+            raise _useless(f"the projections of {name!r}", "unfuse_projections(model)")
     yield
 
 
-def _kept(where: str) -> QuantizationError:
+def _useless(what: str, undo: str) -> QuantizationError:
     return QuantizationError(
-        f"{where} keeps keys and values of the text, which adapters change; {where} = {where}.undo() first, and "
-        "reuse_text_projections(pipe) again when the adapters are as they are to stay"
+        f"{what} are computed as one, past which adapters would do nothing; {undo} before adapters are loaded"
     )
 
 

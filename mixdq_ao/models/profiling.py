@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.profiler import record_function
 
-from ..layers import find_layers
+from ..layers import find_products
 from ..quantize.tensor import is_quantized
 
 
@@ -27,7 +27,7 @@ def named_layers(model: nn.Module) -> Iterator[None]:
     model = getattr(model, "_orig_mod", model)
     handles = []
     try:
-        for name, module in find_layers(model).items():
+        for name, module in find_products(model).items():
             if is_quantized(module.weight):
                 weight: Any = module.weight
                 enter, leave = _range(f"{name} ({weight.describe()})")

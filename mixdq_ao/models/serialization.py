@@ -30,6 +30,7 @@ from ..quantize.tensor import is_quantized
 from .checkpoint import Checkpoint, read_json
 from .diffusers_quantizer import METHOD, MixDQConfig, attach_quantizer, known_plan
 from .flatten import Flat, flatten
+from .joint_names import without_joint
 from .pipelines import denoiser
 from .plan_of import check_plan_of, plan_of
 from .safetensors_io import write_safetensors
@@ -76,13 +77,9 @@ def _prepared(model: nn.Module, plan: Plan | None) -> tuple[Library, Flat, Plan]
         raise CheckpointError(f"{type(model).__name__} is quantized in fake mode; quantize it with mode='real' to save")
     if not any(is_quantized(m.weight) for m in find_layers(model).values()):
         raise CheckpointError(f"{type(model).__name__} holds no quantized layer; use its save_pretrained")
-    state = without_aliases(model)
+    state = without_joint(without_aliases(model))
     where = f"{type(model).__name__} in memory"
-    check_fit(
-        f"{where} (fuse or unload adapters, unfuse_projections, unfuse_text_projections, then save)",
-        empty_model(Path(where), library),
-        state,
-    )
+    check_fit(f"{where} (fuse or unload adapters, then save)", empty_model(Path(where), library), state)
     return library, flatten(state), plan_of(model, plan or known_plan(model))
 
 
@@ -188,15 +185,11 @@ def save_pipeline(pipe: Any, directory: str | os.PathLike[str], *, plan: Plan | 
     Raises:
         CheckpointError: the directory exists and is not empty, a part cannot be saved, or a file cannot be written.
     """
-    from .text_reuse import TextReuse  # needs diffusers' UNet, which needs its loaders, which load this
-
     directory = Path(directory)
     refuse_occupied(directory)
     main = denoiser(pipe)
     main = getattr(main, "_orig_mod", main)
-    for name, model in pipe.components.items():
-        if isinstance(model, TextReuse):
-            raise CheckpointError(f"pipe.{name} keeps the text's projections; pipe.{name} = pipe.{name}.undo() first")
+    for model in pipe.components.values():
         if isinstance(model, nn.Module):
             model = getattr(model, "_orig_mod", model)
             _make_saveable(model, plan if model is main else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,9 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import MixDQError
 from ..layers import reads_text
-
-JOINT = "text_projections"
-"""Name of the UNet's module that computes several of them at once (see ``fused_text``)."""
+from .joint_names import JOINT_TEXT
 
 
 class AtHand:
@@ -25,43 +24,65 @@ class AtHand:
 
 
 class TextProjection(nn.Module):
-    """A projection of the text that returns what is known of it: stored over calls, or computed with others.
+    """A projection of the text that gives what is known of it: stored over calls, or computed with others.
+
+    The layer itself, of another class for the while (:func:`stand_in`): its name, weight, hooks and adapters stay what
+    they are, and a model is saved as if nothing had happened.
 
     Attributes:
-        layer: the projection itself.
-        value: [B, T, N] stored for the text of these calls, None where nothing is.
+        stored: [B, T, N] of the text of these calls, None where nothing is stored.
         joint: the product that computes this projection with others and its place in it, None where there is none.
     """
 
-    layer: Any
-    value: Tensor | None
+    weight: Any
+    stored: Tensor | None
     joint: tuple[Any, int] | None
+    at_hand: AtHand
 
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer, self.joint, self.at_hand = layer, None, AtHand()
-        self.register_buffer("value", None, persistent=False)
-
-    def forward(self, text: Tensor, *args: Any) -> Tensor:
-        if self.value is not None:
-            return self.value
+    def __call__(self, text: Tensor, *args: Any) -> Tensor:
+        if self.stored is not None:
+            return self.stored
         if self.joint is None:
-            return self.layer(text, *args)
+            return self.computed(text, *args)
         if self.at_hand.text is not text:  # the first of this call, or what another call has left behind
             self.joint[0].hand_out(text)
         value, self.at_hand.text, self.at_hand.value = self.at_hand.value, None, None
         assert value is not None
         return value
 
+    def computed(self, text: Tensor, *args: Any) -> Tensor:
+        """What the layer gives by itself."""
+        return super().__call__(text, *args)
+
     def store(self, value: Tensor) -> None:
         """Keeps ``value`` where the last one of its shape was: compiled code and CUDA graphs go on reading there. What
         has a gradient gets a place of its own, which is part of one graph."""
-        held = self.value
+        held = self.stored
         fits = held is not None and (held.shape, held.dtype, held.device) == (value.shape, value.dtype, value.device)
         if held is not None and fits and not (held.requires_grad or value.requires_grad):
             held.copy_(value)
         else:
-            self.value = value.clone(memory_format=torch.contiguous_format)
+            self.stored = value.clone(memory_format=torch.contiguous_format)
+
+
+@cache
+def _standing_in(cls: type[nn.Module]) -> type[TextProjection]:
+    return type(f"Text{cls.__name__}", (TextProjection, cls), {})
+
+
+def own_class(layer: nn.Module) -> type[Any]:
+    """The class of a layer when it does not stand in."""
+    return type(layer).__bases__[1] if isinstance(layer, TextProjection) else type(layer)
+
+
+def stand_in(layer: nn.Module) -> TextProjection:
+    """Makes the layer a :class:`TextProjection`, until :func:`restore`."""
+    if not isinstance(layer, TextProjection):
+        layer.__class__ = _standing_in(type(layer))
+        assert isinstance(layer, TextProjection)
+        layer.register_buffer("stored", None, persistent=False)
+        layer.joint, layer.at_hand = None, AtHand()
+    return layer
 
 
 def inner_unet(unet: Any) -> UNet2DConditionModel:
@@ -82,7 +103,7 @@ def _attention(inner: nn.Module, name: str) -> Any:
 
 
 def text_projections(inner: nn.Module) -> list[TextProjection]:
-    """Every projection of the text that the attentions call, stood in for by a :class:`TextProjection`.
+    """Every projection of the text that the attentions call, as a :class:`TextProjection`.
 
     Raises:
         MixDQError: there is none.
@@ -92,23 +113,21 @@ def text_projections(inner: nn.Module) -> list[TextProjection]:
     found = {n: m for n, m in found.items() if not getattr(_attention(inner, n), "norm_cross", None)}
     if not found:
         raise MixDQError("the UNet has no cross-attention projections (attn2.to_k, attn2.to_v) to keep")
-    stand_ins = {n: m if isinstance(m, TextProjection) else TextProjection(m) for n, m in found.items()}
-    for name, stand_in in stand_ins.items():
-        inner.set_submodule(name, stand_in)
-    return list(stand_ins.values())
+    return [stand_in(layer) for layer in found.values()]
 
 
 def project(inner: nn.Module, projections: list[TextProjection], text: Tensor) -> list[Tensor]:
     """What each of them gives, as few products as the UNet's joint projections allow."""
-    joint = getattr(inner, JOINT, None)
+    joint = getattr(inner, JOINT_TEXT, None)
     values = [] if joint is None else joint(text)
-    return [p.layer(text) if p.joint is None else values[p.joint[1]] for p in projections]
+    return [p.computed(text) if p.joint is None else values[p.joint[1]] for p in projections]
 
 
 def restore(inner: nn.Module) -> None:
-    """Nothing is stored any more, and the layers stand in their places again unless they are computed together."""
-    for name, module in list(inner.named_modules()):
+    """Nothing is stored any more, and layers are what they were unless they are computed together."""
+    for module in inner.modules():
         if isinstance(module, TextProjection):
-            module.value = None
+            module.stored = None
             if module.joint is None:
-                inner.set_submodule(name, module.layer)
+                del module.stored, module.joint, module.at_hand
+                module.__class__ = own_class(module)

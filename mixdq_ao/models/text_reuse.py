@@ -5,80 +5,83 @@ The 140 cross-attention projections of SDXL read the text embedding, which does 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from .joint_names import TEXT_REUSE
 from .text_layers import inner_unet, project, restore, text_projections
 
 
-class TextReuse(nn.Module):
-    """Stands in for a UNet (compiled or not) and calls its text projections only when the text has changed.
+class TextReuse:
+    """Looks at the text before each call of a UNet (compiled or not), and has its projections computed when it is
+    another one.
 
     A text is the same while it is the same tensor, not written to; diffusers' pipelines pass one tensor to every step.
     Results and gradients are those of the UNet itself: what was computed without gradients is not used with them, and
-    what has some only once. Adapters and weights must not be changed meanwhile: ``forget()`` after that.
-    A pipeline is saved without it: ``pipe.unet = pipe.unet.undo()`` first.
+    what has some only once.
     """
 
-    def __init__(self, unet: nn.Module) -> None:
-        """Raises MixDQError unless ``unet`` is a UNet2DConditionModel whose projections get the text as it is."""
-        super().__init__()
-        inner = inner_unet(unet)
-        self.unet, self.projections = unet, text_projections(inner)
-        compiled = inner is not unet
-        self._project = torch.compile(self._products, fullgraph=True) if compiled else self._products
-        self._known: tuple[Tensor, int, bool] | None = None
+    def __init__(self, unet: nn.Module, inner: UNet2DConditionModel) -> None:
+        self.inner, self.projections = inner, text_projections(inner)
+        self.project = self._products if unet is inner else torch.compile(self._products, fullgraph=True)
+        self.known: tuple[Tensor, int, bool] | None = None
+        self.hook = unet.register_forward_pre_hook(self, with_kwargs=True)
 
     def _products(self, text: Tensor) -> list[Tensor]:
-        return project(self._inner(), self.projections, text)
+        return project(self.inner, self.projections, text)
 
-    def forget(self) -> None:
-        """Has the next call compute the projections again."""
-        self._known = None
-
-    def undo(self) -> nn.Module:
-        """Puts the layers back and returns the UNet."""
-        restore(self._inner())
-        return self.unet
-
-    def _inner(self) -> nn.Module:
-        return getattr(self.unet, "_orig_mod", self.unet)
-
-    def forward(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        text = encoder_hidden_states
-        if not self._unchanged(text):
-            self.projections = text_projections(self._inner())
-            values = self._project(text)
-            for projection, value in zip(self.projections, values, strict=True):
-                projection.store(value)
-            learnt = any(value.requires_grad for value in values)
-            self._known = None if learnt or text.is_inference() else (text, text._version, torch.is_grad_enabled())
-        return self.unet(sample, timestep, text, *args, **kwargs)
+    def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """torch's forward pre-hook; sample, timestep and encoder_hidden_states [B, T, K] by place or by name."""
+        text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
+        if text is None or self._unchanged(text):
+            return
+        offload = getattr(unet, "_hf_hook", None)
+        if offload is not None:  # accelerate brings the weights when the UNet's own forward is called
+            offload.pre_forward(unet, *args, **kwargs)
+        self.known = None  # should storing be interrupted
+        self.projections = text_projections(self.inner)
+        values = self.project(text)
+        for projection, value in zip(self.projections, values, strict=True):
+            projection.store(value)
+        learnt = any(value.requires_grad for value in values)
+        if not (learnt or text.is_inference()):
+            self.known = text, text._version, torch.is_grad_enabled()
 
     def _unchanged(self, text: Tensor) -> bool:
         """An inference tensor does not tell when it is written to, so it is never known. Nothing is stored where
         projections were joined or taken apart meanwhile."""
-        known = self._known
+        known = self.known
         same = known is not None and known[0] is text and known[1:] == (text._version, torch.is_grad_enabled())
-        return same and all(projection.value is not None for projection in self.projections)
+        return same and all(projection.stored is not None for projection in self.projections)
 
-    def __getattr__(self, name: str) -> Any:
-        """``config``, ``dtype`` and whatever else a pipeline asks its UNet for."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("unet"), name)
+    def end(self) -> None:
+        """The projections compute at every call again."""
+        self.hook.remove()
+        restore(self.inner)
+        delattr(self.inner, TEXT_REUSE)
 
 
 def reuse_text_projections(pipe: Any) -> Any:
-    """Wraps ``pipe.unet``, before or after ``torch.compile``, in a :class:`TextReuse`; returns ``pipe``.
+    """Has ``pipe.unet`` compute its projections of the text once per prompt; before or after ``torch.compile``.
 
-    Keys and values of the text then take memory for one batch of prompts: 2 x 77 x channels of every cross attention.
-    ``pipe.unet = pipe.unet.undo()`` ends it. Raises MixDQError for a denoiser without text projections of that kind.
+    They take memory for one batch of prompts: 2 x 77 x channels of every cross attention. The model is saved as ever.
+    Adapters and weights must not be changed meanwhile; ``forget_text_projections(pipe)`` ends it.
+
+    Returns ``pipe``. Raises MixDQError for a denoiser without text projections of that kind.
     """
-    if isinstance(pipe.unet, TextReuse):
-        return pipe
-    pipe.unet = TextReuse(pipe.unet)
+    inner = inner_unet(pipe.unet)
+    if not hasattr(inner, TEXT_REUSE):
+        setattr(inner, TEXT_REUSE, TextReuse(pipe.unet, inner))
+    return pipe
+
+
+def forget_text_projections(pipe: Any) -> Any:
+    """Ends ``reuse_text_projections``; nothing of the text is kept. Returns ``pipe``."""
+    reuse = getattr(getattr(pipe.unet, "_orig_mod", pipe.unet), TEXT_REUSE, None)
+    if reuse is not None:
+        reuse.end()
     return pipe

@@ -67,14 +67,14 @@ def test_nothing_of_a_weight_stays_behind_on_the_cpu(model):
 
 def test_stored_keys_and_values_stay_where_a_captured_graph_reads_them(model):
     pipe = type("Pipe", (), {"unet": model})()
-    reuse = reuse_text_projections(pipe).unet
+    reuse = reuse_text_projections(pipe).unet.text_reuse
     place = {}
     for seed in range(2):
         torch.manual_seed(seed)
         text = text_rows(2)
         for projection, value in zip(reuse.projections, reuse._products(text), strict=True):
             projection.store(value)
-            assert place.setdefault(projection, projection.value.data_ptr()) == projection.value.data_ptr()
+            assert place.setdefault(projection, projection.stored.data_ptr()) == projection.stored.data_ptr()
 
 
 def synchronises(x):

@@ -9,7 +9,7 @@ import torch
 
 from mixdq_ao import LayerPlan, MixDQTensor, Plan, QuantizationError, mixdq_config, quantize_
 from mixdq_ao.app.measure import held_bytes
-from mixdq_ao.layers import find_layers
+from mixdq_ao.layers import find_layers, find_products
 from mixdq_ao.models.fused_projections import fuse_projections, unfuse_projections
 from mixdq_ao.quantize.join import joined
 from mixdq_ao.quantize.quantizer import act_params
@@ -84,7 +84,7 @@ def test_undone_without_a_trace(quantized):
 def test_one_product_is_called(quantized, monkeypatch):
     unet, mixed = quantized
     fused, inputs = fuse_projections(unet), unet_inputs()
-    layers = find_layers(unet)
+    layers = find_products(unet)
     apart = [n for n in layers if n.rpartition(".")[0] in fused and n.endswith(("to_k", "to_v"))]
     called = []
     for name, layer in layers.items():

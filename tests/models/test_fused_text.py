@@ -12,7 +12,15 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from benchmarks.layouts import TINY
-from mixdq_ao import LayerPlan, MixDQError, Plan, mixdq_config, quantize_, reuse_text_projections
+from mixdq_ao import (
+    LayerPlan,
+    MixDQError,
+    Plan,
+    forget_text_projections,
+    mixdq_config,
+    quantize_,
+    reuse_text_projections,
+)
 from mixdq_ao.app.measure import held_bytes
 from mixdq_ao.layers import find_layers, reads_text
 from mixdq_ao.models.fused_projections import fuse_projections
@@ -34,7 +42,7 @@ def count_products(unet: nn.Module) -> list[int]:
     """Outputs of every linear product called, which grows as the UNet runs."""
     seen: list[int] = []
     for layer in unet.modules():
-        if type(layer) is nn.Linear and layer.weight.shape[1] == 24:
+        if isinstance(layer, nn.Linear) and layer.weight.shape[1] == 24:
             layer.register_forward_hook(lambda _, args, y: seen.append(y.shape[-1]))
     return seen
 
@@ -89,7 +97,7 @@ def test_with_the_other_two_in_any_order(quantized, order):
         assert torch.equal(pipe.unet(**inputs)[0], expected[0])
     assert calls == [] and held_bytes(quantized) == size
     assert torch.equal(pipe.unet(**other)[0], expected[1]) and len(calls) == 2
-    pipe.unet.undo()
+    forget_text_projections(pipe)
     assert torch.equal(quantized(**inputs)[0], expected[0])
     unfuse_text_projections(quantized)
     assert torch.equal(quantized(**inputs)[0], expected[0])

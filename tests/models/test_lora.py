@@ -18,10 +18,11 @@ from torch._dynamo.testing import CompileCounter
 from mixdq_ao import LayerPlan, Plan, QuantizationError, calibrate, mixdq_config, quantize_
 from mixdq_ao.layers import find_layers
 from mixdq_ao.models.fused_projections import fuse_projections, unfuse_projections
+from mixdq_ao.models.fused_text import fuse_text_projections, unfuse_text_projections
 from mixdq_ao.models.lora import MixDQLoraConv2d, MixDQLoraLinear, requantized
 from mixdq_ao.models.lora_compiled import unwrapped
 from mixdq_ao.models.plan_of import layer_plan_of, same_layer
-from mixdq_ao.models.text_reuse import reuse_text_projections
+from mixdq_ao.models.text_reuse import forget_text_projections, reuse_text_projections
 from mixdq_ao.quantize.tensor import MixDQTensor, is_quantized
 
 from ..conftest import bos_row, small_unet, unet_inputs
@@ -342,11 +343,15 @@ def test_where_an_adapter_would_do_nothing_it_is_refused(drawn_by):
         pipe.load_lora_weights(state)
     unfuse_projections(pipe.unet)
     reuse_text_projections(pipe)
-    with pytest.raises(QuantizationError, match=r"pipe\.unet = pipe\.unet\.undo\(\) first"):
+    with pytest.raises(QuantizationError, match=r"forget_text_projections\(pipe\) before"):
         pipe.load_lora_weights(state)
-    with pytest.raises(QuantizationError, match="undo"):
+    with pytest.raises(QuantizationError, match="forget_text_projections"):
         pipe.unet.load_lora_adapter(state, prefix="unet")
-    pipe.unet = pipe.unet.undo()
+    forget_text_projections(pipe)
+    assert fuse_text_projections(pipe.unet)
+    with pytest.raises(QuantizationError, match=r"unfuse_text_projections\(unet\) before"):
+        pipe.load_lora_weights(state)
+    unfuse_text_projections(pipe.unet)
     pipe.load_lora_weights(state, adapter_name="one")
     assert pipe.get_list_adapters() == {"unet": ["one"]}
 

@@ -7,14 +7,17 @@ import json
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mixdq_ao import CheckpointError, load_quantized, save_quantized
+from mixdq_ao import CheckpointError, Plan, load_quantized, mixdq_config, quantize_, save_quantized
+from mixdq_ao.models.fused_projections import fuse_projections
 from mixdq_ao.models.fused_text import fuse_text_projections
+from mixdq_ao.models.joint_names import without_joint
 from mixdq_ao.models.serialization import save_pipeline
 from mixdq_ao.models.text_reuse import reuse_text_projections
+from tests.conftest import unet_inputs
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NAN = float("nan")
@@ -26,11 +29,15 @@ def saved(quantized, plan, tmp_path):
     return tmp_path
 
 
+def stored(directory):
+    """Tensors and metadata of a saved model."""
+    with safe_open(directory / WEIGHTS, framework="pt") as file:
+        return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata()
+
+
 def change(directory, ends, value):
     """The first stored tensor whose key ends so is multiplied or replaced. Returns the key."""
-    path = directory / WEIGHTS
-    with safe_open(path, framework="pt") as file:
-        metadata, tensors = file.metadata(), {key: file.get_tensor(key).clone() for key in file.keys()}
+    path, (tensors, metadata) = directory / WEIGHTS, stored(directory)
     key = next(k for k in sorted(tensors) if k.endswith(ends))
     tensors[key].copy_(value(tensors[key]) if callable(value) else torch.full_like(tensors[key], value))
     save_file(tensors, path, metadata=metadata)
@@ -72,18 +79,42 @@ def test_a_plan_that_contradicts_the_weights_is_refused(saved, load):
         load(saved)
 
 
-def test_what_could_not_be_loaded_is_not_saved(quantized, tmp_path):
-    unet = copy.deepcopy(quantized)
-    fuse_text_projections(unet)
-    with pytest.raises(CheckpointError, match="unfuse_text_projections"):
-        unet.save_pretrained(tmp_path / "fused")
-    with pytest.raises(CheckpointError, match="unfuse_text_projections"):
-        save_quantized(unet, tmp_path / "fused")
+@torch.no_grad()
+@pytest.mark.parametrize("fuse", [fuse_projections, fuse_text_projections])
+@pytest.mark.parametrize("save", [save_quantized, UNet2DConditionModel.save_pretrained])
+@pytest.mark.parametrize("load", [load_quantized, UNet2DConditionModel.from_pretrained])
+def test_fused_models_are_saved_as_if_they_were_apart(unet, calibration, tmp_path, fuse, save, load):
+    plan = Plan.uniform(unet, 4, 8).with_calibration(calibration)
+    quantize_(unet, mixdq_config(plan))
+    save(unet, tmp_path / "apart")
+    inputs = unet_inputs()
+    expected = unet(**inputs)[0]
+    assert fuse(unet)
+    save(unet, tmp_path / "fused")
+    (apart, about), (fused, about_fused) = (stored(tmp_path / name) for name in ("apart", "fused"))
+    assert about == about_fused and apart.keys() == fused.keys()
+    assert all(torch.equal(apart[key], fused[key]) for key in apart)
+    loaded = load(tmp_path / "fused")
+    assert loaded.config.quantization_config.plan == plan
+    assert torch.equal(loaded(**inputs)[0], expected)
 
 
-def test_a_pipeline_that_keeps_the_texts_projections_says_how_to_save_it(quantized, tmp_path):
-    pipe = type("Pipe", (), {"unet": copy.deepcopy(quantized)})()
+def test_joint_projections_of_the_model_itself_stay():
+    apart = {f"a.{name}.weight": 0 for name in ("to_q", "to_k", "to_v")}
+    assert without_joint(apart | {"a.to_qkv.weight": 1, "to_kv.weight": 2, "text_projections.layers.0.weight": 3}) == (
+        apart | {"to_kv.weight": 2}
+    )
+    assert without_joint({"a.to_qkv.weight": 1, "b.to_q.weight": 0}) == {"a.to_qkv.weight": 1, "b.to_q.weight": 0}
+
+
+@torch.no_grad()
+def test_a_pipeline_that_keeps_the_texts_projections_is_saved_as_ever(quantized, tmp_path):
+    pipe = DDPMPipeline(copy.deepcopy(quantized), DDPMScheduler())
     reuse_text_projections(pipe)
-    pipe.components = {"unet": pipe.unet}
-    with pytest.raises(CheckpointError, match=r"pipe\.unet = pipe\.unet\.undo\(\) first"):
-        save_pipeline(pipe, tmp_path / "pipe")
+    inputs = unet_inputs()
+    expected = pipe.unet(**inputs)[0]
+    pipe.save_pretrained(tmp_path / "diffusers")
+    save_pipeline(pipe, tmp_path / "ours")
+    for name in ("diffusers", "ours"):
+        loaded = DDPMPipeline.from_pretrained(tmp_path / name)
+        assert torch.equal(loaded.unet(**inputs)[0], expected)

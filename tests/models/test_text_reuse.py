@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers import UNet2DConditionModel
 from torch import nn
 
-from mixdq_ao import MixDQError, Plan, mixdq_config, quantize_, reuse_text_projections
+from mixdq_ao import MixDQError, Plan, forget_text_projections, mixdq_config, quantize_, reuse_text_projections
 from mixdq_ao.layers import find_layers
 from tests.conftest import text_rows, unet_inputs
 
@@ -48,10 +52,10 @@ def test_the_same_results_with_one_product_per_prompt(quantized, calls, steps):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", ["another tensor", "written to", "another batch size", "forgotten"])
+@pytest.mark.parametrize("change", ["another tensor", "written to", "another batch size", "ended and begun anew"])
 def test_another_text_is_projected_anew(quantized, calls, steps, change):
-    reused = reuse_text_projections(SimpleNamespace(unet=quantized)).unet
-    reused(**steps[0])
+    pipe = reuse_text_projections(SimpleNamespace(unet=quantized))
+    pipe.unet(**steps[0])
     step, before = dict(steps[1]), len(calls)
     if change == "another tensor":
         step["encoder_hidden_states"] = text_rows(2)
@@ -60,10 +64,10 @@ def test_another_text_is_projected_anew(quantized, calls, steps, change):
     elif change == "another batch size":
         step = unet_inputs(3)
     else:
-        reused.forget()
-    y = reused(**step)[0]
+        reuse_text_projections(forget_text_projections(pipe))
+    y = pipe.unet(**step)[0]
     assert len(calls) == 2 * before
-    assert torch.equal(y, reused.undo()(**step)[0])
+    assert torch.equal(y, forget_text_projections(pipe).unet(**step)[0])
 
 
 @torch.no_grad()
@@ -75,6 +79,18 @@ def test_inference_tensors_are_never_taken_for_known(quantized, calls, steps):
         text[:, 1:] *= 2
         second = reused(**(steps[0] | {"encoder_hidden_states": text}))[0]
     assert not torch.equal(first, second)
+
+
+@torch.no_grad()
+def test_an_interrupted_call_leaves_nothing_known(quantized, steps, monkeypatch):
+    pipe = reuse_text_projections(SimpleNamespace(unet=quantized))
+    expected = pipe.unet(**steps[0])[0]
+    last = quantized.text_reuse.projections[-1]
+    monkeypatch.setattr(last, "store", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pipe.unet(**(steps[0] | {"encoder_hidden_states": text_rows(2)}))
+    monkeypatch.undo()
+    assert torch.equal(pipe.unet(**steps[0])[0], expected)
 
 
 def test_gradients_are_those_of_the_model(quantized, steps):
@@ -96,22 +112,83 @@ def test_gradients_are_those_of_the_model(quantized, steps):
 @torch.no_grad()
 def test_compiled_once_for_all_prompts(quantized, steps):
     torch._dynamo.reset()
-    reused = reuse_text_projections(SimpleNamespace(unet=torch.compile(quantized, backend="aot_eager"))).unet
-    reused._project = torch.compile(reused._products, backend="aot_eager", fullgraph=True)
-    reused(**steps[0])
+    pipe = reuse_text_projections(SimpleNamespace(unet=torch.compile(quantized, backend="aot_eager")))
+    quantized.text_reuse.project = torch.compile(quantized.text_reuse._products, backend="aot_eager", fullgraph=True)
+    pipe.unet(**steps[0])
     with torch.compiler.set_stance("fail_on_recompile"):
         for _ in range(2):
             step = steps[0] | {"encoder_hidden_states": text_rows(2)}
-            y = reused(**step)[0]
-    assert torch.allclose(y, reused.undo()._orig_mod(**step)[0], atol=1e-5)
+            y = pipe.unet(**step)[0]
+    assert torch.allclose(y, forget_text_projections(pipe).unet._orig_mod(**step)[0], atol=1e-5)
 
 
-def test_names_and_attributes_are_those_of_the_model(quantized):
-    names = list(find_layers(quantized))
+@torch.no_grad()
+def test_compiled_afterwards_no_prompt_compiles_anew(quantized, steps):
+    torch._dynamo.reset()
+    texts = [{"encoder_hidden_states": text_rows(2)} for _ in range(4)]
+    expected = quantized(**(steps[0] | texts[-1]))[0]
     pipe = reuse_text_projections(SimpleNamespace(unet=quantized))
-    assert pipe.unet.config is quantized.config and pipe.unet.dtype == torch.float32
-    assert reuse_text_projections(pipe).unet is pipe.unet
-    assert pipe.unet.undo() is quantized and list(find_layers(quantized)) == names
+    pipe.unet = torch.compile(quantized, backend="eager")
+    for text in texts[:2]:
+        for step in steps:
+            pipe.unet(**(step | text))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for text in texts[2:]:
+            y = pipe.unet(**(steps[0] | text))[0]
+    assert torch.allclose(y, expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_weights_that_are_elsewhere_until_they_are_needed(quantized, steps):
+    """Sequential offload: the weights are on the meta device but for the calls of their layers."""
+    expected = [quantized(**step)[0] for step in steps]
+    accelerate.cpu_offload(quantized, execution_device=torch.device("cpu"))
+    pipe = reuse_text_projections(SimpleNamespace(unet=quantized))
+    assert all(p.is_meta for n, p in quantized.named_parameters() if "attn2.to_k" in n)
+    for step, y in zip(steps, expected, strict=True):
+        assert torch.equal(pipe.unet(**step)[0], y)
+
+
+class Fetched(ModelHook):
+    """What accelerate's hooks of whole models do: the weights come when the model is called."""
+
+    def init_hook(self, module):
+        self.state = copy.deepcopy(module.state_dict())
+        return module.to("meta")
+
+    def pre_forward(self, module, *args, **kwargs):
+        module.load_state_dict(self.state, assign=True)
+        return args, kwargs
+
+
+@torch.no_grad()
+def test_a_model_that_is_elsewhere_until_it_is_called(quantized, steps):
+    expected = quantized(**steps[0])[0]
+    add_hook_to_module(quantized, Fetched())
+    pipe = reuse_text_projections(SimpleNamespace(unet=quantized))
+    assert all(p.is_meta for p in quantized.parameters())
+    assert torch.equal(pipe.unet(**steps[0])[0], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [4, 16])
+def test_the_model_is_what_it_was_by_name_and_by_file(unet, calibration, steps, tmp_path, bits):
+    if bits < 16:
+        quantize_(unet, mixdq_config(Plan.uniform(unet, bits, 8).with_calibration(calibration)))
+    names, state, modules = list(find_layers(unet)), list(unet.state_dict()), dict(unet.named_modules())
+    classes = {name: type(module) for name, module in modules.items()}
+    pipe = reuse_text_projections(SimpleNamespace(unet=unet))
+    expected = pipe.unet(**steps[0])[0]
+    assert reuse_text_projections(pipe).unet is unet and isinstance(pipe.unet, UNet2DConditionModel)
+    assert list(find_layers(unet)) == names and list(unet.state_dict()) == state
+    unet.save_pretrained(tmp_path)
+    assert torch.equal(UNet2DConditionModel.from_pretrained(tmp_path)(**steps[0])[0], expected)
+    forget_text_projections(pipe)
+    assert {n: type(m) for n, m in unet.named_modules()} == classes and not hasattr(unet, "text_reuse")
+    assert (
+        dict(unet.named_buffers()).keys() == dict(UNet2DConditionModel.from_pretrained(tmp_path).named_buffers()).keys()
+    )
+    forget_text_projections(pipe)
 
 
 def test_models_whose_text_is_not_handed_on(unet):
