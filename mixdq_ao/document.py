@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any, ClassVar, Self
 
 from .errors import MixDQError
@@ -20,8 +21,21 @@ class Document:
     metadata: Mapping[str, Any]
 
     def header(self) -> dict[str, Any]:
-        """What every file begins with."""
-        return {"format": self.FORMAT, "version": self.VERSION, "metadata": dict(self.metadata)}
+        """What every file begins with. Raises ``ERROR`` where the metadata hold what JSON cannot."""
+        return {"format": self.FORMAT, "version": self.VERSION, "metadata": self._jsonable(self.metadata, "metadata")}
+
+    def _jsonable(self, value: Any, where: str) -> Any:
+        """Metadata are notes and figures. Infinite ones, and those that could not be measured (NaN), are null in the
+        file: no search is lost for them."""
+        if isinstance(value, Mapping):
+            return {str(k): self._jsonable(v, f"{where}[{k!r}]") for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._jsonable(v, f"{where}[{i}]") for i, v in enumerate(value)]
+        if isinstance(value, float) and not isfinite(value):
+            return None
+        if value is None or isinstance(value, str | int | float):
+            return value
+        raise self.ERROR(f"{where} is a {type(value).__name__}, expected what JSON holds: text, numbers, lists, objects")
 
     def to_json(self) -> dict[str, Any]:
         """The whole file, header included."""

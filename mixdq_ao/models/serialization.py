@@ -107,18 +107,22 @@ def _write(directory: Path, stem: str, flat: Flat, config: dict[str, Any], large
         for name, group in zip(names, shards, strict=True):
             keys = [key for n in group for key in flat.groups[n]]
             write_safetensors(Path(temporary) / name, {k: flat.tensors[k] for k in keys}, flat.metadata(group))
+        if count > 1:
+            places = {k: name for name, group in zip(names, shards, strict=True) for n in group for k in flat.groups[n]}
+            size = sum(t.numel() * t.element_size() for t in flat.tensors.values())
+            about = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+            write_document(Path(temporary) / index.name, about)
+            names.append(index.name)
+        write_document(Path(temporary) / CONFIG, config)
         # From here to the last line the directory has no config.json, so nothing loads half of it.
         (directory / CONFIG).unlink(missing_ok=True)
         for old in (index, *(p for p in directory.iterdir() if _is_shard(p.name, stem))):
             old.unlink(missing_ok=True)
         for name in names:
             os.replace(Path(temporary) / name, directory / name)
+        sync(directory)
+        os.replace(Path(temporary) / CONFIG, directory / CONFIG)
     sync(directory)
-    if count > 1:
-        places = {k: name for name, group in zip(names, shards, strict=True) for n in group for k in flat.groups[n]}
-        size = sum(t.numel() * t.element_size() for t in flat.tensors.values())
-        write_document(index, {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})
-    write_document(directory / CONFIG, config)
 
 
 def _to(count: int) -> range:

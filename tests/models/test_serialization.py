@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from torchao.quantization import Float8WeightOnlyConfig, Int8DynamicActivationIn
 from torchao.quantization import quantize_ as torchao_quantize_
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from mixdq_ao import CheckpointError, LayerPlan, Plan, load_quantized, mixdq_config, quantize_, save_quantized
+from mixdq_ao import CheckpointError, LayerPlan, Plan, PlanError, load_quantized, mixdq_config, quantize_, save_quantized
 from mixdq_ao.layers import find_layers
 from mixdq_ao.models.exports import export_modelopt, export_torchao
 from mixdq_ao.models.plan_of import plan_of, same_layer
@@ -211,7 +212,7 @@ class Killed(BaseException):
     """As a signal would end the process."""
 
 
-@pytest.mark.parametrize("crash", range(7))
+@pytest.mark.parametrize("crash", range(9))
 def test_a_crash_while_saving_leaves_the_old_model_or_none(tmp_path, monkeypatch, tiny, crash):
     """Killed at the n-th operation on files: what is there is the old model, the whole new one, or an error."""
     new = copy.deepcopy(tiny)
@@ -238,13 +239,24 @@ def test_a_crash_while_saving_leaves_the_old_model_or_none(tmp_path, monkeypatch
     with pytest.raises(Killed):
         save_quantized(new, tmp_path / "m", max_shard_size=1500)
     monkeypatch.undo()
-    if crash == 0:
+    if crash < 3:  # the index, the config, and the old config's end
         assert_same(tiny, load_quantized(tmp_path / "m"))
     else:
         with pytest.raises(CheckpointError, match="saving it did not end"):
             load_quantized(tmp_path / "m")
     save_quantized(new, tmp_path / "m")
     assert_same(new, load_quantized(tmp_path / "m"))
+
+
+def test_notes_that_no_file_can_hold_leave_the_old_model(tmp_path, tiny):
+    save_quantized(tiny, tmp_path / "m")
+    plan = plan_of(tiny)
+    with pytest.raises(PlanError, match=r"metadata\['figures'\]\[1\] is a Tensor, expected what JSON holds"):
+        save_quantized(tiny, tmp_path / "m", plan=replace(plan, metadata={"figures": [1, torch.ones(1)]}))
+    assert_same(tiny, load_quantized(tmp_path / "m"))
+    save_quantized(tiny, tmp_path / "m", plan=replace(plan, metadata={"error": float("nan"), "psnr": float("inf")}))
+    loaded = load_quantized(tmp_path / "m").config.quantization_config.plan
+    assert loaded.metadata == {"error": None, "psnr": None}
 
 
 def test_a_full_disk_is_one_error_and_leaves_the_old_model(tmp_path, monkeypatch, tiny):
