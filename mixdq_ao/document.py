@@ -35,7 +35,7 @@ class Document:
             return None
         if value is None or isinstance(value, str | int | float):
             return value
-        raise self.ERROR(f"{where} is a {type(value).__name__}, expected what JSON holds: text, numbers, lists, objects")
+        raise self.ERROR(f"{where} is a {type(value).__name__}, expected what JSON can hold")
 
     def to_json(self) -> dict[str, Any]:
         """The whole file, header included."""

@@ -123,16 +123,17 @@ class MixDQTensor(TorchAOBaseTensor, metaclass=_Parameters):
         self.bos_output, self.act_levels = bos_output, act_levels
         self.shared_key = shared_key or key(*(getattr(self, name) for name in self.shared_tensors))
         optional = [name for name in self.optional_tensor_data_names if getattr(self, name) is not None]
-        self._flat = [*self.tensor_data_names, *optional], self._attributes()
+        self._flat = [*self.tensor_data_names, *optional], self.attributes()
 
-    def _attributes(self) -> dict[str, object]:
+    def attributes(self) -> dict[str, object]:
+        """What this weight is made with besides its tensors."""
         names = (*self.tensor_attribute_names, *self.optional_tensor_attribute_names)
         return {name: getattr(self, name) for name in names}
 
     def take_shared_key(self, source: MixDQTensor) -> None:
         """The ``shared_tensors`` are now those of ``source``."""
         self.shared_key = source.shared_key
-        self._flat = self._flat[0], self._attributes()
+        self._flat = self._flat[0], self.attributes()
 
     def __tensor_flatten__(self):
         """As inherited, but put together once: torch.compile asks every weight for it at every call."""

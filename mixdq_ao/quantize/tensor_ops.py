@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from .bos import bos_mask
 from .eager import is_eager, reused
 from .gradient import differentiable
 from .quantizer import quantize_act
-from .shared import share
+from .shared import moved
 from .tensor import MixDQTensor, SplitMixDQTensor, _row_sums
 
 aten = torch.ops.aten
@@ -209,8 +209,17 @@ def _(func, types, args, kwargs):
     dtype = kwargs.get("dtype") or weight.dtype
     if not dtype.is_floating_point:
         raise NotImplementedError(f"a quantized weight cannot become {dtype}; use .integers() for its codes")
-    moved = weight._apply_fn_to_data(lambda t: t.to(device, non_blocking=kwargs.get("non_blocking", False), copy=True))
-    return return_and_correct_aliasing(func, args, kwargs, with_dtype(moved, dtype))
+    tensors = {
+        name: moved(tensor, device, *_beside(weight, name))
+        if name in weight.shared_tensors
+        else tensor.to(device, non_blocking=kwargs.get("non_blocking", False), copy=True)
+        for name, tensor in weight.stored_tensors().items()
+    }
+    return return_and_correct_aliasing(func, args, kwargs, with_dtype(_held_by(weight, tensors), dtype))
+
+
+def _beside(weight: MixDQTensor, name: str) -> tuple[Tensor | None, ...]:
+    return (weight.act_scale,) if name == "act_zero_point" else ()
 
 
 @MixDQTensor.implements(aten.copy_.default)
@@ -222,8 +231,7 @@ def _(func, types, args, kwargs):
     tensors = source.stored_tensors()
     for name, tensor in weight.stored_tensors().items():
         if name in weight.shared_tensors:
-            beside = (tensors["act_scale"].to(tensor.device),) if name == "act_zero_point" else ()
-            setattr(weight, name, share(tensors[name].to(tensor.device), *beside))
+            setattr(weight, name, moved(tensors[name], tensor.device, *_beside(source, name)))
             continue
         tensor.copy_(tensors[name] if name in tensors else _row_sums(source.integers()))
         # Below the dispatcher nothing else counts versions; forms prepared of the old weight must be dropped.
@@ -245,25 +253,53 @@ def _(func, types, args, kwargs):
 
 def with_dtype(weight: MixDQTensor, dtype: torch.dtype) -> MixDQTensor:
     """The same weight for layers computing in ``dtype``; off the CPU it also gets its row sums."""
-    tensors: dict[str, Any] = weight.stored_tensors()
+    tensors = _with_sums(weight) if weight.device.type != "cpu" else weight.stored_tensors()
     if weight.bos_output is not None:
         tensors["bos_output"] = weight.bos_output.to(dtype)
-    if weight.device.type != "cpu" and weight.act_levels is not None and weight.weight_sum is None:
+    return _held_by(weight, tensors, dtype)
+
+
+def _held_by(weight: MixDQTensor, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> MixDQTensor:
+    """The same weight as other tensors of equal values: what says which these are is not read from them again."""
+    attributes = weight.attributes() | {"dtype": dtype or weight.dtype}
+    if tensors["qdata"].is_meta:
+        attributes["shared_key"] = None
+    return MixDQTensor(**tensors, **attributes)  # type: ignore[arg-type]
+
+
+def _with_sums(weight: MixDQTensor) -> dict[str, Tensor]:
+    """The tensors of a weight for a GPU, where products with quantized activations want its row sums."""
+    tensors = weight.stored_tensors()
+    if weight.act_levels is not None and weight.weight_sum is None:
         tensors["weight_sum"] = _row_sums(weight.integers())
-    return MixDQTensor(**tensors, bits=weight.bits, length=weight.length, dtype=dtype, act_levels=weight.act_levels)
+    return tensors
 
 
 @MixDQTensor.implements(aten.is_pinned.default)
-@SplitMixDQTensor.implements(aten.is_pinned.default)
 def _(func, types, args, kwargs):
-    return all(tensor.is_pinned() for tensor in args[0].stored_tensors().values())
+    tensors = args[0].stored_tensors()
+    return all(tensors[name].is_pinned() for name in args[0].row_tensors if name in tensors)
 
 
 @MixDQTensor.implements(aten._pin_memory.default)
+def _(func, types, args, kwargs):
+    """Offloading with streams copies from pinned memory, again and again: the row sums are made once, here. The few
+    numbers that layers share are not pinned."""
+    weight: MixDQTensor = args[0]
+    tensors = _with_sums(weight)
+    pinned = {name: t if name in weight.shared_tensors else t.pin_memory() for name, t in tensors.items()}
+    return return_and_correct_aliasing(func, args, kwargs, _held_by(weight, pinned))
+
+
+@SplitMixDQTensor.implements(aten.is_pinned.default)
+def _(func, types, args, kwargs):
+    return args[0].first.is_pinned() and args[0].second.is_pinned()
+
+
 @SplitMixDQTensor.implements(aten._pin_memory.default)
 def _(func, types, args, kwargs):
-    """Offloading with streams copies from pinned memory."""
-    pinned = args[0]._apply_fn_to_data(lambda t: t.pin_memory())
+    weight: SplitMixDQTensor = args[0]
+    pinned = SplitMixDQTensor(weight.first.pin_memory(), weight.second.pin_memory(), weight.dtype)
     return return_and_correct_aliasing(func, args, kwargs, pinned)
 
 

@@ -8,7 +8,8 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 from mixdq_ao.quantize.quantizer import act_params
-from mixdq_ao.quantize.tensor import MixDQTensor
+from mixdq_ao.quantize.shared import moved
+from mixdq_ao.quantize.tensor import MixDQTensor, SplitMixDQTensor
 
 WIDTH = 16
 
@@ -61,6 +62,39 @@ def test_copying_into_one_leaves_the_others():
     a.copy_(weight(5.0))
     assert torch.equal(b.act_inv_scale, before) and not torch.equal(a.act_inv_scale, before)
     assert shares(a, weight(5.0))
+
+
+def test_what_is_known_on_a_device_is_not_moved_there_again():
+    held, cpu = weight(bos=7.0), torch.device("cpu")
+    beside = held.act_scale
+    assert moved(held.bos_embedding.clone(), cpu) is held.bos_embedding
+    assert moved(held.act_zero_point.clone(), cpu, beside.clone()) is held.act_zero_point
+    assert moved(held.act_zero_point.clone(), cpu, beside * 2) is not held.act_zero_point
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_pinned_weight_is_pinned(monkeypatch, split):
+    """Offloading pins what is not pinned before every copy; row sums are made once."""
+    held = weight(bos=7.0)
+    whole = SplitMixDQTensor(held, weight(), torch.float32) if split else held
+    pinned = []
+
+    def pin(tensor):
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    with monkeypatch.context() as patch:  # there is no such memory without a GPU
+        patch.setattr(torch.Tensor, "pin_memory", lambda t: pin(t) if type(t) is torch.Tensor else pin_weight(t))
+        patch.setattr(torch.Tensor, "is_pinned", lambda t: any(t is p for p in pinned) or is_pinned_weight(t))
+        pin_weight = torch.ops.aten._pin_memory.default
+        is_pinned_weight = lambda t: type(t) is not torch.Tensor and torch.ops.aten.is_pinned.default(t)  # noqa: E731
+        assert not whole.is_pinned()
+        copied = whole.pin_memory()
+        assert copied.is_pinned() and not whole.is_pinned()
+    first = copied.first if split else copied
+    assert shares(first, held) and first.shared_key == held.shared_key
+    assert torch.equal(first.weight_sum, held.integers().flatten(1).sum(1)) and held.weight_sum is None
+    assert torch.equal(copied.dequantize(), whole.dequantize())
 
 
 def test_nothing_is_kept_alive():
