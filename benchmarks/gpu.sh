@@ -4,12 +4,15 @@
 #   benchmarks/gpu.sh [STEP ...]      tests kernels unet-512-1 unet-512-4 unet-1024-1 unet-1024-4 (default: these)
 #                                     unet-1024-4:W8A8 for some variants beside fp16; tiles-512 tiles-1024 time tiles
 #                                     and write the defaults of this GPU into inductor_kernels/tuned.json (most
-#                                     important shapes first, after each; a copy is in OUT)
+#                                     important shapes first, after each; a copy is in OUT);
+#                                     tiles-512:20 leaves out the first twenty
 #                                     A variant takes minutes to compile, once: torch's caches have it afterwards. For
 #                                     runs of ten minutes on one machine: unet-512-1:fp16, then unet-512-1:W8A8, then
 #                                     unet-512-1:torchao-int8,W8A8,W4A8 and so on; what is cut off is not lost
 #   DRY=1                             walk the same code on a CPU with tiny sizes
-#   WHEELS=folder                     install the packages there first; no network is needed
+#   WHEELS=folder                     install the packages there first (pip --no-deps); no network is needed. Needed
+#                                     beside torch and triton: diffusers and what it imports, torchao; for the tests
+#                                     pytest, accelerate
 #   OUT=folder  PYTHON=python3  LIMIT=seconds per step (580); rows measured before it are kept
 set -u
 cd "$(dirname "$0")/.."
@@ -27,7 +30,10 @@ for step in "${steps[@]}"; do
     echo "== $step"
     log=$OUT/${step//[:,]/-}.log
     if [ "$step" = tests ]; then
-        timeout "$LIMIT" "$PYTHON" -m pytest -m gpu tests/kernels tests/quantize -p no:cacheprovider >"$log" 2>&1
+        # Only files that have such tests, and no file for the sake of another: they import packages that may be missing.
+        files=$(grep -rlE --include='test_*.py' '^(@| +)pytest\.mark\.gpu' tests)
+        timeout "$LIMIT" "$PYTHON" -m pytest -m gpu --continue-on-collection-errors -p no:cacheprovider $files \
+            >"$log" 2>&1
         status=$?
         tail -1 "$log"
     else

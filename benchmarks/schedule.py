@@ -29,7 +29,7 @@ from benchmarks.schedule_tables import tables
 from examples.schedule import Study
 from mixdq_ao import Schedule, TemporalPlan, prepare, search_schedule
 from mixdq_ao.app.environment import environment
-from mixdq_ao.app.measure import interleaved
+from mixdq_ao.app.measure import rounds_of
 from mixdq_ao.app.quiet import silence_loading_bars
 from mixdq_ao.models.pipelines import generate_all
 from mixdq_ao.search.store import Store
@@ -198,7 +198,7 @@ def _timed(study: Study, steps: int, schedules: Mapping[str, tuple[str, ...]]) -
 
     calls = {n: draw(s) for n, s in schedules.items()}
     calls["original"] = lambda: generate_all(study.pipe, study.prompts, sampling)
-    return {n: ms / 1e3 for n, ms in interleaved(calls, rounds=3, warmup=1).items()}
+    return {n: float(np.median(ms)) / 1e3 for n, ms in rounds_of(calls, rounds=3, warmup=1).items()}
 
 
 def held(study: Study, steps: int) -> dict[str, int]:

@@ -76,14 +76,22 @@ _can_fuse_horizontal = InductorChoices.can_fuse_horizontal
 
 
 def _apart(scheduler, node1, node2, shared_data_score) -> bool:
-    """A template takes in what it reads and what reads it, nothing else.
+    """One of our templates takes in what it reads and what reads it, nothing else.
 
     Torch asks only whether both run over as many elements, and takes those of a fused prologue for the template's
     own: pointwise work that reads what the prologue reads then ends up as an epilogue it cannot be (CantSplit).
     """
-    if node1.is_template() or node2.is_template():
+    if _ours(node1) or _ours(node2):
         return False
     return _can_fuse_horizontal(scheduler, node1, node2, shared_data_score)
+
+
+def _ours(node) -> bool:
+    """Whether a kernel to be has a template of this package; those of other models are fused as ever."""
+    template = node.get_template_node()
+    return template is not None and any(
+        getattr(origin.target, "namespace", "") == "inductor_kernels" for origin in template.origins
+    )
 
 
 InductorChoices.can_fuse_horizontal = staticmethod(_apart)

@@ -77,9 +77,14 @@ def family(capability: int) -> int:
     return max(known)
 
 
-def fitting(capability: int, m: int, n: int) -> list[Tile]:
-    """The tiles that are not much larger than an [m, n] result."""
+SINGLE = 16  # results a thread has registers for where it multiplies number by number, as it does in float32
+
+
+def fitting(capability: int, m: int, n: int, *, bytes_per_code: int = 1) -> list[Tile]:
+    """The tiles that are not much larger than an [m, n] result, for activations of so many bytes."""
     listed = TILES[family(capability)]
+    if bytes_per_code == 4:
+        listed = [tile for tile in listed if tile.m * tile.n <= 32 * tile.warps * SINGLE]
     rows = max(16, 1 << (m - 1).bit_length()) if m > 1 else 16
     columns = max(64, 1 << (n - 1).bit_length()) if n > 1 else 64
     return [tile for tile in listed if tile.m <= rows and tile.n <= columns] or listed[:1]

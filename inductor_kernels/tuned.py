@@ -123,7 +123,8 @@ def candidates(capability: int, product: Product, *, shares: int = 1, bytes_per_
     """Tiles worth timing for a product whose reductions so many programs share, the default first. bytes_per_code: of
     an activation, 1 for integer ones."""
     default, length = way(capability, product), product.k // product.taps
-    fitting = tiles.fitting(capability, product.m, product.n)
-    best = default.tile if shares == default.shares else modelled(capability, product, fitting, shares)
+    fitting = tiles.fitting(capability, product.m, product.n, bytes_per_code=bytes_per_code)
+    known = shares == default.shares and default.tile in fitting
+    best = default.tile if known else modelled(capability, product, fitting, shares)
     ordered = [best, *(tile for tile in fitting if tile != best)]
     return list(dict.fromkeys(tiles.narrowed(tile, length, bytes_per_code) for tile in ordered))

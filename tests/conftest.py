@@ -6,12 +6,15 @@ import copy
 import os
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 from benchmarks.layouts import SDXL
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 LONGEST = (  # modules of a minute and more
     "test_compiled_pipeline",
@@ -29,6 +32,7 @@ LONGEST = (  # modules of a minute and more
 MOST_WORKERS = 4  # each holds torch, diffusers and a compiler: more would fill a laptop's memory
 
 
+@pytest.hookimpl(optionalhook=True)  # a machine may have no pytest-xdist
 def pytest_xdist_auto_num_workers() -> int:
     return min(os.cpu_count() or 1, MOST_WORKERS)
 
@@ -60,6 +64,8 @@ OUTLIER = 5
 
 def small_unet(heads: tuple[int, int] = (1, 2)) -> UNet2DConditionModel:
     """SDXL's layout at toy size: cross attention, GEGLU, concatenated shortcuts, text_time conditioning."""
+    from diffusers import UNet2DConditionModel  # tests of kernels do without
+
     torch.manual_seed(1)
     model = UNet2DConditionModel(
         sample_size=8,
@@ -115,6 +121,8 @@ def unet_inputs(batch: int = 2) -> dict[str, object]:
 @pytest.fixture(scope="session")
 def sdxl() -> UNet2DConditionModel:
     """The full-size SDXL UNet on the meta device: names and shapes, no weights."""
+    from diffusers import UNet2DConditionModel
+
     with torch.device("meta"):
         return UNet2DConditionModel(**SDXL)
 

@@ -10,7 +10,7 @@ import torch
 
 from . import kernels, results, tiles, unet
 
-STEPS = "kernels, tiles-<pixels>, unet-<pixels>-<batch>[:variant,...] or report"
+STEPS = "kernels, tiles-<pixels>[:first shape], unet-<pixels>-<batch>[:variant,...] or report"
 
 
 def main() -> None:
@@ -40,10 +40,11 @@ def _sized(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> It
     """The rows of a step that names its pixels."""
     step, _, chosen = arguments.step.partition(":")
     found = re.fullmatch(r"(tiles|unet)-(\d+)(?:-(\d+))?", step)
-    if found is None or (found[1] == "unet") != bool(found[3]):
+    wrong = found is None or (found[1] == "unet") != bool(found[3])
+    if found is None or wrong or (found[1] == "tiles" and chosen and not chosen.isdecimal()):
         parser.error(f"step {arguments.step!r}: expected {STEPS}")
     if found[1] == "tiles":
-        return tiles.sweep(int(found[2]), arguments.out, dry=arguments.dry_run)
+        return tiles.sweep(int(found[2]), arguments.out, first=int(chosen or 0), dry=arguments.dry_run)
     only = tuple(filter(None, chosen.split(",")))
     try:
         return unet.compare(int(found[2]), int(found[3]), dry=arguments.dry_run, only=only)

@@ -12,13 +12,16 @@ import torch
 
 def machine() -> dict[str, str]:
     """Hardware, versions and commit."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git there
+        commit = ""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
     versions = {"torch": torch.__version__, "commit": commit or "unknown", "device": device}
     for name in ("triton", "torchao"):
         try:
             versions[name] = __import__(name).__version__
-        except ImportError:
+        except Exception:  # of a package made for another torch, anything
             versions[name] = "missing"
     return versions
 

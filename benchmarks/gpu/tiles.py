@@ -52,15 +52,15 @@ def ranked(capability: int, product: Product) -> list[Way]:
     return [way for way in every if way in kept]
 
 
-def sweep(pixels: int, out: Path, *, dry: bool) -> Iterator[dict]:
+def sweep(pixels: int, out: Path, *, first: int = 0, dry: bool) -> Iterator[dict]:
     """One row for each shape: milliseconds by tile, the fastest, and what the model had chosen. A sweep that is cut off
-    has put into the table what it has timed."""
+    has put into the table what it has timed; the next goes on from its ``first`` shape, counted from 0."""
     device = "cpu" if dry else "cuda"
     number = 90 if dry else 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
     path = out / "tuned.json" if dry else tuned.PATH
     source = "dry run, not measured" if dry else torch.cuda.get_device_name()
     shapes, found = kernels.weighed(pixels), {}
-    for product in [kernels.small(p) for p in shapes[:2]] if dry else shapes:
+    for product in [kernels.small(p) for p in shapes[:2]] if dry else shapes[first:]:
         calls = {}
         row: dict = {"what": tuned.key(product)}
         for way in ranked(number, product):

@@ -5,6 +5,7 @@ import gc
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -100,6 +101,19 @@ def _fused(unet: nn.Module, weight_bits: int) -> nn.Module:
     return unet
 
 
+@contextmanager
+def own_settings() -> Iterator[None]:
+    """torchao's configs set options of Inductor for the whole process, as recommended for them. They hold for its
+    variants, not for what is measured afterwards."""
+    from torch._inductor import config
+
+    kept = config.save_config()
+    try:
+        yield
+    finally:
+        config.load_config(kept)
+
+
 KINDS = (  # part of a kernel's name, what it is; the first that matches
     ("triton_tem", "templates"), ("triton_poi", "pointwise, unfused"),
     ("triton_red", "norms"), ("triton_per", "norms"),
@@ -122,8 +136,9 @@ UNGUARDED = {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_
 each call, which takes milliseconds (``benchmarks/test_host.py``)."""
 
 
-def _profile(step: Callable[[], object]) -> dict[str, str]:
-    """Where the time goes: shares of products, and of what is not fused into one; the five slowest kernels."""
+def _profile(step: Callable[[], object]) -> dict[str, str | float]:
+    """Where the time goes: milliseconds of all kernels, shares of products and of what is not fused into one; the five
+    slowest kernels."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
@@ -137,6 +152,7 @@ def _profile(step: Callable[[], object]) -> dict[str, str]:
         shares[kind] = shares.get(kind, 0) + event.self_device_time_total / total
     slowest = (f"{event.key[:40]} {event.self_device_time_total / total:.0%}" for event in events[:5])
     return {
+        "device ms": total / 1e3,
         "time by kind": ", ".join(f"{kind} {share:.0%}" for kind, share in sorted(shares.items(), key=lambda s: -s[1])),
         "most time": ", ".join(slowest),
     }
@@ -183,11 +199,13 @@ def _rows(pixels: int, batch: int, names: list[str], *, dry: bool) -> Iterator[d
     for name in names:
         for mode in ("eager", "compiled") if name == "fp16" else ("compiled",):
             try:
-                unet = VARIANTS[name](build(dry=dry, device=device, dtype=dtype))
-                call = inputs(unet, 64 if dry else pixels, batch, device, dtype)
-                yield _measure(name, unet, call, mode, dry=dry)
+                with own_settings() if name.startswith("torchao") else nullcontext():
+                    unet = VARIANTS[name](build(dry=dry, device=device, dtype=dtype))
+                    call = inputs(unet, 64 if dry else pixels, batch, device, dtype)
+                    row = _measure(name, unet, call, mode, dry=dry)
             except Exception as error:
-                yield {"variant": f"{name} {mode}"} | failure(error)
+                row = {"variant": f"{name} {mode}"} | failure(error)
+            yield row
             unet = call = None
             gc.collect()
             if torch.cuda.is_available():

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.gpu import results
+from benchmarks.gpu import results, unet
 from benchmarks.gpu import tiles as timed
 from benchmarks.gpu.__main__ import main
 from inductor_kernels import tiles, tuned
@@ -65,12 +65,30 @@ def test_variants_are_compared_with_those_of_the_same_run(tmp_path):
     assert "| W8A8 compiled | 2 | 1.5 |  |" in page and "| torchao-int8 compiled |  |  | none |" in page
 
 
-@pytest.mark.parametrize("step", ["unet-512", "tiles-512-1", "unet", "kernel"])
+def test_a_machine_without_git_is_measured_all_the_same(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert results.machine()["commit"] == "unknown"
+
+
+def test_what_torchao_sets_for_its_variants_is_not_set_for_the_next(monkeypatch):
+    from torch._inductor import config
+
+    def failing(_):
+        config.coordinate_descent_tuning = True
+        raise RuntimeError("none")
+
+    monkeypatch.setitem(unet.VARIANTS, "torchao-int8", failing)
+    rows = list(unet.compare(512, 1, dry=True, only=("torchao-int8",)))
+    assert rows[-1] == {"variant": "torchao-int8 compiled", "error": "RuntimeError: none"}
+    assert not config.coordinate_descent_tuning
+
+
+@pytest.mark.parametrize("step", ["unet-512", "tiles-512-1", "tiles-512:W8A8", "unet", "kernel"])
 def test_steps_that_are_none_are_named(step, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["gpu", step, "--dry-run", "--out", str(tmp_path)])
     with pytest.raises(SystemExit):
         main()
-    assert f"step {step!r}: expected kernels, tiles-<pixels>" in capsys.readouterr().err
+    assert f"step {step!r}: expected kernels, tiles-<pixels>[:first shape]" in capsys.readouterr().err
 
 
 def test_variants_that_are_none_are_named(monkeypatch, capsys, tmp_path):

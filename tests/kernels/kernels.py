@@ -58,14 +58,21 @@ def weight_only(bits):
     return lambda x, *p: OPS.linear_weight_only(x, *p[:2], p[3], p[5], bits), [tokens(4096, LENGTH), *p]
 
 
+def weight_only_float32(bits):
+    p = parameters(1280, LENGTH, bits, dtype=torch.float32)
+    inputs = tokens(4096, LENGTH, dtype=torch.float32)
+    return lambda x, *p: OPS.linear_weight_only(x, *p[:2], p[3], p[5], bits), [inputs, *p]
+
+
 KINDS = {f.__name__: (f, 1) for f in (gemm, gemm_glu, gemm_with_quantize, convolution, weight_only)}
 KINDS |= {f"{f.__name__}_shared": (f, 4) for f in (gemm, convolution)}  # four programs share a reduction
+OF_FEW_TILES = {"weight_only_float32": (weight_only_float32, 1)}
 
 
 def compiled(kind, bits, capability, tile):
     """What the assembler says of the one template kernel that ``tile`` gives."""
-    builder, shares = KINDS[kind]
-    tile = tiles.narrowed(tile, LENGTH, {"weight_only": 2}.get(kind, 1))
+    builder, shares = OF_FEW_TILES.get(kind) or KINDS[kind]
+    tile = tiles.narrowed(tile, LENGTH, {"weight_only": 2, "weight_only_float32": 4}.get(kind, 1))
     fn, inputs = builder(bits)
     only = mock.patch.object(tuned, "candidates", lambda *a, **k: [tile])
     with only, mock.patch.object(tuned, "way", lambda *a: tuned.Way(tile, shares)):

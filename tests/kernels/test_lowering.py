@@ -4,9 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._inductor.choices import InductorChoices
+
+from inductor_kernels import compat
 
 ROOT = Path(__file__).parents[2]
 COMPILE = """
@@ -29,3 +33,14 @@ def test_a_cache_shared_with_another_cpu(tmp_path):
             [sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("namespace, apart", [("inductor_kernels", True), ("aten", False)])
+def test_only_our_templates_keep_to_what_they_read(monkeypatch, namespace, apart):
+    monkeypatch.setattr(compat, "_can_fuse_horizontal", lambda *_: True)
+    origin = SimpleNamespace(target=SimpleNamespace(namespace=namespace))
+    template = SimpleNamespace(get_template_node=lambda: SimpleNamespace(origins=[origin]))
+    pointwise = SimpleNamespace(get_template_node=lambda: None)
+    for pair in ((template, pointwise), (pointwise, template)):
+        assert InductorChoices.can_fuse_horizontal(None, *pair, 0) is not apart
+    assert InductorChoices.can_fuse_horizontal(None, pointwise, pointwise, 0)

@@ -54,6 +54,14 @@ def test_largest_tiles(capability, index, bits, kind):
         assert busy > (1 if bits == 8 else 0.9), info.loop
 
 
+@pytest.mark.parametrize("capability", tiles.TILES)
+def test_float32_tiles_have_registers_for_their_results(capability):
+    """There are no tensor cores for it: large tiles would spill kilobytes."""
+    listed = tuned.candidates(capability, Product(4096, 640, 640), bytes_per_code=4)
+    info = compiled("weight_only_float32", 4, capability, max(listed, key=lambda tile: tile.m * tile.n))
+    assert info.fits and info.spill_bytes == 0
+
+
 def test_info_refuses_what_it_cannot_read():
     with pytest.raises(ValueError, match="arch='h100'"):
         testing.compile_for("", "h100")
