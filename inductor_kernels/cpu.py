@@ -1,4 +1,4 @@
-"""The operators on a CPU, by the kernel that :mod:`inductor_kernels.routes` says; all of them exact.
+"""The operators on a CPU, by the kernel that :mod:`inductor_kernels.routes` says.
 
 Prepared weights are cached beside the graph (:mod:`inductor_kernels.weights`).
 """

@@ -5,10 +5,11 @@
                   16-bit pairs, built once where there is a compiler (:mod:`inductor_kernels.avx2`)
     float32       the same on integer codes, where there is none; also grouped convolutions
 
-All are exact. Measured on two cores of an AMD EPYC, times the speed of float32. Zen 3, no VNNI: linear layers of ten
-million multiplications and more 1.4-2.0 (avx2) and 1.1-2.6 (onednn-int8), 3x3 convolutions 1.1-1.9 and 1.3-1.8. Zen 5,
-VNNI with AVX-512 (onednn-int8): linear layers 6.1-8.2, twice what it would be if MKL did not multiply float32 with AVX2
-on such a processor; 3x3 convolutions 3.1-4.3; 1.6-1.8 tera-operations a second.
+All are exact, float32 while sums stay below 2^24 (from 520 inputs on they may not: then to its rounding). Measured on
+two cores of an AMD EPYC, times the speed of float32. Zen 3, no VNNI: linear layers of ten million multiplications and
+more 1.4-2.0 (avx2) and 1.1-2.6 (onednn-int8), 3x3 convolutions 1.1-1.9 and 1.3-1.8. Zen 5, VNNI with AVX-512
+(onednn-int8): linear layers 6.1-8.2, twice what it would be if MKL did not multiply float32 with AVX2 on such a
+processor; 3x3 convolutions 3.1-4.3; 1.6-1.8 tera-operations a second.
 """
 
 import functools

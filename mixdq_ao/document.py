@@ -47,6 +47,16 @@ class Document:
         raise NotImplementedError
 
     @classmethod
+    def from_embedded(cls, document: object) -> Self:
+        """The object of a document that is part of another. Raises ``ERROR``, also for another header."""
+        if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (
+            cls.FORMAT,
+            cls.VERSION,
+        ):
+            raise cls.ERROR(f"is no {cls.FORMAT} of version {cls.VERSION}")
+        return cls.from_json(document)
+
+    @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Reads a file of ``save``. Raises the class's error naming the file, the field, its value and what was
         expected."""

@@ -108,10 +108,10 @@ class MixDQConfig(QuantizationConfigMixin):
     def from_document(cls, where: object, document: dict[str, Any]) -> MixDQConfig:
         """The same, with the file's name for errors. Raises CheckpointError."""
         check_version(where, document)
-        if set(document) != {"quant_method", "format", "version", "plan"} or not isinstance(document["plan"], dict):
+        if set(document) != {"quant_method", "format", "version", "plan"}:
             raise CheckpointError(f"{where}: quantization_config has {sorted(document)}, expected a plan; save again")
         try:
-            return cls(Plan.from_json(document["plan"]))
+            return cls(Plan.from_embedded(document["plan"]))
         except PlanError as e:
             raise CheckpointError(f"{where}: the plan in quantization_config is damaged: {e}; save again") from e
 

@@ -50,19 +50,24 @@ class BOSAwareTextEncoder(nn.Module):
         Raises:
             TextEncoderError: no layer of this encoder puts ``row`` first.
         """
-        wrapped = isinstance(encoder, BOSAwareTextEncoder)
-        own = type(encoder)
-        found = _matching_state(encoder, row, bos_token_id)
-        if found is None:
-            raise TextEncoderError(
-                f"{name} ({own.__name__}): no hidden state begins with the calibrated BOS embedding (largest value "
-                f"{row.abs().max():.4g}); the plan was calibrated with another encoder, calibrate again with this one"
-            )
-        if not wrapped:
+        found, own = BOSAwareTextEncoder.place(encoder, row, bos_token_id, name), type(encoder)
+        if not isinstance(encoder, BOSAwareTextEncoder):
             encoder.__class__ = type(own.__name__, (BOSAwareTextEncoder, own), {"__module__": own.__module__})
         encoder.register_buffer("bos_row", row, persistent=False)
         encoder.bos_from_last = found == "last"  # type: ignore[assignment]
         return encoder
+
+    @staticmethod
+    def place(encoder: nn.Module, row: Tensor, bos_token_id: int | None, name: str) -> str:
+        """Which of the encoder's outputs begins with ``row``: "hidden" or "last". Raises TextEncoderError: none."""
+        found = _matching_state(encoder, row, bos_token_id)
+        if found is None:
+            raise TextEncoderError(
+                f"{name} ({type(encoder).__name__}): no hidden state begins with the calibrated BOS embedding (largest "
+                f"value {row.abs().max():.4g}); the plan was calibrated with another encoder, calibrate again with "
+                "this one"
+            )
+        return found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
@@ -129,7 +134,12 @@ def bos_aware(pipe: Any) -> Any:
         raise TextEncoderError(
             f"text encoders are {widths} wide, together not the {embedding.numel()} of the BOS embedding"
         )
+    wanted = []
     for (name, encoder), row in zip(encoders.items(), embedding.split(list(widths.values())), strict=True):
         tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"), None)
-        BOSAwareTextEncoder.wrap(encoder, row.clone(), getattr(tokenizer, "bos_token_id", None), name)
+        wanted.append((encoder, row.clone(), getattr(tokenizer, "bos_token_id", None), name))
+    for each in wanted:  # all of them, before the first is changed
+        BOSAwareTextEncoder.place(*each)
+    for each in wanted:
+        BOSAwareTextEncoder.wrap(*each)
     return pipe

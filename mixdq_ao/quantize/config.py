@@ -140,7 +140,6 @@ def _quantize_layer(module: nn.Module, config: MixDQLayerConfig) -> nn.Module:
     """torchao calls this for each named module; the config is never changed."""
     if not isinstance(module, nn.Linear | nn.Conv2d):
         raise QuantizationError(f"layer {config.name!r} is a {type(module).__name__}, expected nn.Linear or nn.Conv2d")
-    module = without_fake_quantizer(module)
     if is_quantized(module.weight):
         raise QuantizationError(f"layer {config.name!r} is quantized already; load the original model to quantize anew")
     try:
@@ -149,10 +148,12 @@ def _quantize_layer(module: nn.Module, config: MixDQLayerConfig) -> nn.Module:
         check_moment_fits(config.moment, config.layer, module.weight)
         if config.mode == "fake":
             refuse_unusable(module.weight)
-            return with_fake_quantizer(module, fake_quantizer(config))
+            quantizer = fake_quantizer(config)
+            return with_fake_quantizer(without_fake_quantizer(module), quantizer)
         weight = quantized_weight(module.weight, config)
     except (PlanError, QuantizationError) as e:
         raise type(e)(f"layer {config.name!r}: {e}") from e
+    module = without_fake_quantizer(module)
     module.weight = nn.Parameter(weight, requires_grad=False)
     return module
 
@@ -252,6 +253,11 @@ def _check_overrides(model: nn.Module, layers: Mapping[str, nn.Module], override
     for key, config in overrides.items():
         if config is not None and not isinstance(config, AOBaseConfig):
             raise PlanError(f"overrides gives {key!r} {config!r:.60}, expected a torchao config or None")
+        if isinstance(config, MixDQLayerConfig) and key not in layers:
+            raise PlanError(
+                f"overrides gives {key!r} a MixDQLayerConfig, expected the name of one layer: its range and BOS row "
+                "are that layer's own; plan the layers, or name each"
+            )
         if key.startswith("re:"):
             if not any(map(_pattern(key).fullmatch, names)):
                 raise PlanError(f"overrides names {key!r}, which matches no layer of {type(model).__name__}")

@@ -16,8 +16,9 @@ from .tensor import bos_row
 
 
 def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
-    """Value of ``rounded``, gradient of ``x`` (Bengio et al. 2013, arXiv 1308.3432)."""
-    return x + (rounded - x).detach()
+    """Value of ``rounded``, to the bit where ``x`` is finite, and gradient of ``x`` (Bengio et al. 2013, arXiv
+    1308.3432). Rounded in 16 bits, x + (rounded - x) would be another value."""
+    return rounded.detach() + (x - x.detach())
 
 
 def rounded_weight(weight: Tensor, layer: LayerPlan, moment: Tensor | None) -> Tensor:

@@ -136,6 +136,8 @@ def _usable_moment(moment: Tensor, rows: Tensor) -> Tensor:
     if moment.shape != (rows.shape[1], rows.shape[1]):
         raise QuantizationError(f"moment has shape {tuple(moment.shape)}, expected {(rows.shape[1],) * 2}")
     moment = moment.to(rows.device, torch.float32)
+    if not bool(torch.isfinite(moment).all()):
+        raise QuantizationError("moment has NaN or infinite values, expected a mean of x x^T; collect moments again")
     mean = moment.diagonal().mean()
     return moment / mean if mean > 0 else moment
 

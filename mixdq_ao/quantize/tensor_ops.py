@@ -99,19 +99,24 @@ def _pair(value: int | Sequence[int]) -> list[int]:
 @MixDQTensor.implements(aten.linear.default)
 @MixDQTensor.implements_torch_function(F.linear)
 def _(func, types, args, kwargs):
-    return linear(*args, **kwargs)
+    return linear(*args, **_named(kwargs))
 
 
 @MixDQTensor.implements(aten.conv2d.default)
 @MixDQTensor.implements_torch_function([F.conv2d, torch.conv2d])
 def _(func, types, args, kwargs):
-    return conv2d(*args, **kwargs)
+    return conv2d(*args, **_named(kwargs))
 
 
 @SplitMixDQTensor.implements(aten.conv2d.default)
 @SplitMixDQTensor.implements_torch_function([F.conv2d, torch.conv2d])
 def _(func, types, args, kwargs):
-    return split_conv2d(*args, **kwargs)
+    return split_conv2d(*args, **_named(kwargs))
+
+
+def _named(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """torch's name of the first argument, for who gives it by name."""
+    return {"x" if name == "input" else name: value for name, value in kwargs.items()}
 
 
 @MixDQTensor.implements_torch_function(Tensor.requires_grad_)

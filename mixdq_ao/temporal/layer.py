@@ -78,9 +78,9 @@ class LevelWeight(nn.Module):
 
     def _own(self, weight: Tensor, forms: Sequence[tuple[LayerPlan, ActQuant | None]]) -> dict[int, Tensor]:
         """The codes every width would have by itself (as ``MixDQTensor`` holds them)."""
-        scales, symmetric = {}, {layer.weight_bits: layer.symmetric for layer, _ in forms}
-        for bits in sorted(symmetric, reverse=True):
-            quant = quantize_weight(weight, bits, symmetric=symmetric[bits])
+        scales, planned = {}, {layer.weight_bits: layer for layer, _ in forms}
+        for bits, layer in sorted(planned.items(), reverse=True):
+            quant = quantize_weight(weight, bits, symmetric=layer.symmetric, weight_range=layer.weight_range)
             codes = quant.codes.movedim(1, -1).contiguous()
             self.register_buffer(f"codes_{bits}", codes if bits == 8 else pack(codes, bits))
             self.register_buffer(f"zero_{bits}", quant.zero_point)
@@ -164,10 +164,12 @@ class LevelLayer(nn.Module):
     Attributes:
         forms: {level: Form, or None: the layer's own weight ``full``}.
         weights: one LevelWeight, or two for a concatenated input (``split`` channels in the first).
+        kind: empty; its type is that of the layer's weight, also after ``.to``.
     """
 
     bos_embedding: Tensor | None
     bos_output: Tensor | None
+    kind: Tensor
 
     def __init__(
         self,
@@ -200,6 +202,7 @@ class LevelLayer(nn.Module):
             self.geometry = [*layer.stride, *layer.padding, *layer.dilation, layer.groups]  # type: ignore[list-item]
         keeps = None in plans.values()
         self.full = nn.Parameter(weight, requires_grad=False) if keeps else None
+        self.register_buffer("kind", weight.new_empty(0), persistent=False)
         bos = any(p.bos for p in quantized)
         self.register_buffer("bos_embedding", bos_embedding if bos else None, persistent=False)
         row = bos_row(weight, bos_embedding) if bos and bos_embedding is not None else None
@@ -235,8 +238,7 @@ class LevelLayer(nn.Module):
         form = self.forms[self.switch.level]
         if form is None:
             return self.full  # type: ignore[return-value]
-        dtype = torch.float32 if self.bias is None else self.bias.dtype
-        return torch.cat([w.dequantize(form, dtype) for w in self.weights], 1)  # type: ignore[operator]
+        return torch.cat([w.dequantize(form, self.kind.dtype) for w in self.weights], 1)  # type: ignore[operator]
 
     def extra_repr(self) -> str:
         names = {n: "full" if f is None else f"W{f.bits}A{act_bits(f.levels)}" for n, f in self.forms.items()}

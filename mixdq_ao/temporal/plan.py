@@ -165,9 +165,7 @@ def _level_from_json(place: int, value: dict[str, Any]) -> tuple[str, float | No
         raise ScheduleError(f"level {place}: name is {name!r}, expected a non-empty text")
     if plan is None:
         return name, cost, None
-    if not isinstance(plan, dict) or (plan.get("format"), plan.get("version")) != (Plan.FORMAT, Plan.VERSION):
-        raise ScheduleError(f"level {name!r}: plan is no {Plan.FORMAT} of version {Plan.VERSION}, or null for 16 bit")
     try:
-        return name, cost, Plan.from_json(plan)
+        return name, cost, Plan.from_embedded(plan)
     except PlanError as e:
-        raise ScheduleError(f"level {name!r}: {e}") from e
+        raise ScheduleError(f"level {name!r}: plan {e}") from e

@@ -62,9 +62,8 @@ def prepare(
     forms = {name: per_level for name, per_level in forms.items() if per_level is not None}
     for name, per_level in forms.items():
         _check(name, layers[name], per_level, storage)
+    switch, bos = Switch(plan.steps[0]), _bos_embedding(plan)
     fold_(model, _folds(model, plan))
-    switch = Switch(plan.steps[0])
-    bos = _bos_embedding(plan)
     for name, per_level in forms.items():
         parent, _, attribute = name.rpartition(".")
         embedding = None if bos is None else bos.to(layers[name].weight.device)
@@ -199,17 +198,23 @@ def _check(name: str, layer: nn.Module, forms: Mapping[str, LayerPlan | None], s
         refuse_unusable(layer.weight)  # type: ignore[arg-type]
     except QuantizationError as e:
         raise QuantizationError(f"layer {name!r}: {e}") from e
-    widths: dict[int, bool | None] = {}
+    known: dict[int, LayerPlan] = {}
     for level, form in forms.items():
-        if (
-            storage == "own"
-            and form is not None
-            and widths.setdefault(form.weight_bits, form.symmetric) != (form.symmetric)
-        ):
+        if form is None or form.weight_bits == 16:
+            continue
+        if form.needs_moment or (storage == "nested" and form.weight_range != "minmax"):
+            what = "'nearest' and 'minmax'" + (" ('mse' has storage='own')" if storage == "nested" else " or 'mse'")
             raise ScheduleError(
-                f"layer {name!r}: level {level!r} has symmetric={form.symmetric} at {form.weight_bits} bits, another "
-                "level the opposite; they share their codes"
+                f"layer {name!r}: level {level!r} has rounding={form.rounding!r} and "
+                f"weight_range={form.weight_range!r}, which weights of several levels cannot have; expected {what}"
             )
+        other = known.setdefault(form.weight_bits, form)
+        for field in ("symmetric", "weight_range"):
+            if storage == "own" and getattr(other, field) != getattr(form, field):
+                raise ScheduleError(
+                    f"layer {name!r}: level {level!r} has {field}={getattr(form, field)!r} at {form.weight_bits} bits, "
+                    f"another level {getattr(other, field)!r}; they share their codes"
+                )
 
 
 def _bos_embedding(plan: TemporalPlan) -> Tensor | None:

@@ -196,6 +196,11 @@ def test_damaged_files_are_errors_for_diffusers_too(tmp_path, quantized):
     (tmp_path / "m" / "config.json").write_text(json.dumps(changed))
     with pytest.raises(CheckpointError, match="upgrade mixdq-ao"):
         UNet2DConditionModel.from_pretrained(tmp_path / "m")
+    plan = {**config["quantization_config"]["plan"], "version": 99}
+    changed = {**config, "quantization_config": {**config["quantization_config"], "plan": plan}}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(CheckpointError, match="is no mixdq-plan of version 1"):
+        UNet2DConditionModel.from_pretrained(tmp_path / "m")
     (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "in_channels": 3}))
     with pytest.raises((CheckpointError, ValueError), match="conv_in.weight"):
         UNet2DConditionModel.from_pretrained(tmp_path / "m")

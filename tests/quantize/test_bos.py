@@ -124,6 +124,18 @@ def test_a_foreign_encoder_is_refused(bundled, wrapped):
         bos_aware(pipe)
 
 
+def test_none_is_changed_where_one_is_foreign(bundled):
+    pipe = bundled.pipe
+    quantize_(pipe.unet, mixdq_config(Plan.uniform(pipe.unet, 8, 8).with_calibration(bundled.calibration)))
+    with torch.no_grad():
+        pipe.text_encoder_2.get_input_embeddings().weight.normal_()
+    with pytest.raises(TextEncoderError, match="text_encoder_2"):
+        bos_aware(pipe)
+    assert type(pipe.text_encoder).__name__ == "CLIPTextModel" and not isinstance(
+        pipe.text_encoder, BOSAwareTextEncoder
+    )
+
+
 def test_without_a_quantized_unet(bundled):
     with pytest.raises(TextEncoderError, match="quantize it first"):
         bos_aware(bundled.pipe)

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
-from torchao.quantization import Int8WeightOnlyConfig
+from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
+from torchao.quantization import quantize_ as torchao_quantize_
 
 from mixdq_ao import LayerPlan, MixDQTensor, Plan, PlanError, QuantizationError, mixdq_config, quantize_
 from mixdq_ao.layers import find_layers
-from mixdq_ao.quantize.fake import FakeQuantLinear
+from mixdq_ao.quantize.config import MixDQLayerConfig
+from mixdq_ao.quantize.fake import FakeQuantConv2d, FakeQuantLinear
 from mixdq_ao.quantize.tensor import SplitMixDQTensor, is_quantized
 from mixdq_ao.search.metrics import sqnr
 
@@ -90,6 +92,14 @@ def test_an_override_that_matches_nothing(unet, calibration):
         ({"re:(": None}, "overrides names 're:\\(', which is no regular expression"),
         ({"mid_block": Int8WeightOnlyConfig()}, r"overrides names 'mid_block', which holds layers; .*re:mid_block"),
         ({"conv_out": "int8"}, "overrides gives 'conv_out' 'int8', expected a torchao config or None"),
+        (
+            {"re:conv_.*": MixDQLayerConfig(LayerPlan(weight_bits=8))},
+            "overrides gives 're:conv_.*' a MixDQLayerConfig, expected",
+        ),
+        (
+            {"conv_out.weight": MixDQLayerConfig(LayerPlan(weight_bits=8))},
+            "overrides gives 'conv_out.weight' a MixDQLayerConfig",
+        ),
     ):
         with pytest.raises(PlanError, match=says):
             quantize_(unet, mixdq_config(plan, overrides=overrides))
@@ -170,3 +180,13 @@ def test_what_is_given_in_the_wrong_place_is_named():
         mixdq_config("plan.json")
     with pytest.raises(QuantizationError, match="model is a Pipe, expected nn.Module"):
         quantize_(type("Pipe", (), {})(), mixdq_config(Plan({})))
+
+
+def test_a_layer_that_cannot_be_quantized_stays_in_fake_mode(unet, calibration):
+    plan = Plan.uniform(unet, 4, 8).with_calibration(calibration)
+    quantize_(unet, mixdq_config(plan, mode="fake"))
+    with torch.no_grad():
+        unet.conv_out.weight[0] = torch.nan
+    with pytest.raises(QuantizationError, match="weight has 72 NaN"):
+        torchao_quantize_(unet, FqnToConfig({"conv_out": MixDQLayerConfig(LayerPlan(weight_bits=8))}), filter_fn=None)
+    assert isinstance(unet.conv_out, FakeQuantConv2d)

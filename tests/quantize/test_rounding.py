@@ -159,3 +159,11 @@ def test_a_moment_that_is_missing_or_of_another_layer(how):
 def test_shapes_alone_on_the_meta_device():
     quant = quantize_weight(torch.empty(3, 8, device="meta"), 4, rounding="compensated", moment=torch.eye(8))
     assert quant.codes.shape == (3, 8) and quant.codes.is_meta
+
+
+def test_moments_that_are_not_finite_are_refused():
+    """Damping would be raised for ever."""
+    moment = torch.eye(8)
+    moment[0, 1] = moment[1, 0] = torch.nan
+    with pytest.raises(QuantizationError, match="moment has NaN"):
+        quantize_weight(torch.randn(4, 8), 4, rounding="compensated", moment=moment)

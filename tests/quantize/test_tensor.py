@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torchao.testing.utils import TorchAOBasicTestCase, TorchAOCompileTestCase
 
 from mixdq_ao import MixDQTensor
-from mixdq_ao.quantize.quantizer import act_params
+from mixdq_ao.quantize.fake import straight_through
+from mixdq_ao.quantize.quantizer import act_params, fake_quantize_act
 from mixdq_ao.quantize.tensor import SplitMixDQTensor
 
 from . import reference
@@ -173,3 +174,21 @@ class TestTorchAOCompiled(TorchAOCompileTestCase):
 
 
 del TorchAOBasicTestCase, TorchAOCompileTestCase  # else they would be collected here, for torchao's own tensor
+
+
+def test_arguments_by_torchs_names():
+    x, weight = torch.randn(2, 16), MixDQTensor.from_hp(torch.randn(8, 16), act=act_params(-3.0, 3.0))
+    assert torch.equal(F.linear(input=x, weight=weight), F.linear(x, weight))
+    image, kernel = torch.randn(1, 4, 5, 5), MixDQTensor.from_hp(torch.randn(8, 4, 3, 3), act=act_params(-3.0, 3.0))
+    assert torch.equal(F.conv2d(input=image, weight=kernel, padding=1), F.conv2d(image, kernel, padding=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fake_values_are_those_of_the_codes(dtype):
+    """Also far outside the range, where x + (rounded - x) is another number of 16 bits; the gradient is passed on."""
+    act = act_params(-10.0, 15.0)
+    x = torch.tensor([823.0, -700.0, 3.3, 14.97], dtype=dtype, requires_grad=True)
+    rounded = straight_through(x, fake_quantize_act(x, act))
+    assert torch.equal(rounded, fake_quantize_act(x.detach(), act))
+    rounded.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))

@@ -255,6 +255,13 @@ def test_wrong_levels_are_named_before_anything_changes(unet, calibration):
     signs = {n: Plan({"conv": LayerPlan(weight_bits=4, symmetric=s)}) for n, s in (("a", True), ("b", False))}
     with pytest.raises(ScheduleError, match="symmetric=False at 4 bits"):
         prepare(model, TemporalPlan(signs, ("a",)), storage="own")
+    searched = {n: Plan({"conv": LayerPlan(weight_bits=4, weight_range=r)}) for n, r in (("a", "mse"), ("b", "minmax"))}
+    for storage, words in (("own", "weight_range='minmax' at 4 bits"), ("nested", "weight_range='mse'.*storage='own'")):
+        with pytest.raises(ScheduleError, match=words):
+            prepare(model, TemporalPlan(searched, ("a",)), storage=storage)
+    needing = Plan({"conv": LayerPlan(weight_bits=4, rounding="compensated")})
+    with pytest.raises(ScheduleError, match="layer 'conv': level 'a' has rounding='compensated'.*expected 'nearest'"):
+        prepare(model, TemporalPlan({"a": needing}, ("a",)), storage="own")
     with torch.no_grad():
         model.proj.weight[0, 0] = torch.nan
     with pytest.raises(QuantizationError, match="layer 'proj': weight has 1 NaN"):
@@ -273,3 +280,22 @@ def test_a_state_dict_moves_to_a_model_prepared_alike():
     twin = copy.deepcopy(first)
     twin.level = "a"
     assert first.level == "d" and twin.model.conv.switch is not first.model.conv.switch
+
+
+def test_own_codes_are_those_of_quantize():
+    """Their range as well: "mse" clips what min-max does not."""
+    plain, levels = Small(), {"a": Plan({"conv": LayerPlan(weight_bits=2, weight_range="mse")})}
+    runtime = prepare(copy.deepcopy(plain), TemporalPlan(levels, ("a",)), storage="own")
+    quantize(plain, mixdq_config(levels["a"]))
+    assert torch.equal(runtime.model.conv.weight, plain.conv.weight.dequantize())
+
+
+@pytest.mark.parametrize("keep_full", [False, True])
+def test_a_layer_says_the_type_it_computes_in(keep_full):
+    model = nn.Sequential(nn.Linear(8, 8, bias=False)).to(torch.bfloat16)
+    levels = {"full": None, "a": Plan({"0": LayerPlan(weight_bits=8)})}
+    runtime = prepare(model, TemporalPlan(levels, ("a",)), keep_full=keep_full)
+    assert model[0].weight.dtype == torch.bfloat16
+    model.to(torch.float16)
+    assert model[0].weight.dtype == torch.float16
+    assert runtime.level == "a"
