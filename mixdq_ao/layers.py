@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -10,12 +11,20 @@ from typing import Literal
 
 from torch import nn
 
-from .errors import PlanError
+from .errors import PlanError, QuantizationError
 from .plan import LayerPlan, Plan, PlanSummary
 from .quantize.quantizer import act_params
 
 Group = Literal["content", "quality"]
 GroupRule = Callable[[str], Group]
+
+
+def check_module(model: object) -> None:
+    """Raises QuantizationError for a pipeline, or whatever else is no module."""
+    if not isinstance(model, nn.Module):
+        raise QuantizationError(
+            f"model is a {type(model).__name__}, expected nn.Module, as pipe.unet or pipe.transformer"
+        )
 
 
 class JointLinear(nn.Linear):
@@ -30,7 +39,8 @@ def find_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 
 
 def find_products(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The layers, and those that compute several of them at once."""
+    """The layers, and those that compute several of them at once. Raises QuantizationError for what is no module."""
+    check_module(model)
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
 
 
@@ -85,10 +95,19 @@ def split_points(model: nn.Module) -> dict[str, int]:
     return splits
 
 
+ADAPTED = re.compile(r"[.](base_layer$|lora_\w+[.])")
+"""In names of layers that peft has taken into one of its own, and of those it added."""
+
+
 def check_plan(plan: Plan, model: nn.Module, *, need_ranges: bool = True) -> None:
     """Raises PlanError unless ``plan`` fits ``model``. Nothing is changed."""
     layers = find_layers(model)
     for name, layer in plan.layers.items():
+        if ADAPTED.search(name):
+            raise PlanError(
+                f"layer {name!r} is part of an adapter (peft); make it permanent (pipe.fuse_lora(), then "
+                "pipe.unload_lora_weights()) or unload it, plan and quantize the model, and load adapters afterwards"
+            )
         if name not in layers:
             near = next((n for n in layers if n.endswith("." + name) or name.endswith("." + n)), None)
             hint = f"; did you mean {near!r}?" if near else "; is the plan for another model?"

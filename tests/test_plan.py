@@ -96,9 +96,9 @@ def test_hostile_text(tmp_path, text, says):
 def test_huge_numbers_are_not_ranges(tmp_path, number):
     """Also those that are numbers but whose spans are none of float32."""
     changed = document() | {"layers": {"a": {"act_range": [0, 0]}}}
-    with pytest.raises(PlanError, match="expected numbers from -1e"):
+    with pytest.raises(PlanError, match="expected numbers from -1e|is beyond float64"):
         load(tmp_path, json.dumps(changed).replace("[0, 0]", f"[0, {number}]"))
-    with pytest.raises(PlanError, match="bos_embedding"):
+    with pytest.raises(PlanError, match="bos_embedding|is beyond float64"):
         load(tmp_path, json.dumps(changed | {"bos_embedding": [7]}).replace("[7]", f"[{number}]"))
 
 

@@ -14,7 +14,8 @@ import os
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -43,6 +44,7 @@ from .flatten import FORMAT, VERSION, check_version, flatten
 from .joint_names import without_joint
 from .plan_of import check_plan_of, plan_of
 
+IP_ADAPTER = re.compile(r"[.]processor[.]to_[kv]_ip[.]|^encoder_hid_proj[.]image_projection_layers[.]")
 # diffusers 0.39 began to ask a quantizer for plain tensors when it saves, and to give them back when it loads.
 HAS_HOOKS = hasattr(DiffusersQuantizer, "get_state_dict_and_metadata")
 
@@ -150,7 +152,7 @@ class MixDQQuantizer(DiffusersQuantizer):
             _take_types(model, self.checkpoint)
         else:
             self.configs = self.quantization_config.layer_configs(model)
-        model.register_to_config(quantization_config=self.quantization_config)
+        _register(model, self.quantization_config)
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
         if not self.pre_quantized:
@@ -230,9 +232,11 @@ class MixDQQuantizer(DiffusersQuantizer):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         if not safe_serialization:
             raise CheckpointError("a quantized model is saved as safetensors, not as pickle: safe_serialization=True")
-        adapted = next((name for name in state_dict if ".base_layer." in name), None)
-        if adapted is not None:
-            raise CheckpointError(f"{adapted!r} has adapters; call pipe.unload_lora_weights() before saving")
+        for name in state_dict:
+            if ".base_layer." in name:
+                raise CheckpointError(f"{name!r} has adapters; call pipe.unload_lora_weights() before saving")
+            if IP_ADAPTER.search(name):
+                raise CheckpointError(f"{name!r} is of an IP-Adapter; call pipe.unload_ip_adapter() before saving")
         flat = flatten(without_joint(state_dict))
         return _unshared(flat.tensors), flat.metadata()
 
@@ -251,7 +255,9 @@ class MixDQQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: Any) -> Any:
         dequantize_layers(model)
-        model._internal_dict = type(model.config)({k: v for k, v in model.config.items() if k != "quantization_config"})
+        with _attributes_kept(model):
+            items = {k: v for k, v in model.config.items() if k != "quantization_config"}
+            model._internal_dict = type(model.config)(items)
         return model
 
 
@@ -283,7 +289,7 @@ def attach_quantizer(model: nn.Module, plan: Plan | None = None, quantizer: MixD
         target.quantization_method = config.quant_method
         # Left false: diffusers refuses .to(dtype) of what it takes for quantized, and our tensors can do it.
         target.is_quantized = False
-        model.register_to_config(quantization_config=config)
+        _register(model, config)
         remember(model, plan)
     elif "transformers.modeling_utils" in sys.modules:
         from transformers import PreTrainedModel
@@ -304,6 +310,57 @@ def remember(model: nn.Module, plan: Plan) -> None:
     for name, module in find_layers(model).items():
         if name in plan.layers and is_quantized(module.weight):
             module.layer_plan = plan.layers[name]  # type: ignore[assignment]
+
+
+def _register(model: Any, config: MixDQConfig) -> None:
+    with _attributes_kept(model):
+        model.register_to_config(quantization_config=config)
+
+
+@contextmanager
+def _attributes_kept(model: Any) -> Iterator[None]:
+    """A config made anew has its items alone. What was set on it beside them (by an IP-Adapter, how its pictures come
+    in) stays."""
+    before = {name: value for name, value in vars(model.config).items() if not name.startswith("_")}
+    yield
+    for name, value in before.items():
+        if name != "quantization_config" and getattr(model.config, name, None) is not value:
+            setattr(model.config, name, value)
+
+
+class PreparedQuantizer(DiffusersQuantizer):
+    """What diffusers asks of a model prepared for a schedule: it holds every level's weights, and no file does."""
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        """Nothing is loaded into it."""
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        return model
+
+    @property
+    def is_serializable(self) -> bool:
+        raise CheckpointError(
+            "the model is prepared for a precision per step, and such weights have no file; save the original pipeline "
+            "and the schedule (TemporalPlan.save), and prepare() what is loaded"
+        )
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def declare_prepared(model: nn.Module) -> None:
+    """Has diffusers refuse to save a model prepared for a schedule."""
+    if isinstance(model, ModelMixin):
+        target: Any = model
+        target.hf_quantizer = PreparedQuantizer(None)
+
+
+def check_saveable(model: nn.Module) -> None:
+    """Raises CheckpointError for a model prepared for a schedule."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, PreparedQuantizer):
+        assert quantizer.is_serializable
 
 
 def known_plan(model: nn.Module) -> Plan | None:

@@ -13,7 +13,7 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import nn
 
-from ..layers import JointLinear
+from ..layers import JointLinear, check_module
 from ..quantize.join import difference, joined
 from ..quantize.tensor import MixDQTensor
 from .joint_names import JOINT_OF
@@ -27,8 +27,10 @@ def fuse_projections(model: nn.Module) -> tuple[str, ...]:
     The model is saved as if they were apart. Fuse last: adapters, other precisions and ``load_state_dict`` want the
     layers apart (``unfuse_projections``).
 
-    Returns the names of the attentions that were fused; others are left as they are.
+    Returns the names of the attentions that were fused; others are left as they are: those that are not diffusers'
+    ``Attention`` with its usual processor (joint attention of transformers), and layers that differ.
     """
+    check_module(model)
     fused = []
     for name, attention in model.named_modules():
         if isinstance(attention, Attention) and type(attention.processor) is AttnProcessor2_0 and _fuse(attention):
@@ -50,7 +52,8 @@ def unfuse_attention(attention: Attention) -> None:
             if hasattr(attention, name):
                 delattr(attention, name)
         attention.fused_projections = False
-        _process(attention, AttnProcessor2_0())
+        if type(attention.processor) is FusedAttnProcessor2_0:  # not one that was set since
+            _process(attention, AttnProcessor2_0())
 
 
 def _process(attention: Attention, processor: Any) -> None:

@@ -28,7 +28,7 @@ from ..plan import Plan
 from ..quantize.fake import FakeQuantizer
 from ..quantize.tensor import is_quantized
 from .checkpoint import Checkpoint, read_json
-from .diffusers_quantizer import METHOD, MixDQConfig, attach_quantizer, known_plan
+from .diffusers_quantizer import METHOD, MixDQConfig, attach_quantizer, check_saveable, known_plan
 from .flatten import Flat, flatten
 from .joint_names import without_joint
 from .pipelines import denoiser
@@ -72,6 +72,7 @@ def save_quantized(
 
 def _prepared(model: nn.Module, plan: Plan | None) -> tuple[Library, Flat, Plan]:
     """All that will be written, after every check that it can be read again."""
+    check_saveable(model)
     library = saved_config(model)
     if any(isinstance(m, FakeQuantizer) for m in model.modules()):
         raise CheckpointError(f"{type(model).__name__} is quantized in fake mode; quantize it with mode='real' to save")
@@ -218,6 +219,7 @@ def refuse_occupied(directory: Path) -> None:
 
 
 def _make_saveable(model: nn.Module, plan: Plan | None) -> None:
+    check_saveable(model)
     if any(is_quantized(m.weight) for m in find_layers(model).values()):
         _, _, plan = _prepared(model, plan)
         attach_quantizer(model, plan)

@@ -73,7 +73,7 @@ def reuse_text_projections(pipe: Any) -> Any:
 
     Returns ``pipe``. Raises MixDQError for a denoiser without text projections of that kind.
     """
-    inner = inner_unet(pipe.unet)
+    inner = inner_unet(getattr(pipe, "unet", None))
     if not hasattr(inner, TEXT_REUSE):
         setattr(inner, TEXT_REUSE, TextReuse(pipe.unet, inner))
     return pipe

@@ -19,7 +19,7 @@ from torch import Tensor
 from inductor_kernels.packing import pack
 
 from .join import difference, joined
-from .tensor import MixDQTensor
+from .tensor import MixDQTensor, SplitMixDQTensor
 
 aten, c10d, functional = torch.ops.aten, torch.ops.c10d, torch.ops._c10d_functional
 
@@ -28,6 +28,12 @@ aten, c10d, functional = torch.ops.aten, torch.ops.c10d, torch.ops._c10d_functio
 def _(func, types, args, kwargs):
     weight = args[0]
     return weight.with_tensors(**{name: func(t, **kwargs) for name, t in weight.by_row().items()})
+
+
+@SplitMixDQTensor.implements(aten.empty_like.default)
+def _(func, types, args, kwargs):
+    first, second = (func(half, **kwargs) for half in (args[0].first, args[0].second))
+    return SplitMixDQTensor(first, second, args[0].dtype)
 
 
 @MixDQTensor.implements(aten.constant_pad_nd.default)

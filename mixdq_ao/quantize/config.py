@@ -19,7 +19,7 @@ from torchao.quantization import quantize_ as torchao_quantize_
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 from ..errors import PlanError, QuantizationError
-from ..layers import check_calibrated, check_layer, check_plan, find_layers
+from ..layers import check_calibrated, check_layer, check_module, check_plan, find_layers
 from ..plan import LayerPlan, Plan
 from .fake import FakeQuantizer, with_fake_quantizer, without_fake_quantizer
 from .folds import Fold, Folding, fold_, folded, folded_moments, foldings_of, planned_folds
@@ -213,10 +213,9 @@ def quantize_(model: nn.Module, config: AOBaseConfig, **kwargs: object) -> None:
     Raises:
         PlanError, QuantizationError: naming the layer, before anything is changed.
     """
-    if not isinstance(model, nn.Module):
-        raise QuantizationError(
-            f"model is a {type(model).__name__}, expected nn.Module, as in quantize_(pipe.unet, ...)"
-        )
+    check_module(model)
+    if isinstance(config, Plan):
+        raise QuantizationError("config is a Plan, expected a config: quantize_(model, mixdq_config(plan))")
     if isinstance(config, MixDQConfig):
         fold_(model, check_model(model, config))
         config = config.after_folding()
@@ -279,6 +278,10 @@ def check_model(model: nn.Module, config: MixDQConfig) -> dict[Fold, Folding]:
             continue
         if is_quantized(layers[name].weight):
             raise QuantizationError(f"layer {name!r} is quantized already; load the original model to quantize anew")
+        if layers[name].weight.is_meta and hasattr(layers[name], "_hf_hook"):
+            raise QuantizationError(
+                f"layer {name!r} is offloaded, its weight elsewhere until it is called; quantize_ first, offload then"
+            )
         try:
             check_layer(layers[name], layer_config.layer)
             check_moment_fits(layer_config.moment, layer_config.layer, layers[name].weight)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
@@ -231,8 +232,10 @@ def _beside(weight: MixDQTensor, name: str) -> tuple[Tensor | None, ...]:
 def _(func, types, args, kwargs):
     """In place from a weight of the same kind. Row sums follow from the codes: each side keeps or drops its own."""
     weight, source = args[:2]
+    if type(weight) is Tensor or type(weight) is Parameter:
+        return func(weight, source.dequantize(weight.dtype))
     if not isinstance(source, MixDQTensor) or not _alike(weight, source):
-        raise ValueError(f"copy_ into {weight}: metadata mismatch, the source is {source!r}")
+        raise ValueError(_mismatch(weight, source))
     tensors = source.stored_tensors()
     for name, tensor in weight.stored_tensors().items():
         if name in weight.shared_tensors:
@@ -243,6 +246,27 @@ def _(func, types, args, kwargs):
         torch.autograd.graph.increment_version(tensor)
     weight.take_shared_key(source)
     return weight
+
+
+@SplitMixDQTensor.implements(aten.copy_.default)
+def _(func, types, args, kwargs):
+    weight, source = args[:2]
+    if type(weight) is Tensor or type(weight) is Parameter:
+        return func(weight, source.dequantize(weight.dtype))
+    halves = [(weight.first, source.first), (weight.second, source.second)] if type(source) is type(weight) else []
+    if not halves or not all(_alike(*pair) for pair in halves):
+        raise ValueError(_mismatch(weight, source))
+    for half, new in halves:
+        half.copy_(new)
+    return weight
+
+
+def _mismatch(weight: Any, source: Any) -> str:
+    given = f"a {source.describe()} one" if hasattr(source, "describe") else f"a plain tensor of {source.dtype}"
+    return (
+        f"copy_ into a {weight.describe()} weight {list(weight.shape)}: metadata mismatch, the source is {given} "
+        f"{list(source.shape)}; load what was quantized alike, or full precision before quantize_"
+    )
 
 
 def _alike(a: MixDQTensor, b: MixDQTensor) -> bool:

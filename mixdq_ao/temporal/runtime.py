@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -69,6 +70,10 @@ def prepare(
         embedding = None if bos is None else bos.to(layers[name].weight.device)
         layer = LevelLayer(layers[name], per_level, switch, bos_embedding=embedding, storage=storage)
         setattr(model.get_submodule(parent), attribute, layer)
+    if "diffusers.models.modeling_utils" in sys.modules:
+        from ..models.diffusers_quantizer import declare_prepared
+
+        declare_prepared(model)
     return LevelRuntime(model, plan, switch)
 
 

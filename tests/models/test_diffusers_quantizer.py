@@ -9,8 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.quantizers import PipelineQuantizationConfig
+from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig
 
 from mixdq_ao import (
@@ -22,9 +29,11 @@ from mixdq_ao import (
     PlanError,
     QuantizationError,
     Sampling,
+    TemporalPlan,
     input_moments,
     load_quantized,
     mixdq_config,
+    prepare,
     quantize_,
     save_quantized,
 )
@@ -306,3 +315,25 @@ def test_a_diffusers_without_the_hooks_says_so(tmp_path, quantized, monkeypatch)
         UNet2DConditionModel.from_pretrained(tmp_path / "m")
     with pytest.raises(ValueError, match="not serializable"):
         load_quantized(tmp_path / "m").save_pretrained(tmp_path / "n")
+
+
+def test_what_an_ip_adapter_set_stays_and_is_not_saved(unet, calibration, tmp_path):
+    """diffusers notes in the config how pictures come in; loading one that has such layers is impossible."""
+    unet.config.encoder_hid_dim_type = "ip_image_proj"
+    quantize_(unet, mixdq_config(Plan.uniform(unet, 8, 8).with_calibration(calibration)))
+    assert unet.config.encoder_hid_dim_type == "ip_image_proj" and "quantization_config" in unet.config
+    unet.encoder_hid_proj = nn.Module()
+    unet.encoder_hid_proj.image_projection_layers = nn.ModuleList([nn.Linear(4, 4)])
+    with pytest.raises(CheckpointError, match=r"of an IP-Adapter; call pipe.unload_ip_adapter\(\)"):
+        unet.save_pretrained(tmp_path)
+    unet.dequantize()
+    assert unet.config.encoder_hid_dim_type == "ip_image_proj" and "quantization_config" not in unet.config
+
+
+@pytest.mark.parametrize("save", [UNet2DConditionModel.save_pretrained, save_quantized])
+def test_a_model_prepared_for_a_schedule_is_not_saved(unet, tmp_path, save):
+    prepare(unet, TemporalPlan({"8": Plan.uniform(unet, 8, 16)}, ("8",)))
+    with pytest.raises(CheckpointError, match="prepared for a precision per step"):
+        save(unet, tmp_path)
+    with pytest.raises(CheckpointError, match="prepared for a precision per step"):
+        save_pipeline(DDPMPipeline(unet, DDPMScheduler()), tmp_path / "pipe")

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 
 from mixdq_ao import LayerPlan, MixDQTensor, Plan, QuantizationError, mixdq_config, quantize_
 from mixdq_ao.app.measure import held_bytes
@@ -92,3 +93,11 @@ def test_one_product_is_called(quantized, monkeypatch):
     unet(**inputs)
     assert not set(apart) & set(called)
     assert sum(n.endswith(("to_qkv", "to_kv")) for n in called) == len(fused)
+
+
+def test_a_processor_that_was_set_since_stays(quantized):
+    unet, _ = quantized
+    fused = fuse_projections(unet)
+    unet.get_submodule(fused[0]).set_processor(AttnProcessor())
+    unfuse_projections(unet)
+    assert type(unet.get_submodule(fused[0]).processor) is AttnProcessor

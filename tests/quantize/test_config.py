@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,16 @@ from torch.nn.utils import prune
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
 from torchao.quantization import quantize_ as torchao_quantize_
 
-from mixdq_ao import LayerPlan, MixDQTensor, Plan, PlanError, QuantizationError, mixdq_config, quantize_
+from mixdq_ao import (
+    LayerPlan,
+    MixDQTensor,
+    Plan,
+    PlanError,
+    QuantizationError,
+    fuse_projections,
+    mixdq_config,
+    quantize_,
+)
 from mixdq_ao.layers import find_layers
 from mixdq_ao.quantize.config import MixDQLayerConfig
 from mixdq_ao.quantize.fake import FakeQuantConv2d, FakeQuantLinear
@@ -178,8 +189,6 @@ def test_a_weight_that_cannot_be_replaced_is_refused_before_anything_is_changed(
 def test_what_is_given_in_the_wrong_place_is_named():
     with pytest.raises(PlanError, match="plan is 'plan.json', expected a Plan"):
         mixdq_config("plan.json")
-    with pytest.raises(QuantizationError, match="model is a Pipe, expected nn.Module"):
-        quantize_(type("Pipe", (), {})(), mixdq_config(Plan({})))
 
 
 def test_a_layer_that_cannot_be_quantized_stays_in_fake_mode(unet, calibration):
@@ -190,3 +199,33 @@ def test_a_layer_that_cannot_be_quantized_stays_in_fake_mode(unet, calibration):
     with pytest.raises(QuantizationError, match="weight has 72 NaN"):
         torchao_quantize_(unet, FqnToConfig({"conv_out": MixDQLayerConfig(LayerPlan(weight_bits=8))}), filter_fn=None)
     assert isinstance(unet.conv_out, FakeQuantConv2d)
+
+
+def test_what_is_no_model_or_no_config_is_named(unet):
+    for call in (lambda m: Plan.uniform(m, 8, 16), fuse_projections, lambda m: quantize_(m, mixdq_config(Plan({})))):
+        with pytest.raises(QuantizationError, match="model is a SimpleNamespace, expected nn.Module, as pipe.unet"):
+            call(SimpleNamespace(unet=unet))
+    with pytest.raises(QuantizationError, match=r"config is a Plan, expected .* mixdq_config\(plan\)"):
+        quantize_(unet, Plan.uniform(unet, 8, 16))
+
+
+def test_offloaded_layers_are_named(unet):
+    accelerate.cpu_offload(unet, execution_device=torch.device("cpu"))
+    with pytest.raises(QuantizationError, match="layer 'conv_in' is offloaded.*quantize_ first"):
+        quantize_(unet, mixdq_config(Plan.uniform(unet, 8, 16)))
+
+
+def test_layers_of_adapters_are_named():
+    names = ("a.to_q.base_layer", "a.to_q.lora_A.default", "a.to_q.lora_B.default")
+    model = nn.Module()
+    for name in names:
+        parent = model
+        *path, last = name.split(".")
+        for part in path:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(last, nn.Linear(2, 2))
+    for name in names:
+        with pytest.raises(PlanError, match=f"layer '{name}' is part of an adapter"):
+            quantize_(model, mixdq_config(Plan({name: LayerPlan(weight_bits=8)})))

@@ -192,3 +192,20 @@ def test_fake_values_are_those_of_the_codes(dtype):
     assert torch.equal(rounded, fake_quantize_act(x.detach(), act))
     rounded.sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_copied_into_a_plain_tensor_it_is_dequantized(split):
+    """As models made of others do, and ``load_state_dict`` of a full-precision one."""
+    weight = MixDQTensor.from_hp(torch.randn(8, 4, 3, 3), act=act_params(-3.0, 3.0))
+    if split:
+        other = MixDQTensor.from_hp(torch.randn(8, 2, 3, 3), 4, act=act_params(-1.0, 3.0))
+        weight = SplitMixDQTensor(weight, other, torch.float32)
+    layer = nn.Conv2d(weight.shape[1], 8, 3, bias=False).to(torch.bfloat16)
+    layer.load_state_dict({"weight": weight})
+    assert type(layer.weight) is nn.Parameter and torch.equal(layer.weight, weight.dequantize(torch.bfloat16))
+    held = torch.empty_like(weight)
+    held.copy_(weight)
+    assert type(held) is type(weight) and torch.equal(held.dequantize(), weight.dequantize())
+    with pytest.raises(ValueError, match=r"copy_ into a W8A8.* weight \[8, .*a plain tensor of torch.float32"):
+        held.copy_(torch.zeros(weight.shape))
