@@ -74,7 +74,12 @@ def text_readers(model: nn.Module) -> frozenset[str]:
     SANA, Wan), else the keys and values of cross attention."""
     layers = find_layers(model)
     projections = {n for n in layers if n.endswith(TEXT_PROJECTIONS)}
-    return frozenset(projections or filter(reads_text, layers))
+    return frozenset(projections or (n for n in layers if reads_text(n) and _is_cross(model, n)))
+
+
+def _is_cross(model: nn.Module, name: str) -> bool:
+    """Whether the attention of a projection is over another tensor. Over frames (video UNets) ``attn2`` is not."""
+    return getattr(model.get_submodule(name.rpartition(".")[0]), "is_cross_attention", True)
 
 
 def split_points(model: nn.Module) -> dict[str, int]:
@@ -85,13 +90,13 @@ def split_points(model: nn.Module) -> dict[str, int]:
     """
     splits: dict[str, int] = {}
     mid = getattr(getattr(model, "mid_block", None), "resnets", None)
-    channels = mid[-1].out_channels if mid is not None and len(mid) else None
+    channels = getattr(mid[-1], "out_channels", None) if mid is not None and len(mid) else None
     for b, block in enumerate(getattr(model, "up_blocks", None) or []):
         for r, resnet in enumerate(getattr(block, "resnets", None) or []):
             shortcut = getattr(resnet, "conv_shortcut", None)
             if channels is not None and shortcut is not None and 0 < channels < resnet.in_channels:
                 splits[f"up_blocks.{b}.resnets.{r}.conv_shortcut"] = channels
-            channels = resnet.out_channels
+            channels = getattr(resnet, "out_channels", None)  # blocks of video models hold two resnets and say nothing
     return splits
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import UNet3DConditionModel, UNetMotionModel, UNetSpatioTemporalConditionModel
 from torch import nn
 
 from mixdq_ao import LayerPlan, Plan, PlanError, mixdq_config, quantize_
 from mixdq_ao.app.measure import held_bytes
-from mixdq_ao.layers import find_layers, group_of, reads_text, split_points
+from mixdq_ao.layers import find_layers, group_of, reads_text, split_points, text_readers
 
 
 def test_sdxl_has_794_layers(sdxl):
@@ -76,3 +77,37 @@ def test_convolutions_that_cannot_be_quantized(module):
     model = nn.ModuleDict({"c": module})
     with pytest.raises(PlanError, match="layer 'c': padding"):
         Plan.uniform(model, 8, 16).validate(model)
+
+
+def video_models():
+    blocks = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 8}
+    with torch.device("meta"):
+        yield UNet3DConditionModel(
+            **blocks,
+            attention_head_dim=4,
+            down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+            up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        )
+        yield UNetMotionModel(
+            **blocks,
+            motion_num_attention_heads=2,
+            down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+            up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        )
+        yield UNetSpatioTemporalConditionModel(
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            cross_attention_dim=8,
+            num_attention_heads=(2, 4),
+            down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+            up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        )
+
+
+@pytest.mark.parametrize("model", video_models(), ids=lambda model: type(model).__name__)
+def test_attention_over_frames_reads_no_text(model):
+    readers = text_readers(model)
+    assert readers and all(model.get_submodule(n).in_features == 8 for n in readers)
+    assert any(reads_text(n) for n in set(find_layers(model)) - readers) or "SpatioTemporal" in type(model).__name__
+    layers = find_layers(model)
+    assert all(0 < at < layers[n].in_channels for n, at in split_points(model).items())
