@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from .atomicfile import replacing
 from .errors import MixDQError
 from .textfile import read_text
 
 
-def parse(text: str) -> Any:
-    """``json.loads`` for what others may have written. Raises ValueError also for NaN, infinity and a repeated key."""
-    return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+def parse(text: str | bytes) -> Any:
+    """``json.loads`` for what others may have written. Raises ValueError also for NaN, infinity (a number with a point
+    or an exponent that float64 does not hold) and a repeated key."""
+    return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value of a JSON file is a finite number, no boolean: also of an integer, which has no limits there,
+    float64 holds it."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text:.40} is beyond float64")
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

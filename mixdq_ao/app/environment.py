@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from .machine import cpu_has, cpu_name, versions_of
 
 PACKAGES = ("mixdq-ao", "torch", "torchao", "triton", "diffusers", "transformers", "highspy", "numpy")
 
@@ -19,37 +20,15 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "vnni": _flag("_is_vnni_supported"),
-        "amx": _flag("_is_amx_tile_supported"),
+        "vnni": cpu_has("vnni"),
+        "amx": cpu_has("amx"),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": versions_of(PACKAGES),
         "commit": _commit(),
     }
-
-
-def _flag(name: str) -> bool | None:
-    import torch
-
-    supported = getattr(torch.cpu, name, None)
-    return None if supported is None else bool(supported())
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

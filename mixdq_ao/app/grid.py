@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..evaluate.pictures import to_bytes
+from ..evaluate.resize import to_pillow
 from ..jsonfile import write_document
 
 SCALE, GAP, HEADER = 2, 6, 30
@@ -27,7 +28,7 @@ def save_grid(directory: Path, columns: Mapping[str, Tensor], captions: Sequence
     for x, (name, images) in enumerate(columns.items()):
         centre = GAP + x * width + (width - GAP) / 2
         draw.text((centre, HEADER / 2), name, fill="black", font=font, anchor="mm")
-        for y, image in enumerate(images):
+        for y, image in enumerate(to_bytes(images)):
             sheet.paste(_picture(image), (GAP + x * width, HEADER + y * height))
     sheet.save(directory / "grid.png", optimize=True)
     where = {"cell": [width - GAP, height - GAP], "origin": [GAP, HEADER], "gap": GAP}
@@ -35,6 +36,5 @@ def save_grid(directory: Path, columns: Mapping[str, Tensor], captions: Sequence
 
 
 def _picture(image: Tensor) -> Image.Image:
-    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
-    picture = Image.fromarray(pixels.numpy())
+    picture = to_pillow(image)
     return picture.resize((picture.width * SCALE, picture.height * SCALE), Image.Resampling.NEAREST)

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -22,12 +23,14 @@ CPU_FLAGS = {
 
 def examine() -> Facts:
     """Versions, the CPU, the kernels large products take here, and the GPU; None for what is not there."""
-    return {"versions": _versions(), "cpu": _cpu(), "int8 products": _routes(), "gpu": _gpu()}
+    versions = {"python": platform.python_version(), **versions_of(PACKAGES)}
+    return {"versions": versions, "cpu": _cpu(), "int8 products": _routes(), "gpu": _gpu()}
 
 
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
+def versions_of(packages: Iterable[str]) -> dict[str, str | None]:
+    """{package: its version}, None where it is not installed."""
+    found: dict[str, str | None] = {}
+    for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -38,19 +41,27 @@ def _versions() -> dict[str, str | None]:
 def _cpu() -> dict[str, Any]:
     import torch
 
-    flags = {name: getattr(torch.cpu, probe, None) for name, probe in CPU_FLAGS.items()}
     return {
-        "name": _cpu_name(),
+        "name": cpu_name(),
         "cores": os.cpu_count(),
         "threads used": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        **{name: None if probe is None else bool(probe()) for name, probe in flags.items()},
+        **{name: cpu_has(name) for name in CPU_FLAGS},
         "oneDNN": torch.backends.mkldnn.is_available(),
         "C++ compiler": next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None),
     }
 
 
-def _cpu_name() -> str:
+def cpu_has(flag: str) -> bool | None:
+    """One of ``CPU_FLAGS``; None where this torch cannot say."""
+    import torch
+
+    probe = getattr(torch.cpu, CPU_FLAGS[flag], None)
+    return None if probe is None else bool(probe())
+
+
+def cpu_name() -> str:
+    """As the system calls the processor; of the machine's kind where it does not."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]

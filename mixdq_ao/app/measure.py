@@ -96,11 +96,6 @@ def one_round(calls: Mapping[str, Callable[[], object]], times: Mapping[str, lis
         times[name].append(1e3 * (time.perf_counter() - start))
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 2) -> dict[str, float]:
-    """Median milliseconds of each call (see ``rounds_of``)."""
-    return {n: statistics.median(t) for n, t in rounds_of(calls, rounds=rounds, warmup=warmup).items()}
-
-
 def speedup(reference: list[float], times: list[float]) -> float:
     """How many times faster: the median of the ratios within each round."""
     return statistics.median(r / t for r, t in zip(reference, times, strict=True))

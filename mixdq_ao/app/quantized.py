@@ -75,13 +75,12 @@ def compile_denoiser(pipe: Any) -> None:
 
 
 def save_png(image: Tensor, directory: Path, number: int, prompt: str) -> Path:
-    """Writes a picture [3, H, W] in [0, 1] under its number and the start of its prompt."""
-    from PIL import Image
+    """Writes a picture, uint8 [3, H, W], under its number and the start of its prompt."""
+    from mixdq_ao.evaluate.resize import to_pillow
 
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-")
     path = directory / f"{number:04d}{'-' + slug if slug else ''}.png"
-    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
-    Image.fromarray(pixels.numpy()).save(path)
+    to_pillow(image).save(path)
     return path
 
 

@@ -89,8 +89,8 @@ class Metric(ABC):
     def linear(self, rows: Rows) -> NDArray[np.float64] | None:
         """[n]: the influence of each picture on ``value``; mean zero. None where n is too small to say."""
 
-    def update(self, batch: Batch) -> Rows:
-        """Judges pictures and keeps what it says of them; returns what is kept.
+    def judge(self, batch: Batch) -> Rows:
+        """What ``measure`` says of pictures, checked.
 
         Raises MixDQError where the batch lacks what the metric needs, or the result is not finite.
         """
@@ -103,6 +103,11 @@ class Metric(ABC):
             raise MixDQError(
                 f"{self.name} of picture {bad} of the batch is not finite; its network or the picture is broken"
             )
+        return rows
+
+    def update(self, batch: Batch) -> Rows:
+        """Judges pictures and keeps what it says of them for ``compute``; returns what is kept. Raises as ``judge``."""
+        rows = self.judge(batch)
         self._kept.append(rows)
         return rows
 

@@ -108,7 +108,10 @@ def _from_coco(path: Path, document: dict[str, Any]) -> Prompts:
 
 def _picture_names(path: Path, document: dict[str, Any]) -> dict[int, str]:
     names: dict[int, str] = {}
-    for i, entry in enumerate(document.get("images", ())):
+    images = document.get("images", [])
+    if not isinstance(images, list):
+        raise MixDQError(f"{path}: images is {type(images).__name__}, expected a list")
+    for i, entry in enumerate(images):
         if not isinstance(entry, dict) or type(entry.get("id")) is not int or not _plain(entry.get("file_name")):
             raise MixDQError(f"{path}: images[{i}]: expected a whole number 'id' and a 'file_name'")
         names[entry["id"]] = entry["file_name"]

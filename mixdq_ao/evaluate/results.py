@@ -1,17 +1,23 @@
-"""The figures of a run in a file, with what they were measured on, and what each picture adds to them."""
+"""The figures of a run in a file, with what they were measured on, and what each picture adds to them.
+
+A directory holds ``results.json`` and, for intervals of differences, ``linear/<metric>.npy``: what each picture adds to
+the figure. ``results.json`` is written last and holds digests of the others: after a crash in between, no figure takes
+what belongs to another.
+"""
 
 from __future__ import annotations
 
-import math
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..atomicfile import replacing
 from ..errors import MixDQError
-from ..jsonfile import read_document, write_document
+from ..jsonfile import is_number, read_document, write_document
 from .bootstrap import LEVEL, RESAMPLES, Interval
 from .metric import Figure, Metric
 from .settings import Settings
@@ -45,38 +51,53 @@ class Results:
         return cls(figures, units, settings, {"identities": identities, **more})
 
     def save(self, directory: Path) -> None:
-        """Writes results.json, and linear/<metric>.npy for intervals of differences; metrics that were there stay."""
-        known = Results.load(directory) if (directory / FILE).exists() else None
-        figures, units = dict(self.figures), dict(self.units)
-        metadata = {k: dict(v) if k == "identities" else v for k, v in self.metadata.items()}
-        if known is not None and known.settings == self.settings:
-            figures, units = {**known.figures, **figures}, {**known.units, **units}
-            metadata["identities"] = {**known.metadata.get("identities", {}), **metadata.get("identities", {})}
-        (directory / LINEAR).mkdir(parents=True, exist_ok=True)
+        """Writes the figures, and what each picture adds to them; metrics that were there stay."""
+        known, digests = _read(directory) if (directory / FILE).exists() else (self, {})
+        if known.settings != self.settings:
+            known, digests = self, {}
+        figures, units = {**known.figures, **self.figures}, {**known.units, **self.units}
+        identities = {**known.metadata.get("identities", {}), **self.metadata.get("identities", {})}
         for name, figure in self.figures.items():
             path = directory / LINEAR / f"{name}.npy"
             if figure.linear is None:
                 path.unlink(missing_ok=True)
             else:
-                np.save(path, figure.linear, allow_pickle=False)
+                _write_linear(path, figure.linear)
+                digests[name] = _digest(figure.linear)
         shown = {name: _to_json(figure, *units[name]) for name, figure in figures.items()}
-        header = {"format": FORMAT, "version": VERSION, "level": LEVEL, "resamples": RESAMPLES}
-        write_document(directory / FILE, {**header, "settings": self.settings.to_json(), "metrics": shown, **metadata})
+        header = {"format": FORMAT, "version": VERSION, "level": LEVEL, "resamples": RESAMPLES, LINEAR: digests}
+        document = {**header, "settings": self.settings.to_json(), "metrics": shown, **self.metadata}
+        write_document(directory / FILE, {**document, "identities": identities})
 
     @classmethod
     def load(cls, directory: Path) -> Results:
         """Raises MixDQError naming the file where there are none, or they are not as written."""
-        path = directory / FILE
-        if not path.exists():
-            raise MixDQError(f"{directory}: has no {FILE}; expected the directory of a finished mixdq evaluate run")
-        document = read_document(path, FORMAT, VERSION, MixDQError)
-        settings, metrics = document.pop("settings", None), document.pop("metrics", None)
-        if not isinstance(settings, dict) or not isinstance(metrics, dict):
-            raise MixDQError(f"{path}: settings or metrics is missing, expected an object each")
-        figures = {name: _from_json(path, name, value, directory) for name, value in metrics.items()}
-        units = {name: (value["better"], value["unit"]) for name, value in metrics.items()}
-        metadata = {k: v for k, v in document.items() if k not in ("format", "version", "level", "resamples")}
-        return cls(figures, units, Settings.from_json(path, settings), metadata)
+        found, digests = _read(directory)
+        figures = dict(found.figures)
+        for name, figure in found.figures.items():
+            if figure.interval is not None:
+                linear = _linear(directory / LINEAR / f"{name}.npy", figure.count, digests.get(name))
+                figures[name] = replace(figure, linear=linear)
+        return replace(found, figures=figures)
+
+
+def _read(directory: Path) -> tuple[Results, dict[str, str]]:
+    """The figures without what pictures add to them, and digests of that by metric."""
+    path = directory / FILE
+    if not path.exists():
+        raise MixDQError(f"{directory}: has no {FILE}; expected the directory of a finished mixdq evaluate run")
+    document = read_document(path, FORMAT, VERSION, MixDQError)
+    settings, metrics = document.pop("settings", None), document.pop("metrics", None)
+    if not isinstance(settings, dict) or not isinstance(metrics, dict):
+        raise MixDQError(f"{path}: settings or metrics is missing, expected an object each")
+    digests = document.pop(LINEAR, {})  # files written before there were digests have none
+    for name, value in ((LINEAR, digests), ("identities", document.get("identities", {}))):
+        if not isinstance(value, dict):
+            raise MixDQError(f"{path}: {name} is {value!r:.60}, expected an object")
+    figures = {name: _from_json(f"{path}: {name!r}", value) for name, value in metrics.items()}
+    units = {name: (value["better"], value["unit"]) for name, value in metrics.items()}
+    metadata = {k: v for k, v in document.items() if k not in ("format", "version", "level", "resamples")}
+    return Results(figures, units, Settings.from_json(path, settings), metadata), digests
 
 
 def _to_json(figure: Figure, better: str, unit: str) -> dict[str, Any]:
@@ -84,25 +105,46 @@ def _to_json(figure: Figure, better: str, unit: str) -> dict[str, Any]:
     return {"value": figure.value, "interval": bounds, "pictures": figure.count, "better": better, "unit": unit}
 
 
-def _from_json(path: Path, name: str, value: Any, directory: Path) -> Figure:
+def _from_json(where: str, document: Any) -> Figure:
     keys = {"value", "interval", "pictures", "better", "unit"}
-    if not isinstance(value, dict) or set(value) != keys:
-        raise MixDQError(f"{path}: {name!r}: expected an object with {sorted(keys)}")
-    bounds, count = value["interval"], value["pictures"]
-    numbers = [value["value"], *(bounds or ())]
-    if not all(type(x) in (int, float) and math.isfinite(x) for x in numbers) or len(numbers) not in (1, 3):
-        raise MixDQError(f"{path}: {name!r}: value and interval are {numbers!r:.80}, expected one and two numbers")
-    linear = _linear(directory / LINEAR / f"{name}.npy", count) if bounds is not None else None
-    return Figure(value["value"], None if bounds is None else Interval(*bounds), count, linear)
+    if not isinstance(document, dict) or set(document) != keys:
+        raise MixDQError(f"{where}: expected an object with {sorted(keys)}")
+    value, bounds, count = document["value"], document["interval"], document["pictures"]
+    ends = isinstance(bounds, list) and len(bounds) == 2 and all(map(is_number, bounds)) and bounds[0] <= bounds[1]
+    for name, right, expected in (
+        ("value", is_number(value), "a finite number"),
+        ("interval", bounds is None or ends, "two finite numbers, the lower first, or null"),
+        ("pictures", type(count) is int and count > 0, "a whole number of at least 1"),
+        ("better", document["better"] in ("higher", "lower"), "'higher' or 'lower'"),
+        ("unit", isinstance(document["unit"], str), "a text"),
+    ):
+        if not right:
+            raise MixDQError(f"{where}: {name} is {document[name]!r:.60}, expected {expected}")
+    return Figure(value, None if bounds is None else Interval(*bounds), count, None)
 
 
-def _linear(path: Path, count: int) -> np.ndarray | None:
+def _write_linear(path: Path, linear: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        np.save(file, linear, allow_pickle=False)
+
+
+def _linear(path: Path, count: int, digest: str | None) -> np.ndarray | None:
+    """Raises MixDQError unless the file is that of this digest (None: not known)."""
+    again = f"measure {path.stem} again with mixdq evaluate run"
     if not path.exists():
         return None
     try:
-        linear = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise MixDQError(f"{path}: cannot be read: {e}; run mixdq evaluate run again") from e
+        with open(path, "rb") as file:
+            linear = np.lib.format.read_array(file, allow_pickle=False)
+    except Exception as e:  # of many classes: numpy parses a header as Python
+        raise MixDQError(f"{path}: cannot be read: {e}; {again}") from e
     if linear.shape != (count,) or linear.dtype != np.float64:
-        raise MixDQError(f"{path}: is {linear.dtype} {linear.shape}, expected float64 ({count},); run again")
+        raise MixDQError(f"{path}: is {linear.dtype} {linear.shape}, expected float64 ({count},); {again}")
+    if digest is not None and digest != _digest(linear):
+        raise MixDQError(f"{path}: is not what {FILE} was written with; {again}")
     return linear
+
+
+def _digest(linear: np.ndarray) -> str:
+    return hashlib.blake2b(linear.tobytes(), digest_size=16).hexdigest()

@@ -21,12 +21,13 @@ from torch import Tensor
 from ..errors import MixDQError
 from ..models.pipelines import generate
 from ..progress import progress
+from ..search.part import WHOLE
 from .metric import Batch, Figure, Metric
 from .pictures import Pictures, to_bytes
 from .prompts import Prompts
 from .rows import RowFile, read_rows
 from .settings import Settings, check_reference, claim, settings_of
-from .shard import Shard
+from .shard import Shard, numbers_of, suffix_of
 
 Todo = tuple[bool, tuple[str, ...]]
 """What is missing of a picture: itself, and the metrics that have not judged it."""
@@ -91,7 +92,7 @@ class Run:
         self.pictures = Pictures(directory / "pictures")
         self._load, self._pipe = load, None
 
-    def work(self, shard: Shard = Shard(), batch_size: int = 16) -> int:  # noqa: B008  (frozen)
+    def work(self, shard: Shard = WHOLE, batch_size: int = 16) -> int:
         """Does what is missing of a shard; returns how many pictures were drawn or judged."""
         with ExitStack() as stack:
             own = {n: stack.enter_context(self._file(n, shard)) for n in self.metrics}
@@ -102,7 +103,7 @@ class Run:
                     images = self._draw(numbers) if absent else self._stored(numbers)
                     batch = self._batch(numbers, images, names)
                     for name in names:
-                        own[name].append(numbers, self.metrics[name].update(batch))
+                        own[name].append(numbers, self.metrics[name].judge(batch))
                     bar.advance(len(numbers))
         return total
 
@@ -129,7 +130,7 @@ class Run:
         def lacks(number: int) -> Todo:
             return not self.pictures.has(number), tuple(n for n, r in rows.items() if number not in r)
 
-        todo = [(number, lacks(number)) for number in shard.range(self.settings.count)]
+        todo = [(number, lacks(number)) for number in numbers_of(shard, self.settings.count)]
         todo = [(number, lack) for number, lack in todo if lack[0] or lack[1]]
         for (_, lack), group in groupby(enumerate(todo), key=lambda item: (item[1][0] - item[0], item[1][1])):
             numbers = [number for _, (number, _) in group]
@@ -155,7 +156,7 @@ class Run:
         return Batch(images=images, prompts=[self.prompts.texts[n] for n in numbers], reference=reference)
 
     def _file(self, name: str, shard: Shard) -> RowFile:
-        return RowFile(self.directory / "rows" / f"{name}.{shard.suffix}.bin", self._subject(name))
+        return RowFile(self.directory / "rows" / f"{name}.{suffix_of(shard)}.bin", self._subject(name))
 
     def _rows(self, name: str) -> Mapping[int, np.ndarray]:
         return read_rows(sorted((self.directory / "rows").glob(f"{name}.*-of-*.bin")), self._subject(name))

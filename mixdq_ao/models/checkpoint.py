@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..jsonfile import parse
-from .flatten import Contents, read_contents
+from ..textfile import read_text
+from .flatten import Contents, read_contents, stored_names
 from .safetensors_io import SAVE_AGAIN, Header, read_header
 from .stored_values import check_values
+from .torchao_safetensors import PLAIN
 
 
 class Checkpoint:
@@ -64,13 +66,19 @@ class Checkpoint:
         return self.contents.names
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """The type of one entry of the state dict (for a quantized weight: of its layer); None for an unknown name."""
+        """The type of one entry of the state dict (for a quantized weight: of its layer); None where the files do not
+        say. Raises CheckpointError naming the file where what they say is no type."""
         if name in self.where:
             return self.where[name].tensors[name].dtype
-        record = next((self.contents.records[s] for s in (name, f"{name}.first") if s in self.contents.records), None)
-        text = None if record is None else record["_data"].get("dtype", {}).get("_data")
-        found = getattr(torch, text, None) if isinstance(text, str) else None
-        return found if isinstance(found, torch.dtype) else None
+        record = self.contents.records.get(stored_names(name, name in self.contents.splits)[0], PLAIN)
+        given = record.get("_data", {}).get("dtype")
+        if given is None:
+            return None
+        found = getattr(torch, str(given.get("_data")), None) if isinstance(given, dict) else None
+        if not isinstance(found, torch.dtype):
+            path = self.where[self.contents.keys(name)[0]].path
+            raise CheckpointError(f"{path}: {name!r} is damaged: dtype is {given!r:.80}, expected a type; {SAVE_AGAIN}")
+        return found
 
     def read(self) -> dict[str, Tensor]:
         """The state dict, on the CPU. Plain tensors are views of the mapped files: read from disk when first used,
@@ -108,11 +116,9 @@ def _places(index: Path) -> dict[str, str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError naming the file."""
+    text = read_text(path, CheckpointError, f"; {SAVE_AGAIN}")
     try:
-        text = path.read_text(encoding="utf-8")
         document = parse(text)
-    except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path}: is not valid JSON ({str(e)[:200]}); {SAVE_AGAIN}") from e
     if not isinstance(document, dict):

@@ -353,7 +353,7 @@ def declare_prepared(model: nn.Module) -> None:
     """Has diffusers refuse to save a model prepared for a schedule."""
     if isinstance(model, ModelMixin):
         target: Any = model
-        target.hf_quantizer = PreparedQuantizer(None)
+        target.hf_quantizer = PreparedQuantizer(None)  # type: ignore[arg-type]
 
 
 def check_saveable(model: nn.Module) -> None:

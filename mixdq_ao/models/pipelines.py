@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MixDQError
+
+PICTURES = ("image", "mask_image", "control_image", "video")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,12 +43,17 @@ class Sampling:
 
 
 def denoiser(pipe: Any) -> nn.Module:
-    """The model that is quantized: ``pipe.unet``, or ``pipe.transformer``."""
+    """The model that is quantized: ``pipe.unet``, or ``pipe.transformer``. Of two (``transformer_2``) the first."""
     for name in ("unet", "transformer"):
         model = getattr(pipe, name, None)
         if isinstance(model, nn.Module):
             return model
     raise MixDQError(f"{type(pipe).__name__} has neither a unet nor a transformer; pass the model itself")
+
+
+def other_denoisers(pipe: Any) -> tuple[str, ...]:
+    """Names of what else denoises: Wan 2.2 has a ``transformer_2`` for the last steps."""
+    return tuple(n for n in ("unet_2", "transformer_2") if isinstance(getattr(pipe, n, None), nn.Module))
 
 
 def first_output(output: Any) -> Tensor:
@@ -80,21 +89,39 @@ def generate(
     """Batches of pictures ([B, 3, H, W], float in [0, 1]) or final latents ([B, C, h, w]), on the CPU in float32.
 
     Of a pipeline of videos (one that gives ``frames``, as WanPipeline): [B, F, 3, H, W], or latents [B, C, f, h, w].
+
+    Raises MixDQError for one that wants a picture as well.
     """
     prompts = check_prompts(prompts)
     sizes = {"height": sampling.height, "width": sampling.width, "num_frames": sampling.frames}
     size = {name: value for name, value in sizes.items() if value is not None}
     for start in range(0, len(prompts), sampling.batch_size):
         batch = prompts[start : start + sampling.batch_size]
-        result = pipe(
-            prompt=batch,
-            num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance_scale,
-            generator=[torch.Generator("cpu").manual_seed(sampling.seed + start + i) for i in range(len(batch))],
-            output_type=output,
-            **size,
-        )
+        with _of_prompts_alone(pipe):
+            result = pipe(
+                prompt=batch,
+                num_inference_steps=sampling.steps,
+                guidance_scale=sampling.guidance_scale,
+                generator=[torch.Generator("cpu").manual_seed(sampling.seed + start + i) for i in range(len(batch))],
+                output_type=output,
+                **size,
+            )
         yield drawn(result).detach().float().cpu()
+
+
+@contextmanager
+def _of_prompts_alone(pipe: Any) -> Iterator[None]:
+    """What inpainting, ControlNet and the like say of a picture that is missing, in words that help."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError) as e:
+        wanted = [name for name in PICTURES if name in inspect.signature(type(pipe).__call__).parameters]
+        if not wanted:
+            raise
+        raise MixDQError(
+            f"{type(pipe).__name__} takes {' and '.join(wanted)} besides prompts, and drew nothing without ({e}); use "
+            "its text-to-image pipeline, or calibrate(pipe.unet, run=lambda: pipe(prompt, image=...))"
+        ) from e
 
 
 def drawn(result: Any) -> Tensor:

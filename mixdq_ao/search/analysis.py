@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import SensitivityError
-from ..layers import GroupRule, group_of
-from ..models.pipelines import Sampling, denoiser
+from ..layers import GroupRule, find_layers, group_of
+from ..models.pipelines import Sampling
 from .calibration import Calibration, layer_to_json
 from .distributed import Build, Item, Pool, RayWorkers, Result, pool_of
 from .fingerprint import fingerprint
@@ -20,6 +20,7 @@ from .moments_file import fingerprint_of
 from .part import WHOLE, Part
 from .roundings import PLAIN
 from .store import Store
+from .watch import denoiser_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +53,7 @@ class Analysis:
 
     @property
     def model(self) -> nn.Module:
-        return denoiser(self.pipe)
+        return denoiser_of(self.pipe)
 
     @property
     def bits(self) -> list[list[int]]:
@@ -63,6 +64,12 @@ class Analysis:
     def choices(self) -> tuple[Calibration, Sequence[int], Sequence[int], tuple[str, ...], Mapping[str, Tensor] | None]:
         """What ``deltas_of`` takes after the model."""
         return self.calibration, self.weight_bits, self.act_bits, self.roundings, self.moments
+
+    @property
+    def content(self) -> list[str]:
+        """Calibrated layers that the ``rule`` judges as content, sorted; for ``settings``."""
+        known = self.calibration.layers
+        return sorted(n for n in find_layers(self.model) if n in known and self.rule(n) == "content")
 
     def settings(self, **own: Any) -> dict[str, Any]:
         """What results depend on besides the pipeline, and what a method adds of its ``own``, as JSON: with the

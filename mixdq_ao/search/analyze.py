@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import MixDQError
 from ..layers import GroupRule, group_of
-from ..models.pipelines import Sampling, check_prompts, denoiser
+from ..models.pipelines import Sampling, check_prompts
 from ..quantize.folds import Folding, fold_, folded_moments, foldings_of, planned_folds
 from .analysis import Analysis, of_same_model
 from .calibrate import calibrate_as_drawn
@@ -24,6 +24,7 @@ from .probe import probe_sensitivity
 from .roundings import PLAIN, check_roundings
 from .sensitivity import Sensitivity
 from .smoothing import as_calibrated
+from .watch import denoiser_of
 
 __all__ = ["Evaluation", "analyze", "analyze_part", "folding_workers", "of_same_model"]
 
@@ -59,7 +60,7 @@ def analyze(
     the relative error power of the denoiser's output is recorded as well.
 
     Args:
-        pipe: a diffusers pipeline in full precision.
+        pipe: a diffusers pipeline in full precision. What is compiled runs eagerly meanwhile.
         prompts: texts; 16 to 32 give a stable ranking.
         store: a file that results are appended to after each evaluation; the same call continues from it.
         method: "one_at_a_time", or "probe": estimated to first order from a few backward passes, tens of times
@@ -95,7 +96,7 @@ def analyze(
         calibration = calibrate_as_drawn(pipe, prompts, sampling)
     foldings = foldings_of(calibration.layers)
     moments = None if moments is None else folded_moments(moments, foldings)
-    with as_calibrated(denoiser(pipe), calibration) as calibration:
+    with as_calibrated(denoiser_of(pipe), calibration) as calibration:
         analysis = Analysis(
             pipe=pipe,
             prompts=prompts,
@@ -147,7 +148,7 @@ def folding_workers(workers: RayWorkers | None, foldings: Mapping[str, Folding])
 
     def folding() -> Any:
         pipe = load()
-        fold_(denoiser(pipe), planned_folds(denoiser(pipe), foldings))
+        fold_(denoiser_of(pipe), planned_folds(denoiser_of(pipe), foldings))
         return pipe
 
     return replace(workers, load=folding)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..errors import CalibrationError
 from ..layers import find_layers, split_points, text_readers
-from ..models.pipelines import Sampling, check_prompts, denoiser, generate
+from ..models.pipelines import Sampling, check_prompts, generate
 from ..plan import Range
 from ..progress import progress
 from ..quantize.bos import bos_mask
@@ -23,6 +23,7 @@ from .calibration import Calibration, LayerCalibration
 from .observe import RangeMethod, RangeObserver
 from .smoothing import choose_folds, rotation_note
 from .ties import Ties
+from .watch import model_of, watched
 
 # A first row is handled as BOS when it is the same for every prompt and this many times larger than all other rows.
 BOS_RATIO = 4.0
@@ -62,6 +63,7 @@ class Calibrator:
     ) -> None:
         if act_bits not in (8, 4):
             raise CalibrationError(f"act_bits is {act_bits!r}, expected 8 or 4")
+        model = model_of(model)
         known = next((n for n, m in find_layers(model).items() if is_quantized(m.weight)), None)
         if known is not None:
             raise CalibrationError(f"layer {known!r} is quantized already; calibrate the original model")
@@ -76,24 +78,20 @@ class Calibrator:
 
     @contextmanager
     def watch(self) -> Iterator[Calibrator]:
-        """Observes every linear and convolution layer inside the block; all hooks are removed at its end."""
-        with ExitStack() as stack:
-            for name, module in find_layers(self.model).items():
-                self.watches.setdefault(name, _Watch(self.method, self.splits.get(name), name in self.readers))
-                handle = module.register_forward_hook(self._hook(name))
-                stack.callback(handle.remove)
+        """Observes every linear and convolution layer inside the block, which runs eagerly. All hooks are removed at
+        its end."""
+        layers = find_layers(self.model)
+        for name in layers:
+            self.watches.setdefault(name, _Watch(self.method, self.splits.get(name), name in self.readers))
+        with watched(self.model, layers, self._see):
             yield self
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Linear | nn.Conv2d, args: tuple[Tensor, ...], output: Tensor) -> None:
-            with torch.no_grad():
-                x = args[0]
-                self.ties.see(name, x)
-                if self.watches[name].prompt is not None and self.bos is not False and x.dim() == 3:
-                    self._see_first_rows(x)
-                self.watches[name].update(module, x, output, self.candidate)
-
-        return hook
+    @torch.no_grad()
+    def _see(self, name: str, module: nn.Linear | nn.Conv2d, x: Tensor, y: Tensor) -> None:
+        self.ties.see(name, x)
+        if self.watches[name].prompt is not None and self.bos is not False and x.dim() == 3:
+            self._see_first_rows(x)
+        self.watches[name].update(module, x, y, self.candidate)
 
     def _see_first_rows(self, x: Tensor) -> None:
         """A BOS row is the same for every prompt; rows of zeros (an empty negative prompt) say nothing."""
@@ -197,7 +195,8 @@ def calibrate(
     """Runs a model over prompts and records the range of every layer's input.
 
     Args:
-        pipe: a diffusers pipeline (its unet or transformer is observed); or any nn.Module, with ``run``.
+        pipe: a diffusers pipeline (its unet or transformer is observed); or any nn.Module, with ``run``. What is
+            compiled runs eagerly meanwhile.
         prompts: texts to draw. Real ones: ranges are only as good as they are.
         steps: denoising steps, or several counts (a plan for 1 and 4 steps is calibrated with ``(1, 4)``).
         run: for a bare module: a callable that runs it on representative data.
@@ -219,7 +218,7 @@ def calibrate(
         MixDQError: prompts are empty.
         QuantizationError: the model computes something else when smoothed or rotated.
     """
-    model = pipe if isinstance(pipe, nn.Module) else denoiser(pipe)
+    model = model_of(pipe)
     calibrator = Calibrator(model, method, bos, act_bits)
     options = {"guidance_scale": guidance_scale, "batch_size": batch_size, "seed": seed}
     go, metadata = _runs(pipe, prompts, steps, run, options)

@@ -10,8 +10,11 @@ from ..document import Document
 from ..errors import CalibrationError, PlanError
 from ..plan import LayerPlan, Plan, Range, check_folding, parse_embedding, parse_range
 
+KEYS = ("format", "version", "metadata", "bos_embedding", "ties", "layers")
 FOLDING = ("smoothing", "rotation")
 """Fields that only files of calibrations that asked for them hold."""
+LEAST = {"act_size": 1, "macs": 0, "split": 1}
+"""Of each size; the macs of an input that was no batch may have been counted as 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +100,8 @@ class Calibration(Document):
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Calibration:
+        if unknown := set(document) - set(KEYS):
+            raise CalibrationError(f"unknown key {min(unknown)!r}; expected {', '.join(KEYS)}")
         try:
             layers = {n: _layer(n, v) for n, v in _mapping(document, "layers").items()}
             ties = [_tie(t, layers) for t in document.get("ties", [])]
@@ -135,11 +140,12 @@ def _layer(name: str, value: object) -> LayerCalibration:
         ranges = {n: None if v is None else parse_range(n, v) for n, v in value.items() if n.endswith("_range")}
     except PlanError as e:
         raise CalibrationError(f"layer {name!r}: {e}") from e
-    sizes = {n: value[n] for n in ("act_size", "macs", "split")}
-    if ranges["act_range"] is None or any(
-        type(v) is not int for n, v in sizes.items() if v is not None or n != "split"
-    ):
-        raise CalibrationError(f"layer {name!r}: act_range, act_size and macs are needed, sizes as whole numbers")
+    if ranges["act_range"] is None:
+        raise CalibrationError(f"layer {name!r}: act_range is null, expected [lo, hi]")
+    sizes = {n: value[n] for n in LEAST}
+    for n, v in sizes.items():
+        if (type(v) is not int or not LEAST[n] <= v < 2**53) and (n != "split" or v is not None):
+            raise CalibrationError(f"layer {name!r}: {n} is {v!r}, expected a whole number from {LEAST[n]} below 2^53")
     if (sizes["split"] is None) != (ranges["first_range"] is None or ranges["second_range"] is None):
         raise CalibrationError(f"layer {name!r}: split, first_range and second_range come together")
     folding = {n: value.get(n) for n in FOLDING}

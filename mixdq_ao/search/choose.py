@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AllocationError
-from ..models.pipelines import Sampling, check_prompts, denoiser, each_frame, generate
+from ..models.pipelines import Sampling, check_prompts, each_frame, generate
 from ..plan import Plan
 from ..progress import progress
 from .allocate import sweep
@@ -24,10 +24,9 @@ from .calibration import Calibration
 from .metrics import WINDOW, psnr, ssim
 from .pareto import undominated
 from .prediction import faked
-from .request import Budget
+from .request import OBJECTIVES, Budget
 from .sensitivity import Sensitivity
-
-OBJECTIVES = ("additive", "decoupled", "sqnr")
+from .watch import denoiser_of, eager
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +88,7 @@ def _predicted(allocation: Allocation) -> float:
 
 
 @torch.no_grad()
+@eager()
 def choose(
     pipe: Any,
     given: Sequence[tuple[str, Allocation]],
@@ -115,7 +115,7 @@ def choose(
         bar.advance(note="full precision")
         for objective, allocation in given:
             plan = allocation.plan.with_calibration(calibration)
-            with faked(denoiser(pipe), plan, moments):
+            with faked(denoiser_of(pipe), plan, moments):
                 closeness = [_close(generate(pipe, prompts, d), r) for d, r in zip(rounds, references, strict=True)]
             decibel, similarity = (torch.cat(parts) for parts in zip(*closeness, strict=True))
             judged.append(_judged(objective, allocation, plan, decibel, similarity))

@@ -8,14 +8,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..models.pipelines import denoiser
+from .watch import model_of
 
 
 def fingerprint(subject: Any, settings: Mapping[str, Any]) -> str:
     """A hash of ``settings`` (JSON) and of a model or a pipeline: of all its components, parameters and buffers of
-    modules (names, types, shapes, bytes) and configs of those that have one (schedulers, models)."""
+    modules (names, types, shapes, bytes; of quantized ones what they hold and how it is meant) and configs of those
+    that have one (schedulers, models). What ``torch.compile`` wrapped counts as it is inside."""
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
     for name, part in _parts(subject).items():
         config = getattr(part, "config", None)
@@ -24,20 +26,26 @@ def fingerprint(subject: Any, settings: Mapping[str, Any]) -> str:
             text = json.dumps(public, sort_keys=True, default=lambda value: type(value).__name__)
             digest.update(f"{name} {type(part).__name__}{text}".encode())
         if isinstance(part, nn.Module):
-            _add_values(digest, name, part)
+            for key, tensor in part.state_dict().items():
+                _add_values(digest, f"{name} {key}", tensor)
     return digest.hexdigest()
 
 
 def _parts(subject: Any) -> dict[str, Any]:
     """Components by name, in one order."""
-    if isinstance(subject, nn.Module):
-        return {"": subject}
     components = getattr(subject, "components", None)
-    return dict(sorted(components.items())) if isinstance(components, Mapping) else {"": denoiser(subject)}
+    if isinstance(subject, nn.Module) or not isinstance(components, Mapping):
+        return {"": model_of(subject)}
+    return {n: model_of(p) if isinstance(p, nn.Module) else p for n, p in sorted(components.items())}
 
 
-def _add_values(digest: Any, prefix: str, model: nn.Module) -> None:
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{prefix} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(raw.numpy().data)
+def _add_values(digest: Any, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    if is_traceable_wrapper_subclass(tensor):  # a quantized weight, which has no bytes of its own
+        held, attributes = tensor.__tensor_flatten__()
+        digest.update(f"{type(tensor).__name__}{attributes}".encode())
+        for part in held:
+            _add_values(digest, f"{name}.{part}", getattr(tensor, part))
+        return
+    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    digest.update(raw.numpy().data)

@@ -18,6 +18,7 @@ from ..progress import progress
 from ..quantize.config import MixDQLayerConfig, quantize_
 from .calibration import Calibration
 from .limits import Pair
+from .watch import model_of, watched
 
 
 @torch.no_grad()
@@ -43,6 +44,7 @@ def layer_latencies(
     Raises:
         CalibrationError: ``run`` calls no linear or convolution layer that was calibrated.
     """
+    model = model_of(model)
     calls = _calls(model, calibration, run)
     calibration = calibration.of_folded_model()  # what is folded into weights costs no time
     pairs = [(16, 16), *((w, a) for w in sorted(set(weight_bits)) for a in sorted(set(act_bits)))]
@@ -66,19 +68,11 @@ def _calls(model: nn.Module, calibration: Calibration, run: Callable[[], object]
     calls: dict[str, list[Tensor]] = {}
     shared: dict[Any, Tensor] = {}
 
-    def hook(name: str) -> Callable[..., None]:
-        def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach()
-            calls.setdefault(name, []).append(shared.setdefault((tuple(x.shape), x.stride(), x.dtype), x))
+    def see(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        calls.setdefault(name, []).append(shared.setdefault((tuple(x.shape), x.stride(), x.dtype), x.detach()))
 
-        return see
-
-    handles = [m.register_forward_pre_hook(hook(n)) for n, m in find_layers(model).items() if n in calibration.layers]
-    try:
+    with watched(model, [name for name in find_layers(model) if name in calibration.layers], see):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     if not calls:
         raise CalibrationError("run called no calibrated linear or convolution layer; calibrate with the same model")
     return calls

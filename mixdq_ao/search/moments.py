@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from torch.nn import functional as F
 
 from ..errors import CalibrationError
 from ..layers import find_layers
-from ..models.pipelines import Sampling, check_prompts, denoiser, generate
+from ..models.pipelines import Sampling, check_prompts, generate
 from ..progress import progress
 from ..quantize.bos import bos_mask
 from .calibration import Calibration
 from .moments_file import fingerprint_of, read_moments, write_moments
+from .watch import model_of, watched
 
 ROWS_AT_ONCE = 4096
 """Unfolded windows of a convolution held at a time."""
@@ -103,23 +104,17 @@ class Collector:
     @contextmanager
     def watch(self) -> Iterator[Collector]:
         """Observes the layers inside the block; all hooks are removed at its end."""
-        with ExitStack() as stack:
-            for name in self.layers:
-                handle = self.model.get_submodule(name).register_forward_hook(self._hook(name))
-                stack.callback(handle.remove)
+        with watched(self.model, self.layers, self._see):
             yield self
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Linear | nn.Conv2d, args: tuple[Tensor, ...], output: Tensor) -> None:
-            with torch.no_grad():
-                self.calls[name] = self.calls.get(name, 0) + 1
-                owner = self._owner(name, module, args[0])
-                if self.owners.setdefault(name, owner) != owner:
-                    raise _Deviated
-                if owner == name:
-                    self._add(name, module, args[0].detach())
-
-        return hook
+    @torch.no_grad()
+    def _see(self, name: str, module: nn.Linear | nn.Conv2d, x: Tensor, y: Tensor) -> None:
+        self.calls[name] = self.calls.get(name, 0) + 1
+        owner = self._owner(name, module, x)
+        if self.owners.setdefault(name, owner) != owner:
+            raise _Deviated
+        if owner == name:
+            self._add(name, module, x.detach())
 
     def _owner(self, name: str, module: nn.Linear | nn.Conv2d, x: Tensor) -> str:
         """The first layer that read this very tensor in this way; a weak reference tells a living tensor from a
@@ -206,7 +201,7 @@ def input_moments(
     Raises:
         CalibrationError: a name is unknown or not calibrated, nothing ran, or an input holds NaN or infinity.
     """
-    model = pipe if isinstance(pipe, nn.Module) else denoiser(pipe)
+    model = model_of(pipe)
     names = _names(model, calibration, layers)
     if run is None and (isinstance(pipe, nn.Module) or prompts is None):
         raise CalibrationError("expected a diffusers pipeline and prompts, or a module and run=")

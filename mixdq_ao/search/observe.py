@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -51,17 +52,18 @@ class RangeObserver:
         return self.lo > self.hi
 
     def range(self, bits: int = 8) -> tuple[float, float]:
-        """(lo, hi): the extremes; or the 0.01 % and 99.99 % quantiles; or the clipping with the smallest squared
-        error at ``bits`` (both ends shrunk together over 100 steps, rounding plus clipping error from the
-        histogram)."""
-        if self.method == "minmax" or self.empty or self.counts.sum() == 0:
+        """(lo, hi): the extremes, also where one is not finite; or the 0.01 % and 99.99 % quantiles; or the clipping
+        with the smallest squared error at ``bits`` (both ends shrunk together over 100 steps, rounding plus clipping
+        error from the histogram)."""
+        if self.method == "minmax" or not math.isfinite(self.hi - self.lo) or self.counts.sum() == 0:
             return self.lo, self.hi
         centres = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (2 * self.limit / BINS) - self.limit
         if self.method == "percentile":
             share = self.counts.cumsum(0) / self.counts.sum()
-            lo = centres[int(torch.searchsorted(share, 1e-4))].item()
-            hi = centres[min(int(torch.searchsorted(share, 1 - 1e-4)), BINS - 1)].item()
-            return max(lo, self.lo), min(hi, self.hi)
+            ends = int(torch.searchsorted(share, 1e-4)), min(int(torch.searchsorted(share, 1 - 1e-4)), BINS - 1)
+            # The middle of the bin that holds an extreme may lie beyond it, at either end.
+            lo, hi = (min(max(centres[end].item(), self.lo), self.hi) for end in ends)
+            return lo, hi
         shrink = torch.linspace(0.01, 1, 100, dtype=torch.float64)[:, None]
         lo, hi = min(self.lo, 0.0) * shrink, max(self.hi, 0.0) * shrink
         step = (hi - lo) / (2**bits - 1)

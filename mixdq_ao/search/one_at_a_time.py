@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from ..layers import LayerShape, check_layer, stored_bytes
-from ..plan import LayerPlan
+from ..layers import check_layer
 from ..progress import progress
 from .analysis import Analysis
 from .distributed import Build
 from .evaluation import Evaluation
+from .layer_sensitivity import layer_sensitivity
 from .metrics import OVERFLOW
-from .roundings import PLAIN, best_of, usable
+from .roundings import usable
 from .sensitivity import LayerSensitivity, Sensitivity, sqnr_from_error
 from .trial import Trials
 
@@ -28,7 +28,7 @@ def one_at_a_time(analysis: Analysis, *, replay: bool) -> Sensitivity:
 
     Raises as ``analyze``.
     """
-    settings = analysis.settings()
+    settings = analysis.settings(content=analysis.content)
     with analysis.results(settings) as results, torch.no_grad():
         trials = _trials(analysis, replay)
         todo = _evaluations(trials, analysis)
@@ -94,21 +94,7 @@ def _finite(result: Result) -> Result:
 
 
 def _layer(name: str, trials: Trials, values: Mapping[Evaluation, Result], analysis: Analysis) -> LayerSensitivity:
-    every = {e: v for e, v in values.items() if e.name == name}
-    best = best_of({(e.bits, e.rounding): v["error"] for e, v in every.items() if e.kind == "weight"})
-    kept = {(e.kind, e.bits): v for e, v in every.items() if e.kind == "act" or e.rounding == best[e.bits]}
-    weights, acts = ({b: v for (k, b), v in kept.items() if k == kind} for kind in ("weight", "act"))
-    shape, own, group = LayerShape.of(trials.layers[name]), analysis.calibration.layers[name], analysis.rule(name)
+    own, group = {e: v for e, v in values.items() if e.name == name}, analysis.rule(name)
     score = lambda v: v["ssim"] if group == "content" else sqnr_from_error(v["error"])  # noqa: E731
-    plan = lambda bits: own.plan(LayerPlan(weight_bits=bits, act_bits=8), bos=True, split=True)  # noqa: E731
-    return LayerSensitivity(
-        group=group,
-        weight_size=shape.weights,
-        act_size=own.act_size,
-        weight_scores={b: score(v) for b, v in weights.items()},
-        act_scores={b: score(v) for b, v in acts.items()},
-        weight_errors={b: v["error"] for b, v in weights.items()},
-        act_errors={b: v["error"] for b, v in acts.items()},
-        weight_bytes={b: stored_bytes(shape, plan(b)) for b in sorted(weights)},
-        weight_roundings={b: r for b, r in best.items() if r != PLAIN},
-    )
+    errors, scores = {e: v["error"] for e, v in own.items()}, {e: score(v) for e, v in own.items()}
+    return layer_sensitivity(trials.layers[name], analysis.calibration.layers[name], group, errors, scores)

@@ -19,13 +19,15 @@ from torch import nn
 
 from ..document import Document
 from ..errors import SensitivityError
-from ..layers import LayerShape, find_layers, group_of, stored_bytes
-from ..models.pipelines import Sampling, check_prompts, denoiser, generate
-from ..plan import LayerPlan
+from ..jsonfile import is_number
+from ..layers import LayerShape, find_layers, group_of
+from ..models.pipelines import Sampling, check_prompts, generate
 from ..progress import progress
 from .calibration import Calibration
+from .layer_sensitivity import weight_bytes
 from .orthogonality_gram import LEAST, Correlator, Enough, Estimator
 from .sensitivity import LayerSensitivity, Sensitivity
+from .watch import model_of
 
 KEYS = ("format", "version", "metadata", "estimator", "steps", "sampled", "layers", "matrices")
 DECIMALS = 6
@@ -91,7 +93,7 @@ class Orthogonality(Document):
         Raises SensitivityError where beta is no such number, or so large that an importance leaves float64.
         """
         value = 1.0 / max(1, len(self.layers) - 1) if beta is None else beta
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if not is_number(value) or value <= 0:
             raise SensitivityError(f"beta is {beta!r}, expected a finite number > 0, or None")
         with np.errstate(over="ignore"):
             theta = np.exp(-value * self.gamma)
@@ -177,7 +179,7 @@ def sampled_steps(steps: object, timesteps: int | Sequence[int] | None) -> tuple
 
 def place_weights(places: Sequence[int], steps: int, decay: float) -> Array:
     """float64, sum 1: exp(decay p) of steps at the places p = step / (steps - 1) of a run."""
-    if isinstance(decay, bool) or not isinstance(decay, int | float) or not math.isfinite(decay):
+    if not is_number(decay):
         raise SensitivityError(f"decay is {decay!r}, expected a finite number")
     exponent = decay * np.array(places, dtype=np.float64) / max(1, steps - 1)
     weights = np.exp(exponent - exponent.max())
@@ -238,9 +240,8 @@ def orthogonality(
     """
     if estimator not in LEAST:
         raise SensitivityError(f"estimator is {estimator!r}, expected one of {', '.join(LEAST)}")
-    bare = isinstance(pipe, nn.Module)
-    model = pipe if bare else denoiser(pipe)
-    if run is None and (bare or prompts is None):
+    model = model_of(pipe)
+    if run is None and (isinstance(pipe, nn.Module) or prompts is None):
         raise SensitivityError("expected a diffusers pipeline and prompts, or a module and run=")
     total = 1 if steps is None and run is None else steps
     sampled = None if total is None and timesteps is None else sampled_steps(total, timesteps)
@@ -315,8 +316,7 @@ def _layer(
     name: str, module: nn.Linear | nn.Conv2d, act_size: int, calibration: Calibration | None
 ) -> LayerSensitivity:
     shape, known = LayerShape.of(module), None if calibration is None else calibration.layers.get(name)
-    plans = {} if known is None else {b: LayerPlan(weight_bits=b, act_bits=8) for b in (2, 4, 8)}
-    held = {b: stored_bytes(shape, known.plan(p, bos=True, split=True)) for b, p in plans.items() if known is not None}
+    held = {} if known is None else weight_bytes(shape, known, (2, 4, 8))
     return LayerSensitivity(
         group=group_of(name), weight_size=shape.weights, act_size=max(1, act_size), weight_bytes=held
     )

@@ -14,7 +14,7 @@ sample of one call has to be kept for another.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import SensitivityError
 from ..layers import find_layers
+from .watch import watched
 
 Estimator = Literal["biased", "unbiased"]
 LEAST: dict[Estimator, int] = {"biased": 2, "unbiased": 4}
@@ -138,9 +139,7 @@ class Correlator:
         with ExitStack() as stack:
             stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
             stack.callback(self.model.register_forward_hook(self._end).remove)
-            for name in self.names:
-                module = self.model.get_submodule(name)
-                stack.callback(module.register_forward_hook(self._hook(name)).remove)
+            stack.enter_context(watched(self.model, self.names, self._see))
             yield self
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -151,16 +150,11 @@ class Correlator:
         wanted = self.sampled is None or step in self.sampled
         self.call = _Call(step, _samples(args, kwargs, self.estimator)) if wanted else None
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if self.call is None:
-                return
-            with torch.no_grad():
-                elements = args[0].numel() // max(1, args[0].shape[0])
-                self.act_sizes[name] = max(self.act_sizes.get(name, 0), elements)
-                self.call.add(name, output.detach())
-
-        return hook
+    @torch.no_grad()
+    def _see(self, name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        if self.call is not None:
+            self.act_sizes[name] = max(self.act_sizes.get(name, 0), x.numel() // max(1, x.shape[0]))
+            self.call.add(name, y.detach())
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         call, self.call = self.call, None

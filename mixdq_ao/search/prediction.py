@@ -18,16 +18,16 @@ from torch import Tensor, nn
 
 from ..errors import SensitivityError
 from ..layers import check_plan, find_layers
-from ..models.pipelines import Sampling, check_prompts, denoiser
+from ..models.pipelines import Sampling, check_prompts
 from ..plan import LayerPlan, Plan
 from ..progress import progress
-from ..quantize.config import MixDQLayerConfig, fake_quantizer, folded_as_planned, mixdq_config
-from ..quantize.fake import with_fake_quantizer, without_fake_quantizer
+from ..quantize.config import MixDQLayerConfig, folded_as_planned, mixdq_config
 from .additive import additive_errors
-from .probe_batch import batches
+from .batches import batches
 from .probe_stats import rank_correlation
 from .sensitivity import Sensitivity
-from .trial import run
+from .trial import rounding, run
+from .watch import denoiser_of
 
 
 @contextmanager
@@ -39,10 +39,7 @@ def faked(model: nn.Module, plan: Plan, moments: Mapping[str, Tensor] | None = N
         folded = stack.enter_context(folded_as_planned(model, mixdq_config(plan, mode="fake", moments=moments)))
         for name, config in folded.fqn_to_config.items():
             assert isinstance(config, MixDQLayerConfig)
-            quantizer = fake_quantizer(config)
-            quantizer.keep(layers[name].weight)
-            with_fake_quantizer(layers[name], quantizer)
-            stack.callback(without_fake_quantizer, layers[name])
+            stack.enter_context(rounding(layers[name], config))
         yield
 
 
@@ -60,7 +57,7 @@ def measured_errors(
     What ``Allocation.predicted_error`` predicts. In fake mode, in place: the model is never copied, and full precision
     again afterwards. Raises PlanError where a plan does not fit the model.
     """
-    model, parts = denoiser(pipe), list(batches(check_prompts(prompts), sampling or Sampling()))
+    model, parts = denoiser_of(pipe), list(batches(check_prompts(prompts), sampling or Sampling()))
     references = [run(pipe, part, drawn, images=False).denoised for part, drawn in parts]
     power = sum(r.double().square().sum().item() for r in references)
     errors = []

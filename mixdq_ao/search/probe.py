@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 from ..errors import SensitivityError
-from ..models.pipelines import Sampling, denoiser
+from ..models.pipelines import Sampling
 from ..progress import Bar, progress
 from .analysis import Analysis
+from .batches import batches
 from .distributed import Pool
 from .part import WHOLE, Part
-from .probe_batch import BatchProbe, Record, batches
+from .probe_batch import BatchProbe, Record
 from .probe_delta import LayerDeltas, deltas_of
 from .probe_result import to_sensitivity
 from .probe_stats import Estimates
 from .sensitivity import Sensitivity
 from .store import Store
+from .watch import denoiser_of
 
 MAX_PROBES = 32
 AT_ONCE = 4
@@ -56,8 +58,8 @@ def probe_sensitivity(analysis: Analysis, *, probes: int | None = None, precisio
     """
     _check(analysis.part, probes, precision)
     deltas = deltas_of(analysis.model, *analysis.choices)
-    content = {name for name in deltas if analysis.rule(name) == "content"}
-    settings = analysis.settings(method="probe 2", bits=analysis.bits, content=sorted(content))
+    settings = analysis.settings(method="probe 2", bits=analysis.bits, content=analysis.content)
+    content = frozenset(analysis.content)
     parts = list(batches(analysis.prompts, analysis.sampling))
     here = lambda pipe: _prober(pipe, parts, deltas, content, analysis.budget)  # noqa: E731
     away = _remote(analysis, parts, content)
@@ -82,7 +84,7 @@ def _prober(
     pipe: Any,
     parts: list[tuple[list[str], Sampling]],
     deltas: Mapping[str, LayerDeltas],
-    content: set[str],
+    content: Set[str],
     budget: int,
 ) -> Callable[[Item], list[Record]]:
     """What makes the records of some probes of a batch. Only the trace of the last batch asked for is kept, so a single
@@ -100,13 +102,13 @@ def _prober(
 
 
 def _remote(
-    analysis: Analysis, parts: list[tuple[list[str], Sampling]], content: set[str]
+    analysis: Analysis, parts: list[tuple[list[str], Sampling]], content: Set[str]
 ) -> Callable[[Any], Callable[[Item], list[Record]]]:
     """The same on a worker, which rounds its own weights."""
     choices, budget = analysis.choices, analysis.budget
 
     def build(pipe: Any) -> Callable[[Item], list[Record]]:
-        return _prober(pipe, parts, deltas_of(denoiser(pipe), *choices), content, budget)
+        return _prober(pipe, parts, deltas_of(denoiser_of(pipe), *choices), content, budget)
 
     return build
 

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.pipelines import Sampling, check_prompts, denoiser
+from ..models.pipelines import Sampling, check_prompts
+from .batches import batches
 from .calibration import Calibration
-from .probe_batch import BatchProbe, batches
+from .probe_batch import BatchProbe
 from .probe_delta import deltas_of
 from .sensitivity import Kind
+from .watch import denoiser_of
 
 Scores = dict[Kind, dict[str, dict[int, float]]]
 
@@ -41,7 +43,7 @@ def gradient_scores(
         {"weight" or "act": {layer: {bits: score, summed over samples and steps}}}.
     """
     sampling, prompts = sampling or Sampling(), check_prompts(prompts)
-    deltas = deltas_of(denoiser(pipe), calibration, weight_bits, act_bits)
+    deltas = deltas_of(denoiser_of(pipe), calibration, weight_bits, act_bits)
     scores: Scores = {"weight": {}, "act": {}}
     for index, (part, drawn) in enumerate(batches(prompts, sampling)):
         batch = BatchProbe(pipe, part, drawn, index, deltas, frozenset(), budget)

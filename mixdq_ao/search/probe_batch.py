@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import SensitivityError
-from ..models.pipelines import Sampling, denoiser
+from ..models.pipelines import Sampling
 from .metrics import OVERFLOW
 from .probe_delta import LayerDeltas
 from .probe_tape import Contract, Tape, add
 from .probe_trace import Trace, frozen_pipeline, trace
+from .watch import denoiser_of
 
 Record = dict[str, float]
-
-
-def batches(prompts: list[str], sampling: Sampling) -> Iterator[tuple[list[str], Sampling]]:
-    """The prompts cut into batches, each with the sampling that draws the same noise as in the whole list."""
-    for start in range(0, len(prompts), sampling.batch_size):
-        part = prompts[start : start + sampling.batch_size]
-        yield part, replace(sampling, seed=sampling.seed + start, batch_size=len(part))
 
 
 def signs(like: Tensor, *key: object) -> Tensor:
@@ -141,7 +135,7 @@ class BatchProbe:
         """The tape of one step; only the last one asked for is kept."""
         if self._tape is None or self._tape[0] != step:
             self._tape = None
-            s, model = self.trace.steps[step], denoiser(self.pipe)
+            s, model = self.trace.steps[step], denoiser_of(self.pipe)
             rows = s.output.shape[0]
             self._tape = (step, Tape(model, self.deltas, s.flat, s.spec, list(s.links), rows=rows, budget=self.budget))
             self.order |= dict.fromkeys(call.name for call in self._tape[1].sink.seen)

@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..layers import Group, GroupRule, LayerShape, stored_bytes
-from ..plan import LayerPlan
-from .calibration import Calibration
+from ..layers import Group, GroupRule
+from .calibration import Calibration, LayerCalibration
+from .layer_sensitivity import layer_sensitivity
 from .probe_delta import LayerDeltas
 from .probe_stats import Estimates, Key
-from .roundings import PLAIN, best_of
-from .sensitivity import ERROR_FLOOR, Kind, LayerSensitivity, Sensitivity, sqnr_from_error
+from .roundings import PLAIN
+from .sensitivity import ERROR_FLOOR, LayerSensitivity, Sensitivity, sqnr_from_error
 
 
 def to_sensitivity(
@@ -25,7 +25,7 @@ def to_sensitivity(
     """Error powers of the outputs, scores by group, and the figures' reliability in the metadata."""
     values = dict(zip(estimates.keys, estimates.values.tolist(), strict=True))
     names = dict.fromkeys(name for name, *_ in estimates.keys)
-    layers = {n: _layer(n, values, deltas[n], calibration, rule(n)) for n in names}
+    layers = {n: _layer(n, values, deltas[n], calibration.layers[n], rule(n)) for n in names}
     return Sensitivity(layers, {**metadata, **_figures(estimates, deltas, layers)})
 
 
@@ -35,34 +35,15 @@ def psnr_from_mse(mse: float) -> float:
 
 
 def _layer(
-    name: str, values: Mapping[Key, float], deltas: LayerDeltas, calibration: Calibration, group: Group
+    name: str, values: Mapping[Key, float], deltas: LayerDeltas, own: LayerCalibration, group: Group
 ) -> LayerSensitivity:
-    shape, own = LayerShape.of(deltas.module), calibration.layers[name]
-
-    weights = [choice for choice in deltas.choices if choice.kind == "weight"]
-    best = best_of({(c.bits, c.rounding): values[name, "weight", c.label, "output"] for c in weights})
-
-    def table(kind: Kind, target: str) -> dict[int, float]:
-        kept = [c for c in deltas.choices if c.kind == kind and (kind == "act" or c.rounding == best[c.bits])]
-        return {c.bits: values[name, kind, c.label, target] for c in kept}
-
-    def scores(kind: Kind) -> dict[int, float]:
-        if group == "content":
-            return {bits: psnr_from_mse(mse) for bits, mse in table(kind, "picture").items()}
-        return {bits: sqnr_from_error(error) for bits, error in table(kind, "output").items()}
-
-    plan = lambda bits: own.plan(LayerPlan(weight_bits=bits, act_bits=8), bos=True, split=True)  # noqa: E731
-    return LayerSensitivity(
-        group=group,
-        weight_size=shape.weights,
-        act_size=own.act_size,
-        weight_scores=scores("weight"),
-        act_scores=scores("act"),
-        weight_errors=table("weight", "output"),
-        act_errors=table("act", "output"),
-        weight_bytes={bits: stored_bytes(shape, plan(bits)) for bits in sorted(table("weight", "output"))},
-        weight_roundings={bits: rounding for bits, rounding in best.items() if rounding != PLAIN},
-    )
+    of = lambda choice, target: values[name, choice.kind, choice.label, target]  # noqa: E731
+    errors = {c: of(c, "output") for c in deltas.choices}
+    if group == "content":
+        scores = {c: psnr_from_mse(of(c, "picture")) for c in deltas.choices}
+    else:
+        scores = {c: sqnr_from_error(error) for c, error in errors.items()}
+    return layer_sensitivity(deltas.module, own, group, errors, scores)
 
 
 def _figures(

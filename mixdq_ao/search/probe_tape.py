@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from ..errors import SensitivityError
 from ..models.pipelines import first_output
 from .probe_delta import LayerDeltas
+from .watch import watched
 
 Contract = Callable[[Tensor, Tensor], Tensor]
 
@@ -118,12 +119,12 @@ class Tape:
         self.leaves: list[Tensor] = []
         self.sink = _Sink(deltas, budget, rows)
         args, kwargs = pytree.tree_unflatten(flat, spec)
-        with _watched(model, deltas, self._see), torch.enable_grad():
+        with watched(model, deltas, self._see), torch.enable_grad():
             self.output = first_output(model(*args, **kwargs))
 
-    def _see(self, name: str, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        """A forward hook: from here on the output's gradient is asked for, whether or not anything before needs it."""
-        index = self.sink.see(name, args[0], y)
+    def _see(self, name: str, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """From here on the output's gradient is asked for, whether or not anything before needs it."""
+        index = self.sink.see(name, x, y)
         if not y.requires_grad:
             self.leaves.append(y.detach().requires_grad_(True))
             y = self.leaves[-1].clone()  # a leaf may not be changed in place, and models do that
@@ -157,19 +158,6 @@ class Tape:
             )
         results, sink.results = sink.results, {}
         return results, list(gradients[: len(self.links)])
-
-
-@contextmanager
-def _watched(model: nn.Module, names: Mapping[str, Any], hook: Callable[..., Tensor]) -> Iterator[None]:
-    """``hook(name, module, args, output)`` after every call of the named layers inside the block."""
-    handles = []
-    try:
-        for name in names:
-            handles.append(model.get_submodule(name).register_forward_hook(partial(hook, name)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import SensitivityError
-from ..models.pipelines import Sampling, denoiser, drawn, first_output, generate
+from ..models.pipelines import Sampling, drawn, first_output, generate
 from .probe_tape import frozen
+from .watch import denoiser_of, eager
 
 
 @dataclass(slots=True)
@@ -81,7 +82,7 @@ def trace(pipe: Any, prompts: list[str], sampling: Sampling, *, pictures: bool) 
     """
     steps: list[Step] = []
     run = _Differentiable(pipe)
-    with _unmarked(pipe), _recorded(denoiser(pipe), steps):
+    with _unmarked(pipe), eager(), _recorded(denoiser_of(pipe), steps):
         for _ in generate(run, prompts, sampling, "pt" if pictures else "latent"):
             pass
     images = run.images if pictures else None
@@ -134,5 +135,5 @@ def frozen_pipeline(pipe: Any) -> Iterator[None]:
     """No parameter of any model of the pipeline requires gradients inside the block."""
     parts = getattr(pipe, "components", None)
     parts = parts if isinstance(parts, dict) else vars(pipe)
-    with frozen(denoiser(pipe), *(m for m in parts.values() if isinstance(m, nn.Module))):
+    with frozen(denoiser_of(pipe), *(m for m in parts.values() if isinstance(m, nn.Module))):
         yield

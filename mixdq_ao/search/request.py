@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
+
 from ..errors import AllocationError
+from ..jsonfile import is_number
 from ..plan import ACT_BITS, WEIGHT_BITS
 from .sensitivity import GROUPS, Kind, Sensitivity
 from .split import SPLITS
 
-Objective = Literal["decoupled", "sqnr", "additive"]
+Objective = Literal["additive", "decoupled", "sqnr"]
+OBJECTIVES = get_args(Objective)
 Budget = float | Mapping[str, float]
 Offer = Sequence[int] | Mapping[str, Sequence[int]]
 
@@ -69,8 +72,8 @@ def check_request(
     time_limit: float,
 ) -> Request:
     """The request in normal form. Raises AllocationError naming argument, value and what was expected."""
-    if objective not in get_args(Objective):
-        raise AllocationError(f"objective is {objective!r}, expected one of {', '.join(get_args(Objective))}")
+    if objective not in OBJECTIVES:
+        raise AllocationError(f"objective is {objective!r}, expected one of {', '.join(OBJECTIVES)}")
     if not _number(time_limit) or time_limit <= 0:
         raise AllocationError(f"time_limit is {time_limit!r}, expected seconds > 0")
     if (weight_bits is None) == (weight_bytes is None):
@@ -155,11 +158,8 @@ def positive(name: str, value: object) -> float:
 
 
 def _number(value: object) -> bool:
-    """Python and NumPy numbers, not booleans."""
-    try:
-        return not isinstance(value, bool | str) and math.isfinite(value)  # type: ignore[arg-type]
-    except (TypeError, OverflowError):
-        return False
+    """Python's and NumPy's."""
+    return is_number(value.item() if isinstance(value, np.generic) else value)
 
 
 def protected_names(sensitivity: Sensitivity, protect: Iterable[str]) -> frozenset[str]:

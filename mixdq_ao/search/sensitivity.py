@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..document import Document
 from ..errors import SensitivityError
+from ..jsonfile import is_number
 from .roundings import PLAIN, ROUNDINGS
 
 BITS = (2, 4, 8, 16)
@@ -62,7 +63,7 @@ class LayerSensitivity:
             if not _is_count(getattr(self, name)):
                 raise SensitivityError(f"{name} is {getattr(self, name)!r}, expected a positive integer")
         for name in ("weight_scores", "act_scores"):
-            _check_table(name, getattr(self, name), _is_number, "a finite number")
+            _check_table(name, getattr(self, name), is_number, "a finite number")
         for name in ("weight_errors", "act_errors"):
             _check_table(name, getattr(self, name), _is_error, "a finite number >= 0")
         _check_table("weight_bytes", self.weight_bytes, _is_count, "a positive integer")
@@ -155,15 +156,8 @@ class Sensitivity(Document):
         return sensitivity_from_mixdq_yaml(weight_ssim, weight_sqnr, act_ssim, act_sqnr, weight_ratio, act_ratio)
 
 
-def _is_number(value: object) -> bool:
-    try:
-        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
-    except OverflowError:
-        return False
-
-
 def _is_error(value: object) -> bool:
-    return _is_number(value) and value >= 0  # type: ignore[operator]
+    return is_number(value) and value >= 0
 
 
 def _is_count(value: object) -> bool:

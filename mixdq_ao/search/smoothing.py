@@ -10,18 +10,19 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError, QuantizationError
-from ..models.pipelines import Sampling, check_prompts, denoiser, first_output, generate
+from ..models.pipelines import Sampling, check_prompts, first_output, generate
 from ..quantize.folds import Fold, Folding, as_smoothing, find_folds, fold_, folded, foldings_of, planned_folds
 from ..quantize.hadamard import hadamard
 from .calibration import Calibration
 from .metrics import error_power
+from .watch import denoiser_of, watched
 
 LARGEST = 4
 """Largest power of two, either way."""
@@ -57,12 +58,13 @@ def choose_folds(
         raise CalibrationError(f"smoothing is {strength}, expected 0 to 1, or None")
     peaks: dict[str, Tensor] = {}
     call: list[Any] = []
-    with ExitStack() as stack:
-        stack.enter_context(_first_call(model, call))
-        folds = find_folds(model) if folds is None else list(folds)
-        for name in {fold.readers[0] for fold in folds}:
-            handle = model.get_submodule(name).register_forward_pre_hook(_peaks(peaks, name))
-            stack.callback(handle.remove)
+    folds = find_folds(model) if folds is None else list(folds)
+
+    def see(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        peak = x.detach().abs().flatten(0, -2).amax(0).float()
+        peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
+
+    with _first_call(model, call), watched(model, {fold.readers[0] for fold in folds}, see):
         go()
     if not call:
         raise CalibrationError(f"run= did not call {type(model).__name__} itself, which smoothing and rotation need")
@@ -95,14 +97,6 @@ def _check_same(model: nn.Module, folds: Mapping[Fold, Folding], args: Any, kwar
             f"smoothing or rotation changed the output of {type(model).__name__} by {error:.1e} of its power, expected "
             "none; this model's blocks are wired in another way than diffusers' own: calibrate without"
         )
-
-
-def _peaks(peaks: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        peak = args[0].detach().abs().flatten(0, -2).amax(0).float()
-        peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
-
-    return see
 
 
 def _folding(model: nn.Module, fold: Fold, peak: Tensor, strength: float | None, rotation: bool) -> Folding:
@@ -159,7 +153,7 @@ def smooth_(
 
     ``strength`` and errors: see ``choose_folds``. Returns what was done.
     """
-    model = denoiser(pipe)
+    model = denoiser_of(pipe)
     texts, drawn = check_prompts(prompts), sampling or Sampling()
     chosen = choose_folds(model, lambda: list(generate(pipe, texts, drawn, "latent")), strength=strength, folds=folds)
     fold_(model, chosen)

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from ..appendfile import append, open_locked
 from ..errors import SensitivityError
+from ..jsonfile import is_number, parse
 
 FORMAT, VERSION = "mixdq-store", 1
 
@@ -91,7 +92,7 @@ class Store:
         for number, line in enumerate(lines[1:], 2):
             record = _parse(line, self.path, number)
             key, value = record.get("key"), record.get("value")
-            if not isinstance(key, str) or not isinstance(value, dict) or not all(_finite(v) for v in value.values()):
+            if not isinstance(key, str) or not isinstance(value, dict) or not all(map(is_number, value.values())):
                 raise SensitivityError(f"{self.path}: line {number}: expected a key and a value of finite numbers")
             self.results[key] = value
         return whole
@@ -162,8 +163,8 @@ class Store:
 
 def _parse(line: bytes, path: Path | None, number: int) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except ValueError as e:
+        record = parse(line)
+    except (ValueError, RecursionError) as e:
         raise SensitivityError(f"{path}: line {number} is not JSON; expected a {FORMAT} file") from e
     if not isinstance(record, dict):
         raise SensitivityError(f"{path}: line {number} is {type(record).__name__}, expected an object")
@@ -176,7 +177,3 @@ def _check_same(path: Path, key: str, theirs: Mapping[str, float], ours: Mapping
             f"{path}: {key!r} is {dict(theirs)}, this store has {dict(ours)}; one was made by other software or by "
             "a faulty machine: delete the wrong one"
         )
-
-
-def _finite(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..layers import find_layers
-from ..models.pipelines import Sampling, check_prompts, denoiser, each_frame, first_output, generate_all, text_encoders
+from ..models.pipelines import Sampling, check_prompts, each_frame, first_output, generate_all, text_encoders
 from ..plan import LayerPlan
 from ..quantize.config import MixDQLayerConfig, fake_quantizer
-from ..quantize.fake import with_fake_quantizer, without_fake_quantizer
+from ..quantize.fake import become, with_fake_quantizer, without_fake_quantizer
+from .batches import batches
 from .metrics import error_power, ssim
 from .replay import Recorder, replayable
+from .watch import denoiser_of, eager
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +37,29 @@ def run(pipe: Any, prompts: list[str], sampling: Sampling, *, images: bool) -> O
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         outputs.append(first_output(output).detach())
 
-    handle = denoiser(pipe).register_forward_hook(keep)
+    handle = denoiser_of(pipe).register_forward_hook(keep)
     try:
-        result = generate_all(pipe, prompts, sampling, "pt" if images else "latent")
+        with eager():
+            result = generate_all(pipe, prompts, sampling, "pt" if images else "latent")
     finally:
         handle.remove()
     return Output(torch.stack(outputs), result if images else None)
+
+
+@contextmanager
+def rounding(module: nn.Linear | nn.Conv2d, config: MixDQLayerConfig) -> Iterator[None]:
+    """Inside, a layer rounds as ``config`` says, in floating point; then it is as it was, be that of another class or
+    in fake mode already."""
+    quantizer = fake_quantizer(config)
+    quantizer.keep(module.weight)
+    before, own = type(module), module._modules.get("quantizer")
+    with_fake_quantizer(module, quantizer)
+    try:
+        yield
+    finally:
+        become(without_fake_quantizer(module), before)
+        if own is not None:
+            module.quantizer = own
 
 
 @dataclass(slots=True)
@@ -61,16 +80,13 @@ class Trials:
     def __init__(
         self, pipe: Any, prompts: Sequence[str], sampling: Sampling, *, replay: bool = True, budget: int = 4 << 30
     ) -> None:
-        self.pipe, self.model, self.use_replay = pipe, denoiser(pipe), replay
+        self.pipe, self.model, self.use_replay = pipe, denoiser_of(pipe), replay
         self.layers = find_layers(self.model)
         prompts = check_prompts(prompts)
-        size = sampling.batch_size
         modules: dict[str, nn.Module] = replayable(self.model) | text_encoders(pipe)
         self.batches: list[_Batch] = []
-        for start in range(0, len(prompts), size):
-            part = prompts[start : start + size]
-            recorder = Recorder(modules if replay else self.layers, budget // (1 + len(prompts) // size))
-            seeded = replace(sampling, seed=sampling.seed + start, batch_size=len(part))
+        for part, seeded in batches(prompts, sampling):
+            recorder = Recorder(modules if replay else self.layers, budget // (1 + len(prompts) // sampling.batch_size))
             with recorder.record():
                 reference = self._run(part, seeded, images=True)
             self.batches.append(_Batch(part, seeded, recorder, reference))
@@ -113,13 +129,8 @@ class Trials:
     def _changed(
         self, name: str, layer: LayerPlan, bos_embedding: Tensor | None, moment: Tensor | None = None
     ) -> Iterator[None]:
-        module = self.layers[name]
         config = MixDQLayerConfig(layer, "fake", bos_embedding if layer.bos else None, name, moment)
-        quantizer = fake_quantizer(config)
-        quantizer.keep(module.weight)
-        with ExitStack() as stack:
-            with_fake_quantizer(module, quantizer)
-            stack.callback(without_fake_quantizer, module)
+        with rounding(self.layers[name], config):
             yield
 
     def called(self) -> list[str]:

@@ -8,13 +8,13 @@ unknown are refused, as those readers do.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import ScheduleError
+from ..jsonfile import parse
 from ..plan import Plan
 from ..textfile import read_text
 from .plan import TemporalPlan
@@ -204,7 +204,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A denoiser's config.json as it stands. Raises ScheduleError naming the file."""
     text = read_text(path, ScheduleError)
     try:
-        config = json.loads(text)
+        config = parse(text)
     except (ValueError, RecursionError) as e:
         raise ScheduleError(f"{os.fspath(path)}: not valid JSON ({e}), expected a model's config.json") from e
     if not isinstance(config, dict):

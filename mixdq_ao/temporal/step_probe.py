@@ -16,19 +16,21 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import SensitivityError
-from ..layers import LayerShape, group_of, stored_bytes
-from ..models.pipelines import Sampling, check_prompts, denoiser
-from ..plan import LayerPlan
+from ..layers import group_of
+from ..models.pipelines import Sampling, check_prompts
 from ..progress import progress
 from ..search.analysis import Analysis
+from ..search.batches import batches
 from ..search.calibrate import calibrate_as_drawn
 from ..search.calibration import Calibration
+from ..search.layer_sensitivity import layer_sensitivity
 from ..search.metrics import OVERFLOW
-from ..search.probe_batch import BatchProbe, batches, signs
+from ..search.probe_batch import BatchProbe, signs
 from ..search.probe_delta import LayerDeltas, deltas_of
 from ..search.probe_trace import frozen_pipeline
-from ..search.sensitivity import Kind, LayerSensitivity, Sensitivity
+from ..search.sensitivity import Sensitivity
 from ..search.smoothing import as_calibrated
+from ..search.watch import denoiser_of
 
 AT_ONCE = 4
 """Probes of a batch between two writes to the store; they share the graphs of all steps."""
@@ -73,7 +75,7 @@ def probe_steps(
     sampling = Sampling(steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size)
     if calibration is None:
         calibration = calibrate_as_drawn(pipe, texts, sampling)
-    with as_calibrated(denoiser(pipe), calibration) as calibration:
+    with as_calibrated(denoiser_of(pipe), calibration) as calibration:
         analysis = Analysis(
             pipe=pipe,
             prompts=texts,
@@ -175,24 +177,7 @@ def _sensitivity(
     power = sum(r["power"] for r in records)  # every batch as often as it was probed, like the sums
     called, layers = {key.split("|")[1] for r in records for key in r if "|" in key}, {}
     for name, delta in deltas.items():
-        errors: dict[Kind, dict[int, float]] = {"weight": {}, "act": {}}
-        for choice in delta.choices:
-            errors[choice.kind][choice.bits] = sum(r.get(f"{step}|{choice.key}", 0.0) for r in records) / power
         if name in called:
-            layers[name] = _layer(name, delta, calibration, errors)
+            errors = {c: sum(r.get(f"{step}|{c.key}", 0.0) for r in records) / power for c in delta.choices}
+            layers[name] = layer_sensitivity(delta.module, calibration.layers[name], group_of(name), errors)
     return Sensitivity(layers, {**metadata, "step": step})
-
-
-def _layer(
-    name: str, delta: LayerDeltas, calibration: Calibration, errors: Mapping[Kind, Mapping[int, float]]
-) -> LayerSensitivity:
-    shape, own = LayerShape.of(delta.module), calibration.layers[name]
-    plan = lambda bits: own.plan(LayerPlan(weight_bits=bits, act_bits=8), bos=True, split=True)  # noqa: E731
-    return LayerSensitivity(
-        group=group_of(name),
-        weight_size=shape.weights,
-        act_size=own.act_size,
-        weight_errors=errors["weight"],
-        act_errors=errors["act"],
-        weight_bytes={bits: stored_bytes(shape, plan(bits)) for bits in sorted(errors["weight"])},
-    )

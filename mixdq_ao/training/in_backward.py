@@ -22,7 +22,7 @@ from .gradients import finite_everywhere, is_finite, refuse_sparse, square_norm
 from .loss_scale import LossScale
 
 if TYPE_CHECKING:
-    from .optim import MemoryEfficientOptimizer
+    from .base import MemoryEfficientOptimizer
 
 
 class InBackward:

@@ -28,6 +28,7 @@ from ..models.pipelines import check_prompts, denoiser
 from ..plan import Plan
 from ..quantize.config import declare_quantized, mixdq_config, quantize_
 from ..quantize.fake import without_fake_quantizer
+from ..search.moments_file import fingerprint_of
 from .recover_layers import make_student, students
 from .recover_loop import MakeOptimizer, Run, error_on, record_for
 from .recover_options import Recipe, recipe_of
@@ -112,7 +113,7 @@ def recover(
     teacher = denoiser(pipe)
     student = _student(teacher, plan, moments, recipe)
     settings = {"plan": plan.to_json(), "prompts": learned, "held_out": measured}
-    settings |= {"moments": getattr(moments, "fingerprint", None)}
+    settings |= {"moments": None if moments is None else fingerprint_of(moments)}
     exam = record_for(recipe, pipe, measured, recipe.seed, "recording held-out prompts")
     directory = None if checkpoint is None else Path(checkpoint)
     run = Run(

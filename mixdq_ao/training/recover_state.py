@@ -7,6 +7,7 @@ JSON replaces the old one in one step, then the old tensors go: a crash leaves t
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +19,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchao.optim.subclass_8bit import OptimState8bit
 
+from ..atomicfile import replacing
 from ..errors import CheckpointError, OptimizerError
 from ..jsonfile import read_document, write_document
 from ..models.safetensors_io import read_header, write_safetensors
 from .moments import BLOCK
 
 FORMAT, VERSION, FILE = "mixdq-recovery", 1, "run.json"
+OLD = r"\.?state-\d+\.safetensors"
+"""How names of tensors' files begin, also of one that a killed run was writing."""
 
 
 @dataclass(slots=True)
@@ -92,14 +96,13 @@ def save_run(
     name = f"state-{progress.step}.safetensors"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        part = directory / f"{name}.part"
-        write_safetensors(part, tensors, {"fingerprint": fingerprint, "step": str(progress.step)})
-        part.replace(directory / name)
+        with replacing(directory / name) as file:
+            write_safetensors(Path(file.name), tensors, {"fingerprint": fingerprint, "step": str(progress.step)})
         document = {"format": FORMAT, "version": VERSION, "fingerprint": fingerprint, "tensors": name}
         document["recipe"] = dict(recipe)
         write_document(directory / FILE, {**document, "progress": progress.to_json()})
-        for old in directory.glob("state-*.safetensors*"):
-            if old.name != name:
+        for old in directory.iterdir():
+            if old.name != name and re.match(OLD, old.name):
                 old.unlink(missing_ok=True)
     except OSError as e:
         raise CheckpointError(f"{directory}: cannot be written: {e.strerror or e}; make room and run again") from e

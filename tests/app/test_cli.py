@@ -254,6 +254,10 @@ def test_quantize_and_generate(capsys, tmp_path, monkeypatch, bundled):
     assert [p.name for p in pictures.iterdir()] == ["0000-a-red-circle.png"]
     found = json.loads(out)
     assert found["pictures"] == [str(pictures / "0000-a-red-circle.png")] and found["seconds"] > 0
+    nothing = torch.full((1, 3, 8, 8), torch.nan)
+    monkeypatch.setattr("mixdq_ao.models.pipelines.generate", lambda *args: iter([nothing]))
+    code, _, err = run(capsys, "generate", PIPELINE, *ask)
+    assert code == 2 and "picture 0 of the batch is not finite" in err
 
 
 def test_calibrate_and_analyze_print_json(capsys, tmp_path, monkeypatch, prompts, bundled):

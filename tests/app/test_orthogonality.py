@@ -52,6 +52,7 @@ def test_allocate_takes_the_file(capsys, tmp_path, form):
     path, out = tmp_path / "orthogonality.json", tmp_path / "plan.json"
     given = measured(layers=5)
     given.save(path)
+    path.write_text("\ufeff" + path.read_text())  # as some editors save it
     options = () if form is None else ("--objective", form)
     code, text, err = run(
         capsys, "allocate", path, "--weight-bits", 4, *options, "--protect", "l1", "--json", "--out", out

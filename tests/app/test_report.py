@@ -187,7 +187,9 @@ def test_a_broken_file_is_one_clear_error(folder, name, edit, words):
 @pytest.mark.parametrize(
     "name", ["results.json", "pareto.json", "grid.json", "sensitivity.json", "plan_w8a8.json", "grid.png"]
 )
-@pytest.mark.parametrize("content", [b"", b'{"variants": {', b"\xff\xfe\x00", b"[NaN]", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b'{"variants": {', b'{"x": 1, "x": 2}', b"\xff\xfe\x00", b"[NaN]", b"[" * 100_000]
+)
 def test_broken_bytes_are_one_clear_error(folder, name, content):
     (folder / name).write_bytes(content)
     with pytest.raises(MixDQError, match=re.escape(name)):

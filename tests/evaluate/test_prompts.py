@@ -69,6 +69,8 @@ def test_a_file_of_a_data_set_on_the_hub(tmp_path, monkeypatch):
         ({"annotations": []}, "annotations is list, expected a list that is not empty"),
         ({"annotations": [{"image_id": "4", "caption": "x"}]}, r"annotations\[0\]: has no whole number 'image_id'"),
         ({"annotations": [{"image_id": 4, "caption": " "}]}, r"annotations\[0\]: caption is ' '"),
+        ({"images": 5, "annotations": COCO["annotations"]}, "images is int, expected a list"),
+        ({"images": None, "annotations": COCO["annotations"]}, "images is NoneType, expected a list"),
         ({"images": [{"id": 4}], "annotations": COCO["annotations"]}, r"images\[0\]: expected a whole number"),
         ({"images": [{"id": 4, "file_name": "../x"}], "annotations": COCO["annotations"]}, r"images\[0\]"),
         ({"images": COCO["images"][:1], "annotations": COCO["annotations"]}, "picture 4 has a caption"),

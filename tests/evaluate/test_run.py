@@ -15,6 +15,7 @@ from mixdq_ao.errors import MixDQError
 from mixdq_ao.evaluate import FID, SSIM, Batch, CLIPScore, Gaussian, Metric, Prompts, Results, Run, Settings, Shard
 from mixdq_ao.evaluate.metric import MeanMetric, column
 from mixdq_ao.evaluate.run import Reference
+from mixdq_ao.evaluate.shard import numbers_of
 from mixdq_ao.evaluate.table import differences, rows_of
 
 COUNT = 11
@@ -119,7 +120,7 @@ def test_torn_files_are_mended(whole, tmp_path, painter, clip, cut):
 
 def test_shards_put_together_equal_one_run(whole, tmp_path, painter, clip):
     """Each on a machine of its own, with batches of its own; then all files in one directory."""
-    ranges = [Shard(k, 3).range(COUNT) for k in (1, 2, 3)]
+    ranges = [numbers_of(Shard(k, 3), COUNT) for k in (1, 2, 3)]
     assert [n for r in ranges for n in r] == list(range(COUNT)) and all(a.stop == b.start for a, b in pairwise(ranges))
     painter.drawn.clear()
     for k, size in ((2, 1), (3, 8), (1, 2)):
@@ -130,6 +131,9 @@ def test_shards_put_together_equal_one_run(whole, tmp_path, painter, clip):
     job = run(tmp_path / "merged", painter, metrics(clip))
     assert job.work() == 0
     same(whole, job.figures())
+    for k, of in ((3, 2), (0, 2), (1, 0)):
+        with pytest.raises(MixDQError, match=f"part is {k}/{of}"):
+            job.work(Shard(k, of))
 
 
 def test_a_metric_more_judges_the_pictures_that_are_there(whole, tmp_path, painter):
@@ -141,6 +145,8 @@ def test_a_metric_more_judges_the_pictures_that_are_there(whole, tmp_path, paint
     job.work()
     figures = job.figures()
     assert not painter.drawn and figures is not None and figures["ssim"].value == pytest.approx(1, abs=1e-12)
+    with pytest.raises(MixDQError, match="has seen no picture"):  # its rows are on disk, and not in memory as well
+        job.metrics["ssim"].compute()
 
 
 def test_a_shard_may_begin_while_another_one_does(tmp_path):
@@ -226,6 +232,78 @@ def test_results_are_read_back_and_compared(whole, tmp_path, painter, clip):
     (tmp_path / "second" / "results.json").write_text(json.dumps(document))
     with pytest.raises(MixDQError, match="measure both in the same way"):
         differences(found["first"], Results.load(tmp_path / "second"))
+
+
+def saved(directory, figures, **more) -> Results:
+    results = Results(figures, dict.fromkeys(figures, ("higher", "")), SETTINGS, more)
+    results.save(directory)
+    return results
+
+
+def test_a_crash_while_results_are_saved_is_noticed(tmp_path, whole, monkeypatch):
+    """What each picture adds is never read beside the figures of another save; saving again mends it."""
+    old, new = ({"brightness": replace_figure(whole["brightness"], shift)} for shift in (0.0, 1.0))
+    new["brightness"] = replace(new["brightness"], linear=whole["brightness"].linear[::-1])
+    saved(tmp_path, {**old, "clip": whole["clip"]})
+    path = tmp_path / "linear" / "brightness.npy"
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", lambda *paths: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            saved(tmp_path, new)
+    assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("mixdq_ao.evaluate.results.write_document", lambda *args: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            saved(tmp_path, new)
+    with pytest.raises(MixDQError, match=r"brightness\.npy: is not what results\.json was written with; measure"):
+        Results.load(tmp_path)
+    saved(tmp_path, new)
+    found = Results.load(tmp_path)
+    assert found.figures["brightness"].value == new["brightness"].value
+    assert (found.figures["brightness"].linear == new["brightness"].linear).all() and found.figures["clip"].count
+    path.write_bytes(before[:90])
+    with pytest.raises(MixDQError, match=r"brightness\.npy: cannot be read"):
+        Results.load(tmp_path)
+    saved(tmp_path, {"brightness": replace(new["brightness"], interval=None, linear=None)})
+    assert Results.load(tmp_path).figures["brightness"].linear is None and not path.exists()
+
+
+def test_results_without_digests_are_read(tmp_path, whole):
+    """As they were written before there were digests."""
+    saved(tmp_path, {"clip": whole["clip"]})
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert list(document.pop("linear")) == ["clip"]
+    (tmp_path / "results.json").write_text(json.dumps(document))
+    assert Results.load(tmp_path).figures["clip"].linear == pytest.approx(whole["clip"].linear)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("value", "high", "'clip': value is 'high', expected a finite number"),
+        pytest.param("value", 10**400, "'clip': value is 1000", id="beyond float64"),
+        ("interval", 5, "'clip': interval is 5, expected two finite numbers"),
+        ("interval", [1.0], r"'clip': interval is \[1.0\]"),
+        ("interval", [2.0, 1.0], r"'clip': interval is \[2.0, 1.0\]"),
+        ("interval", [1.0, None], "'clip': interval is"),
+        ("pictures", "two", "'clip': pictures is 'two', expected a whole number of at least 1"),
+        ("pictures", 0, "'clip': pictures is 0"),
+        ("pictures", True, "'clip': pictures is True"),
+        ("better", 7, "'clip': better is 7, expected 'higher' or 'lower'"),
+        ("unit", None, "'clip': unit is None, expected a text"),
+        ("extra", 1, "'clip': expected an object with"),
+        (None, {"identities": []}, r"identities is \[\], expected an object"),
+        (None, {"linear": "x"}, "linear is 'x', expected an object"),
+    ],
+)
+def test_broken_results_are_named(tmp_path, whole, field, value, words):
+    saved(tmp_path, {"clip": whole["clip"]})
+    document = json.loads((tmp_path / "results.json").read_text())
+    document.update(value) if field is None else document["metrics"]["clip"].update({field: value})
+    (tmp_path / "results.json").write_text(json.dumps(document))
+    with pytest.raises(MixDQError, match=f"results.json: {words}"):
+        Results.load(tmp_path)
 
 
 def replace_figure(figure, shift):

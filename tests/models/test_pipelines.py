@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from diffusers import (
     StableDiffusionXLInpaintPipeline,
 )
 
-from mixdq_ao import Plan, bos_aware, mixdq_config, quantize_
+from mixdq_ao import MixDQError, Plan, bos_aware, calibrate, mixdq_config, quantize_
 from mixdq_ao.layers import find_layers
+from mixdq_ao.models.pipelines import other_denoisers
 from mixdq_ao.quantize.tensor import is_quantized
 from mixdq_ao.search.metrics import psnr
 
@@ -146,3 +148,14 @@ def test_embeddings_computed_outside(bundled):
 def _parts(pipe) -> dict:
     names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
     return {**{n: getattr(pipe, n) for n in names}, "add_watermarker": False}
+
+
+def test_pipelines_that_take_pictures_are_named(bundled):
+    pipe = StableDiffusionXLInpaintPipeline.from_pipe(bundled.pipe)
+    with pytest.raises(MixDQError, match="InpaintPipeline takes image and mask_image besides prompts.*run=lambda"):
+        calibrate(pipe, bundled.prompts[:1])
+
+
+def test_a_second_denoiser_is_known(unet):
+    assert other_denoisers(SimpleNamespace(unet=unet)) == ()
+    assert other_denoisers(SimpleNamespace(transformer=unet, transformer_2=unet)) == ("transformer_2",)

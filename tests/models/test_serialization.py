@@ -33,6 +33,7 @@ from mixdq_ao import (
     save_quantized,
 )
 from mixdq_ao.layers import find_layers
+from mixdq_ao.models.checkpoint import Checkpoint
 from mixdq_ao.models.exports import export_modelopt, export_torchao
 from mixdq_ao.models.plan_of import plan_of, same_layer
 from mixdq_ao.quantize.tensor import MixDQTensor, SplitMixDQTensor
@@ -398,6 +399,22 @@ def test_attributes_that_do_not_fit_their_tensors_are_errors(damaged, change, wo
 
     rewrite_header(damaged / WEIGHTS, edit)
     error_of(damaged, f"'conv_in.weight' is damaged: {words}")
+
+
+@pytest.mark.parametrize("dtype", ["float16", ["float16"], {"_data": "load"}, {}])
+def test_a_type_that_is_none_is_an_error(damaged, dtype):
+    """Asked for alone, as diffusers does before it reads the weights."""
+
+    def edit(header):
+        record = json.loads(header["__metadata__"]["conv_in.weight"])
+        record["_data"]["dtype"] = dtype
+        header["__metadata__"]["conv_in.weight"] = json.dumps(record)
+
+    rewrite_header(damaged / WEIGHTS, edit)
+    checkpoint = Checkpoint.in_directory(damaged, WEIGHTS.removesuffix(".safetensors"))
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: 'conv_in.weight' is damaged: dtype is "):
+        checkpoint.dtype("conv_in.weight")
+    assert checkpoint.dtype("no.weight") is None and checkpoint.dtype("conv_out.weight") is torch.float32
 
 
 def test_only_known_classes_are_made(damaged):

@@ -19,6 +19,7 @@ from mixdq_ao.search.metrics import error_power, ssim
 from mixdq_ao.search.trial import Trials
 
 from . import analyze_program
+from .test_distributed import Pipe
 
 LAYERS = ("conv_in", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k", "up_blocks.2.resnets.1.conv_shortcut")
 
@@ -109,6 +110,14 @@ def test_a_store_of_other_prompts(bundled, tmp_path):
     analyze(bundled.pipe, bundled.prompts[:2], store=tmp_path / "s", **options)
     with pytest.raises(SensitivityError, match="other prompts"):
         analyze(bundled.pipe, bundled.prompts[1:3], store=tmp_path / "s", **options)
+
+
+def test_a_store_of_another_rule(tmp_path):
+    """Pictures are judged only where the rule says content: what was stored without cannot be continued with."""
+    pipe, options = Pipe(), {"store": tmp_path / "s", "weight_bits": (4,), "act_bits": ()}
+    analyze(pipe, ["a", "b"], rule=lambda name: "quality", **options)
+    with pytest.raises(SensitivityError, match="other settings"):
+        analyze(pipe, ["a", "b"], rule=lambda name: "content", **options)
 
 
 def test_bad_input(bundled):

@@ -108,14 +108,23 @@ def test_files(calibration, tmp_path):
     for change, says in [
         ({"act_range": None}, "act_range"),
         ({"act_range": [1, 0]}, "lo <= hi"),
-        ({"macs": "x"}, "whole numbers"),
+        ({"macs": "x"}, "macs is 'x', expected a whole number from 0"),
+        ({"macs": False}, "macs is False"),
+        ({"act_size": -5}, "act_size is -5, expected a whole number from 1"),
+        ({"act_size": None}, "act_size is None"),
+        ({"act_size": 2**60}, "act_size is 1152921504606846976"),
+        ({"split": 0}, "split is 0"),
         ({"split": 3}, "come together"),
+        ({"extra": 1}, "and no more"),
     ]:
         broken = json.loads(json.dumps(document))
         broken["layers"][name] |= change
         (tmp_path / "b.json").write_text(json.dumps(broken))
         with pytest.raises(CalibrationError, match=says):
             Calibration.load(tmp_path / "b.json")
+    (tmp_path / "b.json").write_text(json.dumps(document | {"layer": {}}))
+    with pytest.raises(CalibrationError, match="b.json: unknown key 'layer'; expected format"):
+        Calibration.load(tmp_path / "b.json")
     (tmp_path / "b.json").write_text(json.dumps(document)[:1000])
     with pytest.raises(CalibrationError, match="not valid JSON"):
         Calibration.load(tmp_path / "b.json")
@@ -153,6 +162,29 @@ def test_percentile_and_mse_clip_an_outlier():
     exact = RangeObserver("minmax")
     exact.update(torch.tensor([-1.5, 400.0]))
     assert exact.range() == (-1.5, 400.0)
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("values", [[0.0] * 9, [5.0] * 9, [-5.0] * 9, [0.3], [-0.3], [0.0], [-1e-7, 1e-7], [1.0, 2.0]])
+def test_a_range_lies_within_its_inputs(method, values):
+    """Within them and zero for "mse", which shrinks towards it."""
+    observer = RangeObserver(method)
+    observer.update(torch.tensor(values))
+    ends = observer.lo, observer.hi
+    least, most = (min(ends[0], 0.0), max(ends[1], 0.0)) if method == "mse" else ends
+    for bits in (4, 8):
+        lo, hi = observer.range(bits)
+        assert least <= lo <= hi <= most, (lo, hi)
+        assert method == "mse" or values != [values[0]] * len(values) or (lo, hi) == ends
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_not_finite_is_never_clipped_away(method, value):
+    observer = RangeObserver(method)
+    observer.update(torch.randn(100_000))
+    observer.update(torch.tensor([value]))
+    assert max(map(abs, observer.range())) == float("inf")
 
 
 def test_mse_range_is_the_best_of_a_search():

@@ -173,11 +173,12 @@ def test_importance_is_the_published_formula(net):
     assert found.step_weights(0.0) == pytest.approx([1 / 3] * 3)
     picture = np.array(found.aggregated(0.0))
     assert picture == pytest.approx(found.matrices.mean(0), abs=1e-6) and picture.shape == (4, 4)
-    for beta in (0, -1.0, float("inf"), True, 1e4):
+    for beta in (0, -1.0, float("inf"), True, 1e4, 10**400):
         with pytest.raises(SensitivityError, match="beta is"):
             found.importance(beta=beta)
-    with pytest.raises(SensitivityError, match="decay is"):
-        found.importance(decay=float("nan"))
+    for decay in (float("nan"), 10**400):
+        with pytest.raises(SensitivityError, match="decay is"):
+            found.importance(decay=decay)
 
 
 def test_files(net, tmp_path):

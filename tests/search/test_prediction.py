@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from torch import nn
 
 from mixdq_ao import LayerPlan, Plan, PlanError, Sampling, SensitivityError, allocate, mixdq_config, quantize_
+from mixdq_ao.layers import find_layers
 from mixdq_ao.search.metrics import error_power
 from mixdq_ao.search.prediction import (
     Agreement,
@@ -20,7 +22,9 @@ from mixdq_ao.search.prediction import (
     with_measured,
 )
 from mixdq_ao.search.sensitivity import LayerSensitivity, Sensitivity
-from mixdq_ao.search.trial import run
+from mixdq_ao.search.trial import Trials, run
+
+from .test_distributed import PROMPTS, Pipe
 
 
 def sensitivity() -> Sensitivity:
@@ -61,6 +65,25 @@ def test_a_plan_that_does_not_fit_changes_nothing(unet):
     with pytest.raises(ZeroDivisionError), faked(unet, Plan.uniform(unet, 4, 16)):
         raise ZeroDivisionError
     assert not any(type(m).__name__.startswith("Fake") for m in unet.modules())
+
+
+class Own(nn.Linear):
+    """A linear layer of somebody's own class."""
+
+
+def test_layers_stay_of_their_class_and_in_fake_mode():
+    pipe = Pipe()
+    pipe.unet.other = Own(12, 12)
+    pipe.unet.add_module("plain", nn.Linear(3, 3))
+    quantize_(pipe.unet, mixdq_config(Plan({"linear": LayerPlan(weight_bits=2)}), mode="fake"))
+    before = {n: (type(m), m._modules.get("quantizer")) for n, m in pipe.unet.named_modules()}
+    assert before["linear"][1] is not None
+    with faked(pipe.unet, Plan.uniform(pipe.unet, 4, 16)):
+        assert {type(m).__name__ for m in find_layers(pipe.unet).values()} == {"FakeQuantLinear", "FakeQuantConv2d"}
+        assert pipe.unet.linear.quantizer.layer.weight_bits == 4
+    assert {n: (type(m), m._modules.get("quantizer")) for n, m in pipe.unet.named_modules()} == before
+    Trials(pipe, PROMPTS, Sampling()).measure("linear", LayerPlan(weight_bits=8), None, images=False)
+    assert {n: (type(m), m._modules.get("quantizer")) for n, m in pipe.unet.named_modules()} == before
 
 
 def test_predicted_is_what_the_program_says():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import pytest
@@ -58,10 +57,11 @@ def test_a_file_that_is_no_store_is_left_alone(tmp_path, text):
 
 def test_values_must_be_finite_numbers(tmp_path):
     fill(tmp_path / "s", 0)
-    with open(tmp_path / "s", "a") as file:
-        file.write(json.dumps({"key": "k", "value": {"error": "x"}}) + "\n")
-    with pytest.raises(SensitivityError, match="line 2"), Store(tmp_path / "s", "print"):
-        pass
+    header = (tmp_path / "s").read_text()
+    for value in ('"x"', "true", "NaN", "1e999", "1" * 400, "[" * 100_000):
+        (tmp_path / "s").write_text(f'{header}{{"key": "k", "value": {{"error": {value}}}}}\n')
+        with pytest.raises(SensitivityError, match="line 2"), Store(tmp_path / "s", "print"):
+            pass
 
 
 def test_one_writer_at_a_time(tmp_path):

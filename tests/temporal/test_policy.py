@@ -114,7 +114,14 @@ def test_into_a_config_and_back(tmp_path):
         StepPolicy(first=1, last=2).into_config({})
     with pytest.raises(ScheduleError, match="config: quantization_config.runtime is 3"):
         StepPolicy.from_config({"quantization_config": {"runtime": 3}})
-    (tmp_path / "bad.json").write_text("{")
-    for path, words in (("bad.json", "not valid JSON"), ("none.json", "cannot be read")):
-        with pytest.raises(ScheduleError, match=words):
-            read_config(tmp_path / path)
+    for text, words in (
+        ("{", "not valid JSON"),
+        ('{"a": NaN}', "NaN is not a JSON number"),
+        ('{"a": 1, "a": 2}', "key 'a' appears twice"),
+        ("[]", "is a list, expected an object"),
+    ):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ScheduleError, match=f"bad.json: .*{words}"):
+            read_config(tmp_path / "bad.json")
+    with pytest.raises(ScheduleError, match="none.json: cannot be read"):
+        read_config(tmp_path / "none.json")

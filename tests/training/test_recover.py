@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from mixdq_ao import (
@@ -308,6 +310,14 @@ def test_new_noise_when_asked(pipe, plan):
     assert pipe.drawn == 2 * (held + 3 * learned)
 
 
+def test_bars_on_a_terminal(pipe, plan, monkeypatch):
+    """That of recording inside that of training, which rich refused before 14.1."""
+    shown = io.StringIO()
+    monkeypatch.setattr("mixdq_ao.progress.console", Console(file=shown, force_terminal=True, width=120))
+    recover(pipe, plan, PROMPTS, steps=3, refresh=2, **FAST)
+    assert "recording held-out prompts" in shown.getvalue() and "recovering" in shown.getvalue()
+
+
 # --- stopping, and going on ---
 
 
@@ -327,6 +337,8 @@ def test_a_killed_run_goes_on_to_the_bit(subject, plan, tmp_path):
         recover(parts, plan, PROMPTS, **options, checkpoint=place, save_every=4, on_evaluation=kill)
     assert same(state_of(parts.unet), state_of(untouched.unet))  # an interrupted run changes nothing
     assert json.loads((place / "run.json").read_text())["progress"]["step"] == 8
+    for name in ("state-9.safetensors.part", ".state-12.safetensors.0123abcd"):  # what killed runs were writing
+        (place / name).touch()
     b = recover(parts, plan, PROMPTS, **options, checkpoint=place, save_every=4)
     assert same(state_of(whole.unet), state_of(parts.unet))
     assert a.history == b.history and a.after == b.after and len(list(place.iterdir())) == 2
@@ -522,6 +534,7 @@ def test_what_differs_from_a_stored_run_is_named(subject, plan, tmp_path, monkey
     )
     fails("model, plan, prompts, moments, optimizer", toy_plan(*subject, weight_range="mse"))
     fails("optimizer", make_optimizer=torch.optim.AdamW)
+    fails("moments", moments={"conv_in": torch.eye(36)})
     other = {**recover_loop.CONSTANTS, "rate_of_bits": [[2, 0.5]]}
     monkeypatch.setattr(recover_loop, "CONSTANTS", other)
     fails("or release of mixdq_ao")

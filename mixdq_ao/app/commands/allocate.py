@@ -174,11 +174,13 @@ def _show_candidates(judged: list[Judged]) -> None:
 
 def _format(path: Path) -> object:
     """What a file says it is; None where it says nothing, and reading it will say why."""
+    from ...errors import MixDQError
     from ...jsonfile import parse
+    from ...textfile import read_text
 
     try:
-        document = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        document = parse(read_text(path, MixDQError))
+    except (ValueError, RecursionError):  # MixDQError is a ValueError
         return None
     return document.get("format") if isinstance(document, dict) else None
 

@@ -141,16 +141,11 @@ def _finish(args: argparse.Namespace, job: Run, figures: Any, device: str) -> No
 
 
 def _circumstances(args: argparse.Namespace, device: str) -> dict[str, Any]:
-    from importlib.metadata import PackageNotFoundError, version
-
     from ..environment import environment
+    from ..machine import versions_of
 
     found = environment()
-    for name in PACKAGES:
-        try:
-            found["packages"][name] = version(name)
-        except PackageNotFoundError:
-            found["packages"][name] = None
+    found["packages"] |= versions_of(PACKAGES)
     given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("run", "traceback")}
     return {"options": given, "device": device, "environment": found}
 

@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
     from mixdq_ao.models.pipelines import Sampling, check_prompts, generate
 
     pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
+    from ...evaluate.pictures import to_bytes
     from ...progress import progress
     from ..quantized import make_ready, make_scheduled, save_png
 
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     with progress("drawing", len(prompts)) as bar:
         for batch in generate(pipe, prompts, sampling):
-            for image in batch:
+            for image in to_bytes(batch):
                 drawn.append(save_png(image, args.out, len(drawn), prompts[len(drawn)]))
             bar.advance(len(batch))
     wrote(args.out, counted(len(drawn), "picture"))

@@ -35,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     plan = load_plan(args.plan, args.calibration)
-    from mixdq_ao.models.pipelines import denoiser
+    from mixdq_ao.models.pipelines import denoiser, other_denoisers
     from mixdq_ao.models.serialization import refuse_occupied, save_pipeline
 
     from ..measure import held_bytes
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
         refuse_occupied(args.out)
     pipe = _quantized(args, plan)
     model = denoiser(pipe)
-    summary, before = plan.summary(model), _bytes_before(model)
+    summary, before, left = plan.summary(model), _bytes_before(model), other_denoisers(pipe)
     after = held_bytes(model)
     if args.out:
         save_pipeline(pipe, args.out, plan=plan)
@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
                 "layers_by_act_bits": {str(b): n for b, n in sorted(summary.act_counts.items())},
                 "bytes_before": before,
                 "bytes_after": after,
+                "left_as_they_are": list(left),
                 "saved": str(args.out) if args.out else None,
             }
         )
@@ -72,7 +73,8 @@ def run(args: argparse.Namespace) -> None:
             "activation bits": f"{summary.average_act_bits:.2f} on average",
             "bytes before": f"{mebibytes(before)} ({next(model.parameters()).dtype})".replace("torch.", ""),
             "bytes after": f"{mebibytes(after)} ({after / before:.1%})",
-        },
+        }
+        | ({"left as it is": ", ".join(left)} if left else {}),
     )
     if args.out:
         wrote(args.out, "the quantized pipeline")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import MixDQError
+from ...jsonfile import parse
 from ...plan import Plan
 from ...search.sensitivity import Sensitivity
 from ...temporal.plan import TemporalPlan
 from ...temporal.results import ScheduleResults
+from ...textfile import read_text
 from .grid import Grid, read_grid
 from .names import plan_order
 
@@ -119,14 +120,11 @@ def _optional(path: Path, read: Callable[[Path], Any], default: Any) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. NaN and infinity are no JSON."""
-
-    def refuse(name: str) -> float:
-        raise ValueError(f"{name} is not a JSON number")
-
+    """The object in a JSON file. Raises MixDQError naming the file."""
+    text = read_text(path, MixDQError)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except (OSError, ValueError, RecursionError) as e:
+        document = parse(text)
+    except (ValueError, RecursionError) as e:
         raise MixDQError(f"{path}: cannot be read as JSON: {e}") from e
     if not isinstance(document, dict):
         raise MixDQError(f"{path}: is {type(document).__name__}, expected an object")

@@ -1,0 +1,49 @@
+"""The LayerSensitivity of a layer from what was measured of it, whatever the method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from ..layers import Group, LayerShape, stored_bytes
+from ..plan import LayerPlan
+from .calibration import LayerCalibration
+from .evaluation import Evaluation
+from .roundings import PLAIN, best_of
+from .sensitivity import Kind, LayerSensitivity
+
+
+def layer_sensitivity(
+    module: nn.Linear | nn.Conv2d,
+    own: LayerCalibration,
+    group: Group,
+    errors: Mapping[Evaluation, float],
+    scores: Mapping[Evaluation, float] | None = None,
+) -> LayerSensitivity:
+    """Of every bit width the rounding of the least error. ``errors`` and, where the method gives any, ``scores`` are of
+    the same evaluations, all of this layer."""
+    best = best_of({(e.bits, e.rounding): error for e, error in errors.items() if e.kind == "weight"})
+
+    def table(kind: Kind, values: Mapping[Evaluation, float] | None) -> dict[int, float]:
+        kept = [e for e in errors if e.kind == kind and (kind == "act" or e.rounding == best[e.bits])]
+        return {} if values is None else {e.bits: values[e] for e in kept}
+
+    shape = LayerShape.of(module)
+    return LayerSensitivity(
+        group=group,
+        weight_size=shape.weights,
+        act_size=own.act_size,
+        weight_scores=table("weight", scores),
+        act_scores=table("act", scores),
+        weight_errors=table("weight", errors),
+        act_errors=table("act", errors),
+        weight_bytes=weight_bytes(shape, own, best),
+        weight_roundings={bits: rounding for bits, rounding in best.items() if rounding != PLAIN},
+    )
+
+
+def weight_bytes(shape: LayerShape, own: LayerCalibration, weight_bits: Iterable[int]) -> dict[int, int]:
+    """{bits: bytes the layer's tensors hold with 8-bit activations}, rising; how a weight is rounded costs none."""
+    plans = {bits: own.plan(LayerPlan(weight_bits=bits, act_bits=8), bos=True, split=True) for bits in weight_bits}
+    return {bits: stored_bytes(shape, plans[bits]) for bits in sorted(plans)}
