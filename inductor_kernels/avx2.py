@@ -96,8 +96,8 @@ def pack(w: Tensor) -> Tensor:
 class Plan:
     """A weight laid out for one geometry, with all the kernel need not be told again at each call.
 
-    w: int8 [N, ...]; panels, weight_sum: made of it by an earlier plan, or None; image: (H, W, C, OH, OW);
-    geometry: kernel, stride, padding, dilation, two numbers each. A linear layer has images of one pixel.
+    panels: of :func:`pack`; weight_sum: int32 [N]; image: (H, W, C, OH, OW); geometry: kernel, stride, padding,
+    dilation, two numbers each. A linear layer has images of one pixel.
     """
 
     __slots__ = ("panels", "weight_sum", "layout", "address")
@@ -110,6 +110,10 @@ class Plan:
         addresses = panels.data_ptr(), weight_sum.data_ptr()
         self.layout = _Layout(*addresses, *size, *geometry, out_h, out_w, weight_sum.shape[0])
         self.address = ctypes.addressof(self.layout)
+
+    def of_images(self, image: tuple[int, int, int, int, int], geometry: tuple[int, ...]) -> "Plan":
+        """The same panels for other images."""
+        return Plan(self.panels, self.weight_sum, image, geometry)
 
 
 def linear_plan(w: Tensor) -> Plan:

@@ -192,7 +192,7 @@ def _conv2d(
         size = (packed.layout.out_h, packed.layout.out_w)
         y = avx2.product(packed, x_q, scale, z, bias, None, (x_q.shape[0], *size, n), planes=planes)
         return y if out_dtype is torch.float32 else y.to(out_dtype)
-    if not packed.is_mkldnn:  # the float32 form
+    if not _is_onednn(packed):  # the float32 form
         x = _centered(x_q, z).permute(0, 3, 1, 2)
         total = F.conv2d(x, packed, None, stride, padding, dilation, groups)
         return _scaled(total.permute(0, 2, 3, 1).contiguous(), scale, None, bias, out_dtype)
@@ -220,19 +220,32 @@ def quantize_conv2d(
 def _layout_conv(
     x_q: Tensor, weight: Tensor, zero_point: Tensor | None, prepared: weights.Prepared, geometry
 ) -> Tensor | avx2.Plan:
-    """The weight as the route of this geometry wants it; oneDNN's layout needs the input's shape."""
+    """The weight as the route of this geometry wants it. oneDNN's layout depends on the size of the images, not on how
+    many there are; the C kernel's panels on neither."""
     shape, sh, sw, ph, pw, dh, dw, groups = geometry
     height, width = checks.output_size(x_q, weight, (sh, sw), (ph, pw), (dh, dw))
     multiplications = shape[0] * height * width * weight.shape[0] * weight.shape[1] * weight.shape[2]
-    if not routes.takes_onednn(multiplications * prepared.length, prepared, weight):
-        if groups == 1 and routes.has_avx2():
-            w = weights.integers(weight, zero_point, prepared.bits, prepared.length)
-            image = (shape[1], shape[2], shape[3], height, width)
-            return avx2.conv_plan(w, image, (weight.shape[1], weight.shape[2], sh, sw, ph, pw, dh, dw))
+    with_onednn = routes.takes_onednn(multiplications * prepared.length, prepared, weight)
+    if not with_onednn and not (groups == 1 and routes.has_avx2()):
         return _float_conv(prepared, weight, zero_point)
-    w = weights.integers(weight, zero_point, prepared.bits, prepared.length).permute(0, 3, 1, 2)
-    batch, high, wide, channels = shape
-    return onednn.pack_conv2d(w, [sh, sw], [ph, pw], [dh, dw], groups, [batch, channels, high, wide])
+    known = list(prepared.forms.items())
+    if with_onednn:
+        for key, form in known:
+            if isinstance(key, tuple) and key[0][1:] == shape[1:] and key[1:] == geometry[1:] and _is_onednn(form):
+                return form
+        w = weights.integers(weight, zero_point, prepared.bits, prepared.length).permute(0, 3, 1, 2)
+        batch, high, wide, channels = shape
+        return onednn.pack_conv2d(w, [sh, sw], [ph, pw], [dh, dw], groups, [batch, channels, high, wide])
+    image = (shape[1], shape[2], shape[3], height, width)
+    window = (weight.shape[1], weight.shape[2], sh, sw, ph, pw, dh, dw)
+    for _, form in known:
+        if isinstance(form, avx2.Plan):
+            return form.of_images(image, window)
+    return avx2.conv_plan(weights.integers(weight, zero_point, prepared.bits, prepared.length), image, window)
+
+
+def _is_onednn(form: object) -> bool:
+    return isinstance(form, Tensor) and form.is_mkldnn
 
 
 def _forms(weight: Tensor, zero_point: Tensor | None, bits: int, length: int) -> weights.Prepared:

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from inductor_kernels import packing, routes, weights
+from inductor_kernels import avx2, onednn, packing, routes, weights
 
 from . import cases
 
@@ -109,6 +109,25 @@ def test_many_input_sizes_keep_a_bounded_number_of_layouts():
         call = (cases.codes((1, size, size, 8)), *arguments[1:])
         cases.assert_right("conv2d", call, OPS.conv2d(*call))
     assert len(weights.find(arguments[1], arguments[2], 4, 8).forms) <= weights.MAX_FORMS
+
+
+@pytest.mark.parametrize("with_onednn", [True, False])
+def test_one_layout_serves_every_batch_size(monkeypatch, with_onednn):
+    """Kept once for each, they would take many times the weight."""
+    if not (onednn.available() if with_onednn else avx2.available()):
+        pytest.skip("no such kernel on this CPU")
+    monkeypatch.setattr(routes, "takes_onednn", lambda *_: with_onednn)
+    monkeypatch.setattr(routes, "has_avx2", lambda: not with_onednn)
+    arguments = cases.conv2d(bits=4)
+    shapes = [(batch, size, size, 8) for size in (6, 9) for batch in (1, 2, 5)]
+    for shape in shapes:
+        call = (cases.codes(shape), *arguments[1:])
+        cases.assert_right("conv2d", call, OPS.conv2d(*call))
+    forms = weights.find(arguments[1], arguments[2], 4, 8).forms
+    kept = [forms[key] for key in forms if isinstance(key, tuple) and key[0] in shapes]
+    assert len(kept) == len(shapes)
+    held = {id(form if with_onednn else form.panels) for form in kept}
+    assert len(held) == (2 if with_onednn else 1)
 
 
 def test_threads():
