@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -25,6 +25,11 @@ def check_module(model: object) -> None:
         raise QuantizationError(
             f"model is a {type(model).__name__}, expected nn.Module, as pipe.unet or pipe.transformer"
         )
+
+
+def uncompiled(model: Any) -> Any:
+    """What ``torch.compile`` wrapped; a model that it did not wrap as it is."""
+    return getattr(model, "_orig_mod", model)
 
 
 class JointLinear(nn.Linear):

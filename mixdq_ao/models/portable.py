@@ -25,7 +25,7 @@ from inductor_kernels import ops as _ops  # noqa: F401  (registers torch.ops.ind
 from inductor_kernels.packing import unpack_weight
 
 from ..errors import CheckpointError
-from ..layers import find_layers
+from ..layers import find_layers, uncompiled
 from ..quantize.tensor import is_quantized
 
 kernels = torch.ops.inductor_kernels
@@ -43,7 +43,7 @@ def export(
         kwargs: what its ``forward`` is called with; other shapes need ``dynamic_shapes`` (as in ``torch.export``).
         plain: plain torch operators in the place of ours, so that a process without this library can run the graph.
     """
-    model = copy.deepcopy(getattr(model, "_orig_mod", model)).eval().requires_grad_(False)
+    model = copy.deepcopy(uncompiled(model)).eval().requires_grad_(False)
     for module in model.modules():
         module.__dict__.pop("layer_plan", None)
     program = torch.export.export(model, (), dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.profiler import record_function
 
-from ..layers import find_products
+from ..layers import find_products, uncompiled
 from ..quantize.tensor import is_quantized
 
 
@@ -24,7 +24,7 @@ def named_layers(model: nn.Module) -> Iterator[None]:
     "down_blocks.1.attentions.0.proj_in (W8A8)". All hooks are removed at its end. Layers of a compiled model are fused
     with each other and have no ranges of their own; its kernels are named by Inductor.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     handles = []
     try:
         for name, module in find_products(model).items():

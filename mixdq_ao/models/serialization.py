@@ -23,7 +23,7 @@ from torch import nn
 from ..atomicfile import sync
 from ..errors import CheckpointError
 from ..jsonfile import write_document
-from ..layers import find_layers
+from ..layers import find_layers, uncompiled
 from ..plan import Plan
 from ..quantize.fake import FakeQuantizer
 from ..quantize.tensor import is_quantized
@@ -58,7 +58,7 @@ def save_quantized(
     Raises:
         CheckpointError: the model cannot be saved so that it loads again, or a file cannot be written.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     directory = Path(directory)
     library, flat, plan = _prepared(model, plan)
     _refuse_foreign(directory)
@@ -193,10 +193,10 @@ def save_pipeline(pipe: Any, directory: str | os.PathLike[str], *, plan: Plan | 
     directory = Path(directory)
     refuse_occupied(directory)
     main = denoiser(pipe)
-    main = getattr(main, "_orig_mod", main)
+    main = uncompiled(main)
     for model in pipe.components.values():
         if isinstance(model, nn.Module):
-            model = getattr(model, "_orig_mod", model)
+            model = uncompiled(model)
             _make_saveable(model, plan if model is main else None)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)

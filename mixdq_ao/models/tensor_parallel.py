@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import QuantizationError
+from ..layers import uncompiled
 from ..quantize.tensor import MixDQTensor, SplitMixDQTensor
 from ..quantize.tensor_ops import sliced
 
@@ -37,7 +38,7 @@ def tensor_parallel(model: nn.Module, group: dist.ProcessGroup | None = None) ->
     from diffusers.models.attention import FeedForward
     from diffusers.models.attention_processor import Attention
 
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     blocks = {n: m for n, m in model.named_modules() if isinstance(m, Attention | FeedForward)}
     for name, block in blocks.items():

@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..errors import MixDQError
-from ..layers import reads_text
+from ..layers import reads_text, uncompiled
 from .joint_names import JOINT_TEXT
 
 
@@ -87,7 +87,7 @@ def stand_in(layer: nn.Module) -> TextProjection:
 
 def inner_unet(unet: Any) -> UNet2DConditionModel:
     """The UNet itself, compiled or not. Raises MixDQError unless its projections get the text as it is."""
-    inner = getattr(unet, "_orig_mod", unet)
+    inner = uncompiled(unet)
     if not isinstance(inner, UNet2DConditionModel):
         raise MixDQError(f"the denoiser is a {type(inner).__name__}, expected a UNet2DConditionModel")
     if inner.encoder_hid_proj is not None:

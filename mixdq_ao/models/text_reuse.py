@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from ..layers import uncompiled
 from .joint_names import TEXT_REUSE
 from .text_layers import inner_unet, project, restore, text_projections
 
@@ -81,7 +82,7 @@ def reuse_text_projections(pipe: Any) -> Any:
 
 def forget_text_projections(pipe: Any) -> Any:
     """Ends ``reuse_text_projections``; nothing of the text is kept. Returns ``pipe``."""
-    reuse = getattr(getattr(pipe.unet, "_orig_mod", pipe.unet), TEXT_REUSE, None)
+    reuse = getattr(uncompiled(pipe.unet), TEXT_REUSE, None)
     if reuse is not None:
         reuse.end()
     return pipe

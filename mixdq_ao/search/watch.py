@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MixDQError
+from ..layers import uncompiled
 from ..models.pipelines import denoiser
 
 See = Callable[[str, Any, Tensor, Tensor], Tensor | None]
@@ -19,16 +20,12 @@ See = Callable[[str, Any, Tensor, Tensor], Tensor | None]
 
 def model_of(pipe: Any) -> nn.Module:
     """``pipe`` itself where it is a module, else its denoiser."""
-    return _inside(pipe) if isinstance(pipe, nn.Module) else denoiser_of(pipe)
+    return uncompiled(pipe) if isinstance(pipe, nn.Module) else denoiser_of(pipe)
 
 
 def denoiser_of(pipe: Any) -> nn.Module:
     """``denoiser(pipe)``, the model that ``torch.compile`` wrapped where it did: plans name the layers of that one."""
-    return _inside(denoiser(pipe))
-
-
-def _inside(model: nn.Module) -> nn.Module:
-    return getattr(model, "_orig_mod", model)
+    return uncompiled(denoiser(pipe))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError, QuantizationError, ScheduleError
-from ..layers import find_layers
+from ..layers import find_layers, uncompiled
 from ..models.pipelines import denoiser
 from ..plan import LayerPlan
 from ..quantize.folds import Fold, Folding, fold_, foldings_of, planned_folds
@@ -122,7 +122,7 @@ class LevelRuntime:
         otherwise it is an error.
         """
         module = denoiser(pipe)
-        if self.model not in (module, getattr(module, "_orig_mod", None)):
+        if uncompiled(module) is not self.model:
             raise ScheduleError(f"the pipeline's {type(module).__name__} is not the model that was prepared")
         self.unfollow()
         self._handle = module.register_forward_pre_hook(_follower(self, pipe, resample), with_kwargs=True)
