@@ -20,8 +20,8 @@ from PIL import Image
 
 from mixdq_ao import Sampling, bos_aware
 from mixdq_ao.app.inputs import load_pipeline
+from mixdq_ao.models.bos_encoder import bos_embedding_of
 from mixdq_ao.models.pipelines import denoiser, generate_all
-from mixdq_ao.quantize.bos_encoder import bos_embedding_of
 
 MOST_STEPS = 50
 

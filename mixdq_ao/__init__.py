@@ -27,13 +27,13 @@ if TYPE_CHECKING:
         SensitivityError,
         TextEncoderError,
     )
+    from .models.bos_encoder import BOSAwareTextEncoder, bos_aware
     from .models.fused_projections import fuse_projections, unfuse_projections
     from .models.fused_text import fuse_text_projections, unfuse_text_projections
     from .models.pipelines import Sampling, generate
     from .models.serialization import load_quantized, save_quantized
     from .models.text_reuse import forget_text_projections, reuse_text_projections
     from .plan import LayerPlan, Plan, PlanSummary
-    from .quantize.bos_encoder import BOSAwareTextEncoder, bos_aware
     from .quantize.config import MixDQLayerConfig, mixdq_config, quantize_
     from .quantize.tensor import MixDQTensor
     from .search.allocate import allocate
@@ -85,8 +85,8 @@ _HOME = {
     "LayerPlan": "plan",
     "Plan": "plan",
     "PlanSummary": "plan",
-    "BOSAwareTextEncoder": "quantize.bos_encoder",
-    "bos_aware": "quantize.bos_encoder",
+    "BOSAwareTextEncoder": "models.bos_encoder",
+    "bos_aware": "models.bos_encoder",
     "MixDQLayerConfig": "quantize.config",
     "mixdq_config": "quantize.config",
     "quantize_": "quantize.config",

@@ -38,8 +38,8 @@ class LoadPipeline:
     def load(self, name: str, device: str) -> tuple[Any]:
         from mixdq_ao import bos_aware
         from mixdq_ao.app.inputs import load_pipeline
+        from mixdq_ao.models.bos_encoder import bos_embedding_of
         from mixdq_ao.models.pipelines import denoiser
-        from mixdq_ao.quantize.bos_encoder import bos_embedding_of
 
         pipe = load_pipeline(str(folders()[name]), device=device)
         return (bos_aware(pipe) if bos_embedding_of(denoiser(pipe)) is not None else pipe,)

@@ -12,10 +12,10 @@ from rich.table import Table
 from torch import Tensor
 
 from ..jsonfile import write_document
+from ..models.bos_encoder import bos_aware
 from ..models.pipelines import Sampling
 from ..plan import Plan
 from ..progress import console, progress
-from ..quantize.bos_encoder import bos_aware
 from ..search.analyze import analyze
 from ..search.calibrate import calibrate
 from ..search.metrics import error_power, psnr

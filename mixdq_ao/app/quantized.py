@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mixdq_ao import Moments, QuantizationError, bos_aware, mixdq_config, quantize_
+from mixdq_ao.models.bos_encoder import bos_embedding_of
 from mixdq_ao.models.pipelines import denoiser
 from mixdq_ao.plan import Plan
-from mixdq_ao.quantize.bos_encoder import bos_embedding_of
 from mixdq_ao.temporal.layer import Storage
 from mixdq_ao.temporal.plan import TemporalPlan
 from mixdq_ao.temporal.runtime import prepare

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TextEncoderError
-from ..models.pipelines import denoiser, text_encoders
-from .bos import bos_mask
-from .tensor import MixDQTensor
+from ..quantize.bos import bos_mask
+from ..quantize.tensor import MixDQTensor
+from .pipelines import denoiser, text_encoders
 
 
 class CheckedStates(tuple[Tensor, ...]):
