@@ -15,14 +15,14 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from inductor_kernels import ops as _ops  # noqa: F401  (registers torch.ops.inductor_kernels)
-from inductor_kernels.packing import unpack_weight
+from inductor_kernels import reference
 
 from ..errors import CheckpointError
 from ..layers import find_layers, uncompiled
@@ -107,51 +107,13 @@ def captured_call(model: nn.Module, run: Callable[[], object]) -> dict[str, Any]
     return found[0]
 
 
-# The operators in plain torch, in float32. Sums of products of codes are exact below 2**24, else rounded.
-
-
-def _centered(x_q: Tensor, zero_point: Tensor) -> Tensor:
-    shift = 128 if x_q.dtype == torch.int8 else 0
-    return x_q.to(torch.float32) - (zero_point - shift).to(torch.float32)
-
-
-def _finish(total: Tensor, scale: Tensor, row_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    y = total * scale
-    if row_scale is not None:
-        y = y * row_scale.unsqueeze(-1)
-    return (y if bias is None else y + bias.to(torch.float32)).to(dtype)
-
-
-def _convolved(x: Tensor, w: Tensor, geometry: tuple[Any, ...]) -> Tensor:
-    weight = w.to(torch.float32).permute(0, 3, 1, 2)
-    return F.conv2d(x.permute(0, 3, 1, 2), weight, None, *geometry).permute(0, 2, 3, 1)
-
-
-def _linear(x_q, weight, zero, weight_sum, scale, zero_point, bias, row_scale, bits, out_dtype):
-    w = unpack_weight(weight, zero, bits, x_q.shape[-1]).to(torch.float32)
-    return _finish(F.linear(_centered(x_q, zero_point), w), scale, row_scale, bias, out_dtype)
-
-
-def _conv2d(x_q, weight, zero, weight_sum, scale, zero_point, bias, bits, stride, padding, dilation, groups, out_dtype):
-    w = unpack_weight(weight, zero, bits, x_q.shape[-1] // groups)
-    total = _convolved(_centered(x_q, zero_point), w, (stride, padding, dilation, groups))
-    return _finish(total, scale, None, bias, out_dtype)
-
-
-def _linear_weight_only(x, weight, zero, scale, bias, bits):
-    w = unpack_weight(weight, zero, bits, x.shape[-1]).to(torch.float32)
-    return _finish(F.linear(x.to(torch.float32), w), scale, None, bias, x.dtype)
-
-
-def _conv2d_weight_only(x, weight, zero, scale, bias, bits, stride, padding, dilation, groups):
-    w = unpack_weight(weight, zero, bits, x.shape[-1] // groups)
-    total = _convolved(x.to(torch.float32), w, (stride, padding, dilation, groups))
-    return _finish(total, scale, None, bias, x.dtype)
-
-
 PLAIN: dict[Any, Callable[..., Tensor]] = {
-    kernels.linear.default: _linear,
-    kernels.conv2d.default: _conv2d,
-    kernels.linear_weight_only.default: _linear_weight_only,
-    kernels.conv2d_weight_only.default: _conv2d_weight_only,
+    operator: partial(function, sums=torch.float32)
+    for operator, function in (
+        (kernels.linear.default, reference.linear),
+        (kernels.conv2d.default, reference.conv2d),
+        (kernels.linear_weight_only.default, reference.linear_weight_only),
+        (kernels.conv2d_weight_only.default, reference.conv2d_weight_only),
+    )
 }
+"""The operators in plain torch, which runs where nothing of ours is."""
