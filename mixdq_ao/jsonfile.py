@@ -48,21 +48,28 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return document
 
 
-def read_document(path: str | os.PathLike[str], kind: str, version: int, error: type[MixDQError]) -> dict[str, Any]:
-    """The object in a JSON file whose header must be ``{"format": kind, "version": version}``.
-
-    Raises ``error``, naming the file, when it cannot be read, is not JSON, holds NaN or infinity, repeats a
-    key, or has another header.
-    """
-    path = Path(path)
-    text = read_text(path, error, f"; expected a {kind} file")
+def read_object(path: str | os.PathLike[str], error: type[MixDQError], hint: str = "") -> dict[str, Any]:
+    """The object in a JSON file. Raises ``error``, naming the file and ending with ``hint``, when it cannot be read, is
+    not JSON (see ``parse``), or is no object."""
+    text = read_text(path, error, hint)
     try:
         document = parse(text)
     except (ValueError, RecursionError) as e:
-        raise error(f"{path}: not valid JSON ({e}); expected a {kind} file written by mixdq_ao") from e
-    if not isinstance(document, dict) or document.get("format") != kind:
-        found = document.get("format") if isinstance(document, dict) else type(document).__name__
-        raise error(f"{path}: format is {found!r}, expected {kind!r}")
+        raise error(f"{os.fspath(path)}: not valid JSON ({str(e)[:200]}){hint}") from e
+    if not isinstance(document, dict):
+        raise error(f"{os.fspath(path)}: is a {type(document).__name__}, expected an object{hint}")
+    return document
+
+
+def read_document(path: str | os.PathLike[str], kind: str, version: int, error: type[MixDQError]) -> dict[str, Any]:
+    """The object in a JSON file whose header must be ``{"format": kind, "version": version}``.
+
+    Raises ``error``, naming the file, as ``read_object`` does, and for another header.
+    """
+    path = Path(path)
+    document = read_object(path, error, f"; expected a {kind} file written by mixdq_ao")
+    if document.get("format") != kind:
+        raise error(f"{path}: format is {document.get('format')!r}, expected {kind!r}")
     if type(document.get("version")) is not int or document["version"] != version:
         raise error(
             f"{path}: version is {document.get('version')!r}, this release reads version {version}; "

@@ -81,7 +81,7 @@ def test_every_mistake_is_named(tmp_path, change, says):
     ("text", "says"),
     [
         ("", "not valid JSON"),
-        ("[]", "format is 'list'"),
+        ("[]", "is a list, expected an object"),
         ('{"format": "mixdq-plan", "version": 1, "layers": {"a": {"act_range": [NaN, 1]}}}', "NaN"),
         ('{"format": "mixdq-plan", "format": "mixdq-plan"}', "twice"),
         ("[" * 100_000, "not valid JSON"),

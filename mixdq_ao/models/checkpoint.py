@@ -11,8 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..jsonfile import parse
-from ..textfile import read_text
+from ..jsonfile import read_object
 from .flatten import Contents, read_contents, stored_names
 from .safetensors_io import SAVE_AGAIN, Header, read_header
 from .stored_values import check_values
@@ -116,11 +115,4 @@ def _places(index: Path) -> dict[str, str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError naming the file."""
-    text = read_text(path, CheckpointError, f"; {SAVE_AGAIN}")
-    try:
-        document = parse(text)
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: is not valid JSON ({str(e)[:200]}); {SAVE_AGAIN}") from e
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path}: is a {type(document).__name__}, expected an object; {SAVE_AGAIN}")
-    return document
+    return read_object(path, CheckpointError, f"; {SAVE_AGAIN}")

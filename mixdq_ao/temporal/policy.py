@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import ScheduleError
-from ..jsonfile import parse
+from ..jsonfile import read_object
 from ..plan import Plan
-from ..textfile import read_text
 from .plan import TemporalPlan
 
 FIELD = "quantization_config.runtime.diffusion_step_policy"
@@ -202,13 +201,4 @@ def read_policy(path: str | os.PathLike[str]) -> StepPolicy:
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A denoiser's config.json as it stands. Raises ScheduleError naming the file."""
-    text = read_text(path, ScheduleError)
-    try:
-        config = parse(text)
-    except (ValueError, RecursionError) as e:
-        raise ScheduleError(f"{os.fspath(path)}: not valid JSON ({e}), expected a model's config.json") from e
-    if not isinstance(config, dict):
-        raise ScheduleError(
-            f"{os.fspath(path)}: is a {type(config).__name__}, expected an object: a model's config.json"
-        )
-    return config
+    return read_object(path, ScheduleError, "; expected a model's config.json")
