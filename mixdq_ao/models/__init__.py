@@ -1,6 +1,7 @@
 """diffusers models and pipelines: drawing, saving, loading."""
 
-from .diffusers_quantizer import MixDQConfig, MixDQQuantizer, attach_quantizer
+from .diffusers_config import MixDQConfig
+from .diffusers_quantizer import MixDQQuantizer, attach_quantizer
 from .serialization import load_quantized, save_pipeline, save_quantized
 
 __all__ = [

@@ -9,15 +9,10 @@ models, and ``from_pretrained``, of the model or of a whole pipeline, loads them
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
-from enum import StrEnum
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,106 +20,28 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig, quantize_
 from torchao.utils import TorchAOBaseTensor
 
-from ..errors import CheckpointError, PlanError
+from ..errors import CheckpointError
 from ..layers import find_layers
 from ..plan import Plan
-from ..quantize.config import check_model, mixdq_config, overridden
-from ..quantize.folds import find_folds
 from ..quantize.heap import page_out
 from ..quantize.tensor import is_quantized
 from ..registration import METHOD
 from .checkpoint import Checkpoint
-from .flatten import FORMAT, VERSION, check_version, flatten
+from .declared import attributes_kept, register, remember, with_known
+from .diffusers_config import MixDQConfig
+from .flatten import flatten
+from .fqn_config import resolve
 from .joint_names import without_joint
 from .plan_of import check_plan_of, plan_of
 
 IP_ADAPTER = re.compile(r"[.]processor[.]to_[kv]_ip[.]|^encoder_hid_proj[.]image_projection_layers[.]")
 # diffusers 0.39 began to ask a quantizer for plain tensors when it saves, and to give them back when it loads.
 HAS_HOOKS = hasattr(DiffusersQuantizer, "get_state_dict_and_metadata")
-
-
-class Method(StrEnum):
-    MIXDQ = METHOD
-
-
-class MixDQConfig(QuantizationConfigMixin):
-    """A plan as diffusers' ``quantization_config``, and as ``config.json`` keeps it.
-
-    Attributes:
-        plan: what each layer becomes (a Plan, or the path of a plan file).
-        overrides: as in ``mixdq_config``; used while quantizing, and stored with the tensors they made.
-        moments: as in ``mixdq_config``, or the path of a file of ``Moments.save`` (each matrix is read when its layer
-            is): needed to quantize by a plan whose rounding is "compensated" or whose weight_range is "output". Not
-            stored.
-    """
-
-    def __init__(
-        self,
-        plan: Plan | str | os.PathLike[str],
-        *,
-        overrides: Mapping[str, AOBaseConfig | None] | None = None,
-        moments: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
-    ) -> None:
-        self.quant_method: Any = Method.MIXDQ
-        self.plan = plan if isinstance(plan, Plan) else Plan.load(plan)
-        self.overrides = dict(overrides or {})
-        self.moments = _loaded(moments)
-
-    def layer_configs(self, model: nn.Module) -> Mapping[str, AOBaseConfig | None]:
-        """What torchao is to make of each layer of ``model``, whose weights are not there yet.
-
-        Raises PlanError or QuantizationError naming a layer that the plan does not fit, or whose moment is missing.
-        """
-        self._check_moments()
-        config = mixdq_config(self.plan, overrides=self.overrides, moments=self.moments)
-        check_model(model, config)
-        return config.fqn_to_config
-
-    def _check_moments(self) -> None:
-        needed = [n for n, layer in self.plan.layers.items() if layer.quantized and layer.needs_moment]
-        decided = overridden(self.overrides)
-        for name in needed:
-            if name in (self.moments or {}) or decided(name):
-                continue
-            layer = self.plan.layers[name]
-            count = "" if len(needed) == 1 else f" (and {len(needed) - 1} more)"
-            raise PlanError(
-                f"layer {name!r}{count}: weight_range is {layer.weight_range!r} and rounding {layer.rounding!r}, but "
-                "there is no second moment of its input; give MixDQConfig(plan, moments=...) what input_moments() "
-                "collected of this model, or the file it was saved to"
-            )
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """From the ``quantization_config`` of a ``config.json``, for diffusers."""
-        config = cls.from_document("quantization_config", config_dict)
-        return (config, kwargs) if return_unused_kwargs else config
-
-    @classmethod
-    def from_document(cls, where: object, document: dict[str, Any]) -> MixDQConfig:
-        """The same, with the file's name for errors. Raises CheckpointError."""
-        check_version(where, document)
-        if set(document) != {"quant_method", "format", "version", "plan"}:
-            raise CheckpointError(f"{where}: quantization_config has {sorted(document)}, expected a plan; save again")
-        try:
-            return cls(Plan.from_embedded(document["plan"]))
-        except PlanError as e:
-            raise CheckpointError(f"{where}: the plan in quantization_config is damaged: {e}; save again") from e
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": METHOD, "format": FORMAT, "version": VERSION, "plan": self.plan.to_json()}
-
-    def to_json_string(self, use_diff: bool = True) -> str:
-        return json.dumps(self.to_dict(), indent=1) + "\n"
-
-    def __repr__(self) -> str:
-        return f"MixDQConfig(plan of {len(self.plan.layers)} layers, {len(self.overrides)} overrides)"
 
 
 class MixDQQuantizer(DiffusersQuantizer):
@@ -152,7 +69,7 @@ class MixDQQuantizer(DiffusersQuantizer):
             _take_types(model, self.checkpoint)
         else:
             self.configs = self.quantization_config.layer_configs(model)
-        _register(model, self.quantization_config)
+        register(model, self.quantization_config)
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
         if not self.pre_quantized:
@@ -255,7 +172,7 @@ class MixDQQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: Any) -> Any:
         dequantize_layers(model)
-        with _attributes_kept(model):
+        with attributes_kept(model):
             items = {k: v for k, v in model.config.items() if k != "quantization_config"}
             model._internal_dict = type(model.config)(items)
         return model
@@ -280,7 +197,7 @@ def attach_quantizer(model: nn.Module, plan: Plan | None = None, quantizer: MixD
     if not weights or any(w.is_meta for w in weights):
         return
     if isinstance(model, ModelMixin):
-        plan = plan_of(model, _with_known(model, plan))
+        plan = plan_of(model, with_known(model, plan))
         config = MixDQConfig(plan)
         quantizer = quantizer or MixDQQuantizer(config)
         quantizer.quantization_config = config
@@ -289,7 +206,7 @@ def attach_quantizer(model: nn.Module, plan: Plan | None = None, quantizer: MixD
         target.quantization_method = config.quant_method
         # Left false: diffusers refuses .to(dtype) of what it takes for quantized, and our tensors can do it.
         target.is_quantized = False
-        _register(model, config)
+        register(model, config)
         remember(model, plan)
     elif "transformers.modeling_utils" in sys.modules:
         from transformers import PreTrainedModel
@@ -297,85 +214,7 @@ def attach_quantizer(model: nn.Module, plan: Plan | None = None, quantizer: MixD
         if isinstance(model, PreTrainedModel):
             from .transformers_quantizer import attach_to_transformers
 
-            attach_to_transformers(model, plan=_with_known(model, plan))
-
-
-def remember(model: nn.Module, plan: Plan) -> None:
-    """Each quantized layer knows its plan, for when it is quantized anew, and all that smoothing or rotation is folded
-    into know that (``lora.py``)."""
-    for fold in find_folds(model):
-        if any(name in plan.layers and plan.layers[name].folds_input for name in fold.readers):
-            for name in (fold.source, *fold.readers):
-                model.get_submodule(name).folded = True  # type: ignore[assignment]
-    for name, module in find_layers(model).items():
-        if name in plan.layers and is_quantized(module.weight):
-            module.layer_plan = plan.layers[name]  # type: ignore[assignment]
-
-
-def _register(model: Any, config: MixDQConfig) -> None:
-    with _attributes_kept(model):
-        model.register_to_config(quantization_config=config)
-
-
-@contextmanager
-def _attributes_kept(model: Any) -> Iterator[None]:
-    """A config made anew has its items alone. What was set on it beside them (by an IP-Adapter, how its pictures come
-    in) stays."""
-    before = {name: value for name, value in vars(model.config).items() if not name.startswith("_")}
-    yield
-    for name, value in before.items():
-        if name != "quantization_config" and getattr(model.config, name, None) is not value:
-            setattr(model.config, name, value)
-
-
-class PreparedQuantizer(DiffusersQuantizer):
-    """What diffusers asks of a model prepared for a schedule: it holds every level's weights, and no file does."""
-
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        """Nothing is loaded into it."""
-
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        return model
-
-    @property
-    def is_serializable(self) -> bool:
-        raise CheckpointError(
-            "the model is prepared for a precision per step, and such weights have no file; save the original pipeline "
-            "and the schedule (TemporalPlan.save), and prepare() what is loaded"
-        )
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-
-def declare_prepared(model: nn.Module) -> None:
-    """Has diffusers refuse to save a model prepared for a schedule."""
-    if isinstance(model, ModelMixin):
-        target: Any = model
-        target.hf_quantizer = PreparedQuantizer(None)  # type: ignore[arg-type]
-
-
-def check_saveable(model: nn.Module) -> None:
-    """Raises CheckpointError for a model prepared for a schedule."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if isinstance(quantizer, PreparedQuantizer):
-        assert quantizer.is_serializable
-
-
-def known_plan(model: nn.Module) -> Plan | None:
-    """The plan that diffusers or transformers know of a quantized model."""
-    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    return config.plan if isinstance(config, MixDQConfig) else None
-
-
-def _with_known(model: nn.Module, plan: Plan | None) -> Plan | None:
-    known = known_plan(model)
-    if known is None or plan is None or set(known.layers) <= set(plan.layers):
-        return plan or known
-    return replace(
-        plan, layers={**known.layers, **plan.layers}, bos_embedding=plan.bos_embedding or known.bos_embedding
-    )
+            attach_to_transformers(model, plan=with_known(model, plan))
 
 
 def _take_types(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -390,31 +229,6 @@ def _take_types(model: nn.Module, checkpoint: Checkpoint) -> None:
                 module._parameters[key] = nn.Parameter(empty, requires_grad=slot.requires_grad)
             else:
                 module._buffers[key] = empty
-
-
-def _loaded(moments: Mapping[str, Tensor] | str | os.PathLike[str] | None) -> Mapping[str, Tensor] | None:
-    if moments is None or isinstance(moments, Mapping):
-        return moments
-    from ..search.moments_file import read_moments
-
-    return read_moments(moments)[0]
-
-
-def resolve(configs: Mapping[str, AOBaseConfig | None], parameter: str) -> tuple[str, AOBaseConfig | None]:
-    """What torchao's FqnToConfig means for a parameter: "parameter" or "module", and the config, None for none.
-
-    Exact names win over patterns, parameters over modules.
-    """
-    module, _, key = parameter.rpartition(".")
-    patterns = {k[3:]: c for k, c in configs.items() if k.startswith("re:")}
-    for kind, name in (("parameter", parameter), ("module", module if key == "weight" else "")):
-        if name and name in configs:
-            return kind, configs[name]
-    for kind, name in (("parameter", parameter), ("module", module if key == "weight" else "")):
-        for pattern, config in patterns.items():
-            if name and re.fullmatch(pattern, name):
-                return kind, config
-    return "module", None
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -28,11 +28,14 @@ from ..plan import Plan
 from ..quantize.fake import FakeQuantizer
 from ..quantize.tensor import is_quantized
 from .checkpoint import Checkpoint, read_json
-from .diffusers_quantizer import METHOD, MixDQConfig, attach_quantizer, check_saveable, known_plan
+from .declared import known_plan
+from .diffusers_config import METHOD, MixDQConfig
+from .diffusers_quantizer import attach_quantizer
 from .flatten import Flat, flatten
 from .joint_names import without_joint
 from .pipelines import denoiser
 from .plan_of import check_plan_of, plan_of
+from .prepared_quantizer import check_saveable
 from .safetensors_io import write_safetensors
 from .skeleton import Library, check_fit, empty_model, fill, library_of, saved_config, without_aliases
 

@@ -22,8 +22,11 @@ from transformers.quantizers.base import HfQuantizer
 from ..errors import CheckpointError
 from ..quantize.tensor import MixDQTensor
 from .checkpoint import Checkpoint
-from .diffusers_quantizer import METHOD, MixDQConfig, dequantize_layers, remember, resolve
+from .declared import remember
+from .diffusers_config import METHOD, MixDQConfig
+from .diffusers_quantizer import dequantize_layers
 from .flatten import flatten
+from .fqn_config import resolve
 from .plan_of import plan_of
 from .skeleton import without_aliases
 from .torchao_safetensors import part_key

@@ -71,7 +71,7 @@ def prepare(
         layer = LevelLayer(layers[name], per_level, switch, bos_embedding=embedding, storage=storage)
         setattr(model.get_submodule(parent), attribute, layer)
     if "diffusers.models.modeling_utils" in sys.modules:
-        from ..models.diffusers_quantizer import declare_prepared
+        from ..models.prepared_quantizer import declare_prepared
 
         declare_prepared(model)
     return LevelRuntime(model, plan, switch)

@@ -103,9 +103,8 @@ def test_a_quantized_video(pipe):
 def test_analyzing_videos(pipe, method):
     """Frames are judged one by one: a video's SSIM is their mean."""
     calibration = calibrate(pipe, PROMPTS, batch_size=2)
-    found = analyze(
-        pipe, PROMPTS, calibration=calibration, method=method, weight_bits=(2, 8), act_bits=(), batch_size=2, probes=1
-    )
+    options = {"weight_bits": (2, 8), "act_bits": (), "batch_size": 2} | ({"probes": 1} if method == "probe" else {})
+    found = analyze(pipe, PROMPTS, calibration=calibration, method=method, **options)
     layer = found.layers["blocks.0.ffn.net.0.proj"]
     assert layer.group == "content" and layer.weight_scores[8] > layer.weight_scores[2]
     assert method == "probe" or 0 < layer.weight_scores[2] < layer.weight_scores[8] < 1 + 1e-9

@@ -27,7 +27,7 @@ from mixdq_ao import (
 from mixdq_ao.layers import find_layers
 from mixdq_ao.models import MixDQConfig
 from mixdq_ao.models.components import quantize_text_encoders, quantize_vae, vae_sensitivity
-from mixdq_ao.models.diffusers_quantizer import known_plan
+from mixdq_ao.models.declared import known_plan
 from mixdq_ao.models.pipelines import generate_all
 from mixdq_ao.quantize.tensor import is_quantized
 

@@ -28,7 +28,7 @@ from mixdq_ao import (
     recover,
     save_quantized,
 )
-from mixdq_ao.models.diffusers_quantizer import known_plan
+from mixdq_ao.models.declared import known_plan
 from mixdq_ao.models.flatten import flatten
 from mixdq_ao.quantize.config import MixDQLayerConfig, quantized_weight
 from mixdq_ao.quantize.quantizer import act_params, fake_quantize_act
@@ -444,6 +444,9 @@ def test_bad_input_is_named_and_changes_nothing(pipe, plan, tmp_path):
     other = Plan({"down_blocks.7.conv": LayerPlan(weight_bits=4)})
     bare = Plan.uniform(pipe.unet, 2, 8)
     needy = plan.with_layers({"conv_in": replace(plan.layers["conv_in"], weight_bits=4, weight_range="output")})
+    (tmp_path / "file").write_text("")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text("{}")
     half = plan.with_layers({"conv_in": replace(plan.layers["conv_in"], weight_bits=16)})
     cases = [
         (MixDQError, "prompts is empty", {"prompts": []}),
@@ -458,7 +461,11 @@ def test_bad_input_is_named_and_changes_nothing(pipe, plan, tmp_path):
         (OptimizerError, "trajectory is 0", {"trajectory": (0,)}),
         (OptimizerError, "batch_size is 1, expected at least 2", {"batch_size": 1}),
         (OptimizerError, "adam_moments is '4bit'", {"adam_moments": "4bit"}),
+        (OptimizerError, "guidance_scale is nan", {"guidance_scale": math.nan}),
         (MixDQError, "save_every is 0", {"save_every": 0}),
+        (CheckpointError, "file is no folder; choose another checkpoint", {"checkpoint": tmp_path / "file"}),
+        (CheckpointError, "file is no folder; choose another checkpoint", {"checkpoint": tmp_path / "file" / "run"}),
+        (CheckpointError, "holds a model (model_index.json)", {"checkpoint": tmp_path / "model"}),
         (PlanError, "layer 'down_blocks.7.conv' is not a linear or convolution layer", {"plan": other}),
         (PlanError, "there is nothing to recover", {"plan": Plan({"conv_in": LayerPlan()})}),
         (PlanError, "no act_range", {"plan": bare}),
@@ -470,7 +477,7 @@ def test_bad_input_is_named_and_changes_nothing(pipe, plan, tmp_path):
         with pytest.raises(error) as raised:
             recover(pipe, given.pop("plan"), given.pop("prompts"), **given)
         assert words in str(raised.value), (words, raised.value)
-    assert same(state_of(pipe.unet), before) and not (tmp_path / "run").exists()
+    assert same(state_of(pipe.unet), before) and not (tmp_path / "run").exists() and pipe.drawn == 0
     quantize_(pipe.unet, mixdq_config(plan))
     with pytest.raises(QuantizationError, match="quantized already"):
         recover(pipe, plan, PROMPTS, steps=5, **FAST)

@@ -1,0 +1,25 @@
+"""What torchao's FqnToConfig means, for those who quantize a parameter at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torchao.core.config import AOBaseConfig
+
+
+def resolve(configs: Mapping[str, AOBaseConfig | None], parameter: str) -> tuple[str, AOBaseConfig | None]:
+    """What torchao's FqnToConfig means for a parameter: "parameter" or "module", and the config, None for none.
+
+    Exact names win over patterns, parameters over modules.
+    """
+    module, _, key = parameter.rpartition(".")
+    patterns = {k[3:]: c for k, c in configs.items() if k.startswith("re:")}
+    for kind, name in (("parameter", parameter), ("module", module if key == "weight" else "")):
+        if name and name in configs:
+            return kind, configs[name]
+    for kind, name in (("parameter", parameter), ("module", module if key == "weight" else "")):
+        for pattern, config in patterns.items():
+            if name and re.fullmatch(pattern, name):
+                return kind, config
+    return "module", None
