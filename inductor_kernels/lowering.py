@@ -2,8 +2,10 @@
 
 import functools
 import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,74 +39,111 @@ def _capability(x, weight) -> int | None:
     return capability
 
 
-def _generate(
-    template, shape, node_inputs: dict, out_size, dtype, capability: int, prologue: bool, gate: str = "none", **options
-):
-    """One template node. ``shape``: (m, n, k) of the product, of one tap of a convolution; ``node_inputs``: by argument
-    name, None left out."""
-    m, n, k = shape
-    integer = "ZP" in node_inputs
-    given: dict[str, Any] = {
-        name: compat.realize_inputs(node_inputs[name]) for name in ARGUMENTS if node_inputs.get(name) is not None
-    }
-    x = given["A"]
-    taps = options.get("KH", 1) * options.get("KW", 1)
-    rows, columns, depth = compat.hint(m), compat.hint(n), compat.hint(k) * taps
-    product = Product(rows, columns, depth, options["BITS"], dtype.itemsize, taps)
-    chosen, shares, computing = _choose(x, product, capability, integer, prologue)
-    convolution = template is conv2d.template
-    layout, left = ir.FixedLayout(x.get_device(), dtype, out_size), {}
-    if computing:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Request:
+    """A product that a template is to compute.
+
+    m, n, k: rows, outputs and inputs; of one tap of a convolution. operands: by argument name. gate: of ``linear_glu``.
+    window: the template's options for the geometry of a convolution.
+    """
+
+    template: Any
+    capability: int
+    m: Any
+    n: Any
+    k: Any
+    operands: Mapping[str, Any]
+    out_size: Sequence[Any]
+    dtype: torch.dtype
+    bits: int
+    gate: str = "none"
+    window: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def integer(self) -> bool:
+        """Codes are multiplied; else activations in floating point."""
+        return "ZP" in self.operands
+
+    def product(self) -> Product:
+        """In numbers, of dynamic sizes those it was compiled with."""
+        taps = self.window.get("KH", 1) * self.window.get("KW", 1)
+        rows, columns, depth = compat.hint(self.m), compat.hint(self.n), compat.hint(self.k) * taps
+        return Product(rows, columns, depth, self.bits, self.dtype.itemsize, taps)
+
+
+class _Choice(NamedTuple):
+    """Tiles, the default first; how many programs share a reduction; whether the product computes its own codes."""
+
+    tiles: list[Tile]
+    shares: int
+    computing: bool
+
+
+def _generate(request: _Request):
+    """One template node, and the sum of its shares where there are several. None where no tile serves."""
+    operands = request.operands
+    given: dict[str, Any] = {name: compat.realize_inputs(operands[name]) for name in ARGUMENTS if name in operands}
+    x, convolution = given["A"], bool(request.window)
+    chosen = _choose(x, request)
+    if chosen.computing:
         compat.allow_prologue(x)
-    if shares > 1:
-        layout = ir.FixedLayout(x.get_device(), torch.int32, [shares, *out_size[:-1], n])
+    if chosen.shares == 1:
+        layout, left = ir.FixedLayout(x.get_device(), request.dtype, list(request.out_size)), {}
+    else:
+        size = [chosen.shares, *request.out_size[:-1], request.n]
+        layout = ir.FixedLayout(x.get_device(), torch.int32, size)
         left = {name: given.pop(name) for name in split_k.LEFT if name in given}
         left["ZP"] = given["ZP"] if convolution else given.pop("ZP")  # padding reads it
     inputs = list(given.values())
-    edges = convolution and integer and not computing and compat.aligned(x, 16)
+    edges = convolution and request.integer and not chosen.computing and compat.aligned(x, 16)
     if edges:
-        inputs.append(compat.zero_points(x.get_device(), x.get_dtype(), max(tile.k for tile in chosen)))
-    gated = gate != "none" and shares == 1
+        inputs.append(compat.zero_points(x.get_device(), x.get_dtype(), max(tile.k for tile in chosen.tiles)))
     choices: list = []
-    for tile in chosen if compat.autotunes() else chosen[:1]:
-        error = template.maybe_append_choice(
-            choices,
-            input_nodes=tuple(inputs),
-            layout=layout,
-            GROUP_M=GROUP_M,
-            SPLIT_K=shares,
-            EVEN_K=compat.multiple_of(k, tile.k),
-            INTEGER=integer,
-            HAS_ZP="ZP" in given,
-            ZP_NUMBER="ZP" in given and compat.passed_as_number(given["ZP"]),
-            UNSIGNED=x.get_dtype() == torch.uint8,
-            HAS_ROW="ROW" in given,
-            HAS_BIAS="BIAS" in given,
-            HAS_EDGES=edges,
-            GLU=gated,
-            GATE=repr(gate),
-            **tile.options() | ({"PARTS": max(2, tile.parts)} if gated else {}),
-            **options,
-        )
+    for tile in chosen.tiles if compat.autotunes() else chosen.tiles[:1]:
+        options = _options(request, tile, chosen.shares, given) | {"HAS_EDGES": edges}
+        template = request.template
+        error = template.maybe_append_choice(choices, input_nodes=tuple(inputs), layout=layout, **options)
         if error is not None:
             _note(str(error))
     if not choices:
         return None
-    node = compat.select(template.name, choices, inputs, layout)
-    return split_k.finish(node, shares, out_size, dtype, gate, **left) if left else node
+    node = compat.select(request.template.name, choices, inputs, layout)
+    return split_k.finish(node, chosen.shares, request.out_size, request.dtype, request.gate, **left) if left else node
 
 
-def _choose(x, product: Product, capability: int, integer: bool, prologue: bool) -> tuple[list[Tile], int, bool]:
-    """Tiles, the default first; how many programs share a reduction; whether the product computes its own codes."""
+def _options(request: _Request, tile: Tile, shares: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a template is told, of a tile and of the arguments ``given`` to it."""
+    gated = request.gate != "none" and shares == 1
+    return {
+        **tile.options(),
+        **({"PARTS": max(2, tile.parts)} if gated else {}),
+        **request.window,
+        "BITS": request.bits,
+        "GROUP_M": GROUP_M,
+        "SPLIT_K": shares,
+        "EVEN_K": compat.multiple_of(request.k, tile.k),
+        "INTEGER": request.integer,
+        "HAS_ZP": "ZP" in given,
+        "ZP_NUMBER": "ZP" in given and compat.passed_as_number(given["ZP"]),
+        "UNSIGNED": given["A"].get_dtype() == torch.uint8,
+        "HAS_ROW": "ROW" in given,
+        "HAS_BIAS": "BIAS" in given,
+        "GLU": gated,
+        "GATE": repr(request.gate),
+    }
+
+
+def _choose(x, request: _Request) -> _Choice:
+    product, capability = request.product(), request.capability
     candidates = functools.partial(tuned.candidates, capability, product, bytes_per_code=x.get_dtype().itemsize)
-    shares = tuned.way(capability, product).shares if integer else 1
+    shares = tuned.way(capability, product).shares if request.integer else 1
     reading = candidates(shares=shares)
-    if prologue:
+    if request.integer:
         expected = roofline.seconds(product, reading[0], capability, shares)
         computing = _prologue_tiles(x, product, candidates(), capability, expected)
         if computing:
-            return computing, 1, True
-    return reading, shares, False
+            return _Choice(computing, 1, True)
+    return _Choice(reading, shares, False)
 
 
 def _prologue_tiles(x, product: Product, candidates: list[Tile], capability: int, expected: float) -> list[Tile]:
@@ -123,35 +162,45 @@ def _prologue_tiles(x, product: Product, candidates: list[Tile], capability: int
     return sorted(fitting, key=lambda tile: tile != best) if pays else []
 
 
-def _product(x, weight, lead, named: dict, dtype, bits: int, capability: int, prologue: bool, gate: str = "none"):
-    """[..., K] times [N, K (packed)], leading dimensions folded into one and back. ``gate``: of ``linear_glu``."""
-    k, n = x.get_size()[-1], weight.get_size()[0]
+def _product(capability: int, x, weight, operands: Mapping[str, Any], dtype, bits: int, gate: str = "none"):
+    """[..., K] times [N, K (packed)], leading dimensions folded into one and back."""
+    *lead, k = x.get_size()
+    n = weight.get_size()[0]
     columns = n if gate == "none" else n // 2
     m = functools.reduce(lambda a, b: a * b, lead, 1)
-    flat = compat.view(compat.contiguous(x), [m, k])
-    if named.get("ROW") is not None:
-        named["ROW"] = compat.view(compat.contiguous(named["ROW"]), [m])
-    inputs = {"A": flat, "B": compat.contiguous(weight), **named}
-    node = _generate(gemm.template, (m, n, k), inputs, [m, columns], dtype, capability, prologue, gate, BITS=bits)
+    operands = {**operands, "A": compat.view(compat.contiguous(x), [m, k]), "B": compat.contiguous(weight)}
+    if "ROW" in operands:
+        operands["ROW"] = compat.view(compat.contiguous(operands["ROW"]), [m])
+    node = _generate(
+        _Request(
+            template=gemm.template, capability=capability, m=m, n=n, k=k, operands=operands, out_size=[m, columns],
+            dtype=dtype, bits=bits, gate=gate,
+        )
+    )  # fmt: skip
     return None if node is None else compat.view(node, [*lead, columns])
 
 
-def _convolution(x, weight, named, dtype, bits, geometry, capability: int, prologue: bool):
+def _convolution(capability: int, x, weight, operands: Mapping[str, Any], dtype, bits: int, geometry):
+    """[B, H, W, C] with [N, kh, kw, C (packed)]; one pixel at a time it is a product."""
     stride, padding, dilation = ([V.graph.sizevars.guard_int(v) for v in pair] for pair in geometry)
     batch, high, wide, channels = x.get_size()
     n, *kernel, last = weight.get_size()
     kernel_h, kernel_w = map(V.graph.sizevars.guard_int, kernel)
     x, weight = compat.contiguous(x), compat.contiguous(weight)
     if (kernel_h, kernel_w, *stride, *padding) == (1, 1, 1, 1, 0, 0):
-        weight = compat.view(weight, [n, last])
-        return _product(x, weight, [batch, high, wide], named, dtype, bits, capability, prologue)
+        return _product(capability, x, compat.view(weight, [n, last]), operands, dtype, bits)
     out_h = (high + 2 * padding[0] - dilation[0] * (kernel_h - 1) - 1) // stride[0] + 1
     out_w = (wide + 2 * padding[1] - dilation[1] * (kernel_w - 1) - 1) // stride[1] + 1
+    window = {
+        "KH": kernel_h, "KW": kernel_w, "STRIDE_H": stride[0], "STRIDE_W": stride[1], "PAD_H": padding[0],
+        "PAD_W": padding[1], "DILATION_H": dilation[0], "DILATION_W": dilation[1],
+    }  # fmt: skip
     return _generate(
-        conv2d.template, (batch * out_h * out_w, n, channels), {"A": x, "B": weight, **named},
-        [batch, out_h, out_w, n], dtype, capability, prologue, BITS=bits,
-        KH=kernel_h, KW=kernel_w, STRIDE_H=stride[0], STRIDE_W=stride[1], PAD_H=padding[0],
-        PAD_W=padding[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
+        _Request(
+            template=conv2d.template, capability=capability, m=batch * out_h * out_w, n=n, k=channels,
+            operands={**operands, "A": x, "B": weight}, out_size=[batch, out_h, out_w, n], dtype=dtype, bits=bits,
+            window=window,
+        )
     )  # fmt: skip
 
 
@@ -175,13 +224,17 @@ def _lower(op):
     return decorate
 
 
+def _given(**operands: Any) -> dict[str, Any]:
+    return {name: operand for name, operand in operands.items() if operand is not None}
+
+
 def _integer_linear(
     capability, x, weight, wzp, weight_sum, scale, zero_point, bias, row_scale, bits, dtype, gate="none"
 ):
     if weight_sum is None:
         return _note("no weight_sum")
-    named = {"WZP": wzp, "WSUM": weight_sum, "SCALE": scale, "ZP": zero_point, "BIAS": bias, "ROW": row_scale}
-    return _product(x, weight, x.get_size()[:-1], named, dtype, bits, capability, prologue=True, gate=gate)
+    operands = _given(WZP=wzp, WSUM=weight_sum, SCALE=scale, ZP=zero_point, BIAS=bias, ROW=row_scale)
+    return _product(capability, x, weight, operands, dtype, bits, gate)
 
 
 _lower(OPS.linear.default)(_integer_linear)
@@ -196,8 +249,7 @@ def _linear_post(capability, *arguments):
 
 @_lower(OPS.linear_weight_only.default)
 def _linear_weight_only(capability, x, weight, wzp, scale, bias, bits):
-    named = {"WZP": wzp, "SCALE": scale, "BIAS": bias}
-    return _product(x, weight, x.get_size()[:-1], named, x.get_dtype(), bits, capability, prologue=False)
+    return _product(capability, x, weight, _given(WZP=wzp, SCALE=scale, BIAS=bias), x.get_dtype(), bits)
 
 
 @_lower(OPS.conv2d.default)
@@ -208,17 +260,16 @@ def _conv2d(
         return _note("grouped convolution")
     if weight_sum is None:
         return _note("no weight_sum")
-    named = {"WZP": wzp, "WSUM": weight_sum, "SCALE": scale, "ZP": zero_point, "BIAS": bias}
-    return _convolution(x, weight, named, dtype, bits, (stride, padding, dilation), capability, prologue=True)
+    operands = _given(WZP=wzp, WSUM=weight_sum, SCALE=scale, ZP=zero_point, BIAS=bias)
+    return _convolution(capability, x, weight, operands, dtype, bits, (stride, padding, dilation))
 
 
 @_lower(OPS.conv2d_weight_only.default)
 def _conv2d_weight_only(capability, x, weight, wzp, scale, bias, bits, stride, padding, dilation, groups):
     if groups != 1:
         return _note("grouped convolution")
-    named = {"WZP": wzp, "SCALE": scale, "BIAS": bias}
-    geometry = (stride, padding, dilation)
-    return _convolution(x, weight, named, x.get_dtype(), bits, geometry, capability, prologue=False)
+    operands = _given(WZP=wzp, SCALE=scale, BIAS=bias)
+    return _convolution(capability, x, weight, operands, x.get_dtype(), bits, (stride, padding, dilation))
 
 
 alike.register()
