@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import nn
 
 from .errors import PlanError, QuantizationError
+from .jsonfile import is_number
 from .plan import LayerPlan, Plan, PlanSummary
 from .quantize.quantizer import act_params
 
@@ -109,15 +110,22 @@ ADAPTED = re.compile(r"[.](base_layer$|lora_\w+[.])")
 """In names of layers that peft has taken into one of its own, and of those it added."""
 
 
+def adapter_advice(name: str) -> str | None:
+    """What to do about a layer that is part of an adapter, by its name; None for any other."""
+    if not ADAPTED.search(name):
+        return None
+    return (
+        f"layer {name!r} is part of an adapter (peft); make it permanent (pipe.fuse_lora(), then "
+        "pipe.unload_lora_weights()) or unload it, plan and quantize the model, and load adapters afterwards"
+    )
+
+
 def check_plan(plan: Plan, model: nn.Module, *, need_ranges: bool = True) -> None:
     """Raises PlanError unless ``plan`` fits ``model``. Nothing is changed."""
     layers = find_layers(model)
     for name, layer in plan.layers.items():
-        if ADAPTED.search(name):
-            raise PlanError(
-                f"layer {name!r} is part of an adapter (peft); make it permanent (pipe.fuse_lora(), then "
-                "pipe.unload_lora_weights()) or unload it, plan and quantize the model, and load adapters afterwards"
-            )
+        if advice := adapter_advice(name):
+            raise PlanError(advice)
         if name not in layers:
             near = next((n for n in layers if n.endswith("." + name) or name.endswith("." + n)), None)
             hint = f"; did you mean {near!r}?" if near else "; is the plan for another model?"
@@ -227,8 +235,10 @@ def summarize(plan: Plan, model: nn.Module) -> PlanSummary:
     layers = find_layers(model)
     shapes = {n: LayerShape.of(m) for n, m in layers.items()}
     planned = {n: plan.layers.get(n, LayerPlan()) for n in layers}
-    sizes = plan.metadata.get("act_sizes")
-    act = sizes if isinstance(sizes, dict) and all(n in sizes for n in layers) else dict.fromkeys(layers, 1)
+    sizes = plan.metadata.get("act_sizes", {})
+    if not isinstance(sizes, dict) or not all(is_number(v) and v >= 0 for v in sizes.values()):
+        raise PlanError(f"metadata: act_sizes is {sizes!r:.100}, expected {{layer: elements}}; calibrate the plan anew")
+    act = sizes if all(n in sizes for n in layers) else dict.fromkeys(layers, 1)
     bos = 4 * len(plan.bos_embedding or ()) if any(p.bos for p in planned.values()) else 0
     return PlanSummary(
         average_weight_bits=_mean(

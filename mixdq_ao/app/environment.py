@@ -32,7 +32,10 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    run = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    """None where this is no checkout, or the machine has no git."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
     return run.stdout.strip() or None

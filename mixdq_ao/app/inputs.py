@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import copy
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +33,27 @@ def load_plan(path: Path, calibration: Path | None) -> Plan:
     return plan if calibration is None else plan.with_calibration(Calibration.load(calibration))
 
 
-def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = None, quantizing: Any = None) -> Any:
+def plan_of(args: argparse.Namespace) -> Plan | None:
+    """The plan of ``--plan`` and ``--calibration``, if any. Raises MixDQError for a calibration without a plan."""
+    if args.plan is None and args.calibration is not None:
+        raise MixDQError("--calibration fills in the ranges of a plan; give --plan too, or leave it out")
+    return None if args.plan is None else load_plan(args.plan, args.calibration)
+
+
+def load_pipeline(
+    name: str,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    steps: Iterable[int] = (),
+    quantizing: Any = None,
+) -> Any:
     """The diffusers pipeline in a directory, or by its name on a hub.
 
     device: "cpu", "cuda", ...; None for a GPU where there is one. dtype: "float32", "float16" or "bfloat16"; None for
-    float32 on a CPU and float16 elsewhere. quantizing: a MixDQConfig; the denoiser's weights are then quantized as each
-    is read, so that it is never there in full precision. Raises MixDQError naming the pipeline.
+    float32 on a CPU and float16 elsewhere. steps: numbers of denoising steps to be drawn with. quantizing: a
+    MixDQConfig; the denoiser's weights are then quantized as each is read, so that it is never there in full precision.
+    Raises MixDQError naming the pipeline, or a number of steps that its scheduler does not have.
     """
     if looks_local(name) and not (Path(name) / "model_index.json").is_file():
         raise MixDQError(
@@ -61,7 +78,26 @@ def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = N
     if getattr(pipe, "watermark", None) is not None:
         pipe.watermark = None  # it would be measured as an error
     pipe.set_progress_bar_config(disable=True)
+    _check_steps(pipe, steps)
     return pipe
+
+
+def _check_steps(pipe: Any, steps: Iterable[int]) -> None:
+    """Raises MixDQError for more steps than the scheduler takes. One that does not take a single step either wants more
+    than a number, and is not asked."""
+    scheduler = copy.deepcopy(getattr(pipe, "scheduler", None))
+    for count in steps:
+        reason = _refusal(scheduler, count) if count > 1 and _refusal(scheduler, 1) is None else None
+        if reason is not None:
+            raise MixDQError(f"{count} denoising steps are more than {type(scheduler).__name__} takes: {reason}")
+
+
+def _refusal(scheduler: Any, steps: int) -> str | None:
+    try:
+        scheduler.set_timesteps(steps)
+    except (ValueError, TypeError, AttributeError) as e:
+        return first_line(e)
+    return None
 
 
 def _usable(device: str) -> str:
@@ -104,6 +140,17 @@ def integers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 1,4") from None
+
+
+def finite(text: str) -> float:
+    """A number that is neither infinite nor NaN, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
 
 
 def at_least(low: int) -> Callable[[str], int]:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .inputs import at_least, integers
+from .inputs import at_least, finite, integers
 
 
 def pipeline(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def sampling(
     parser.add_argument("--steps", type=kind, default=kind(steps), metavar="N", help=f"{text} (default {steps})")
     parser.add_argument(
         "--guidance-scale",
-        type=float,
+        type=finite,
         default=0.0,
         metavar="X",
         help="classifier-free guidance; 0 turns it off, as few-step models want (default)",

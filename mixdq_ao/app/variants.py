@@ -13,6 +13,7 @@ from ..plan import Plan
 from ..search.allocate import allocate, sweep
 from ..search.allocation import Allocation
 from ..search.calibration import Calibration
+from ..search.objectives import OBJECTIVES
 from ..search.pareto import undominated
 from ..search.prediction import with_measured
 from ..search.sensitivity import Sensitivity
@@ -27,7 +28,6 @@ class Judgement:
 
 
 Judge = Callable[[Plan], Judgement]
-OBJECTIVES = ("additive", "decoupled", "sqnr")
 PARETO_BITS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0)
 
 

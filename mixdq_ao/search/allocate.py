@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from ..errors import AllocationError
 from ..plan import Plan
 from .allocation import Allocation, Assembler, Part
 from .infeasible import Unreachable
-from .parts import solve_parts
-from .request import Budget, Objective, Offer, Request, check_request
+from .objectives import Objective
+from .parts import quantized_units, solve_parts
+from .request import Budget, Offer, Request, check_request
 from .sensitivity import Kind, Sensitivity
 
 Judge = Callable[[Plan], float]
@@ -43,10 +46,12 @@ def allocate(
 
     Args:
         sensitivity: from ``analyze`` or ``Sensitivity.from_mixdq_yaml``.
-        weight_bits: average bits over the weights, a number or {"content": b, "quality": b}; 16 keeps the weights.
+        weight_bits: average bits over the weights, a number or {"content": b, "quality": b}; 16 keeps the weights, for
+            a plan of activations alone (which only ``mode="fake"`` can run).
         weight_bytes: instead of weight_bits, bytes of all weights as stored, scales and protected layers included.
         act_bits: average bits over the input elements, likewise. None, or 8 and more with the default choices: all
-            activations at 8 bits; 16: activations kept.
+            activations at 8 bits; 16: activations kept. Where 16 is a choice and a weight gets it, its activation is
+            kept as well (no integer product takes the two) and not counted in the average.
         objective: "decoupled", "sqnr" or "additive" (see above).
         weight_choices, act_choices: bits offered, for all layers or {"content": ..., "quality": ...}. Default:
             weights {2, 4, 8}, but quality layers {4, 8} in "decoupled", as published; activations {4, 8}.
@@ -76,10 +81,10 @@ def allocate(
         time_limit=time_limit,
     )
     assemble = Assembler(request)
-    weights, acts = solve_parts(request, "weight"), solve_parts(request, "act")
-    neutral = _constant(request, 16) if judge is not None and len(acts) > 1 else acts[0]
-    weight = _pick(weights, assemble, judge, lambda part: assemble(part, neutral).plan)
-    act = _pick(acts, assemble, judge, lambda part: assemble(weight, part).plan)
+    weights, acts = solve_parts(request, "weight"), _acts_beside([request])
+    neutral = lambda part: acts(part)[0] if len(acts(part)) == 1 else _constant(request, 16)  # noqa: E731
+    weight = _pick(weights, assemble, judge, lambda part: assemble(part, neutral(part)).plan)
+    act = _pick(acts(weight), assemble, judge, lambda part: assemble(weight, part).plan)
     return assemble(weight, act)
 
 
@@ -99,9 +104,16 @@ def sweep(
     """
     weight_budgets, act_budgets = _sequence(weight_bits), _sequence(act_bits)
     weights = _reachable([_request(sensitivity, w, act_budgets[0], options) for w in weight_budgets], "weight")
-    acts = _reachable([_request(sensitivity, weight_budgets[0], a, options) for a in act_budgets], "act")
+    acts = _acts_beside([_request(sensitivity, weight_budgets[0], a, options) for a in act_budgets])
     assemble = Assembler(_request(sensitivity, weight_budgets[0], act_budgets[0], options))
-    return [assemble(weight, act) for weight in weights for act in acts]
+    return [assemble(weight, act) for weight in weights for act in acts(weight)]
+
+
+def _acts_beside(requests: list[Request]) -> Callable[[Part], list[Part]]:
+    """Gives the candidates for the activations beside a weight part: found once for all parts that quantize the same
+    layers."""
+    solved = cache(lambda units: _reachable([replace(r, units=units) for r in requests], "act"))
+    return lambda weight: solved(quantized_units(requests[0], weight))
 
 
 def _reachable(requests: list[Request], kind: Kind) -> list[Part]:

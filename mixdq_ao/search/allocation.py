@@ -25,7 +25,8 @@ class Allocation:
         objective: {"weight/content", "weight/quality", "act/content", "act/quality"}: the group's sum of what was
             optimised (SSIM or dB: higher is better; error power: lower is better), protected layers left out. A key
             is absent where the figures of its layers are not known.
-        average_bits: the same keys; mean over weights or input elements, protected layers left out.
+        average_bits: the same keys; mean over weights or input elements, protected layers left out, and of activations
+            those whose layer's weight has 16 bits.
         predicted_error: relative error power of the model's output, the sum over all layers, weights and
             activations; None where it was not measured for all of them.
         weight_bytes: bytes of all layers' weights, protected ones at 16 bits: as stored where the sensitivity
@@ -51,7 +52,8 @@ class Allocation:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Bits of one kind for every layer that is not protected, from one or two programs."""
+    """Bits of one kind, from one or two programs, for every layer that is not protected; of activations for those whose
+    weight has less than 16 bits."""
 
     kind: Kind
     bits: Mapping[str, int]
@@ -123,7 +125,7 @@ class Assembler:
     def _layers(self, weight: Part, act: Part) -> dict[str, LayerPlan]:
         kept, layers = LayerPlan(), self.request.sensitivity.layers
         return {
-            name: kept if name in self.request.protect else _layer(bits, act.bits[name], layers[name].rounding(bits))
+            name: _layer(bits, act.bits[name], layers[name].rounding(bits)) if name in act.bits else kept
             for name, bits in {**dict.fromkeys(layers, 16), **weight.bits}.items()
         }
 

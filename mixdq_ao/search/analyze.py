@@ -85,11 +85,13 @@ def analyze(
 
     Raises:
         SensitivityError: a store cannot be used, a rounding is unknown, workers keep dying. MixDQError: prompts are
-        empty.
+        empty, method is unknown, or probes are given to another one.
     """
     roundings = check_roundings(roundings)
     if method not in ("one_at_a_time", "probe"):
         raise MixDQError(f"method is {method!r}, expected 'one_at_a_time' or 'probe'")
+    if probes is not None and method != "probe":
+        raise MixDQError(f"probes is {probes!r}, but method is {method!r}; probes are of method 'probe'")
     prompts = check_prompts(prompts)
     sampling = Sampling(steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size)
     if calibration is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import CalibrationError
-from ..layers import find_layers, split_points, text_readers
+from ..layers import adapter_advice, find_layers, split_points, text_readers
+from ..models.joint_names import JOINT_OF
 from ..models.pipelines import Sampling, check_prompts, generate
 from ..plan import Range
 from ..progress import progress
@@ -20,7 +21,7 @@ from ..quantize.bos import bos_mask
 from ..quantize.folds import Fold, Folding, folded
 from ..quantize.tensor import is_quantized
 from .calibration import Calibration, LayerCalibration
-from .observe import RangeMethod, RangeObserver
+from .observe import RangeMethod, RangeObserver, check_method
 from .smoothing import choose_folds, rotation_note
 from .ties import Ties
 from .watch import model_of, watched
@@ -56,17 +57,18 @@ class Calibrator:
     """Watches a model while it runs. Use ``watch()``, run the model, then ``result()``.
 
     State is O(features): running ranges and one embedding row, never an input.
+
+    Raises CalibrationError: see ``calibrate``.
     """
 
     def __init__(
         self, model: nn.Module, method: RangeMethod = "minmax", bos: bool | None = None, act_bits: int = 8
     ) -> None:
+        check_method(method)
         if act_bits not in (8, 4):
             raise CalibrationError(f"act_bits is {act_bits!r}, expected 8 or 4")
         model = model_of(model)
-        known = next((n for n, m in find_layers(model).items() if is_quantized(m.weight)), None)
-        if known is not None:
-            raise CalibrationError(f"layer {known!r} is quantized already; calibrate the original model")
+        _check_original(model)
         self.model, self.bos = model, bos
         self.method: RangeMethod = method
         self.act_bits = act_bits
@@ -127,7 +129,10 @@ class Calibrator:
         highest = self.row_peaks[row].item() / median
         if highest < BOS_RATIO:
             return f"no row set apart: the highest peak, of row {row}, is {highest:.1f} times the median row's"
-        why = "differs between prompts" if row == 0 and not self.candidate_holds else "is not the same first row"
+        why = "is not the first"
+        if row == 0:
+            same = f"is the same for every prompt, but less than {BOS_RATIO:g} times the largest of all others"
+            why = same if self.candidate_holds else "differs between prompts"
         return (
             f"no row set apart, but row {row} is an outlier, its peak {highest:.1f} times the median row's, and {why}; "
             "keep the activations of the layers that read it at 16 bits if they suffer"
@@ -169,6 +174,23 @@ class Calibrator:
             second_range=None if halves[1] is None else checked(halves[1]),
             prompt_range=checked(watch.prompt) if bos and watch.prompt is not None and not watch.prompt.empty else None,
         )
+
+
+def _check_original(model: nn.Module) -> None:
+    """Raises CalibrationError unless the layers of ``model`` are its own, in full precision: what layers read, and
+    where inputs are concatenated, is known by their names."""
+    for name, module in find_layers(model).items():
+        if is_quantized(module.weight):
+            raise CalibrationError(f"layer {name!r} is quantized already; calibrate the original model")
+        if advice := adapter_advice(name):
+            raise CalibrationError(advice)
+    for name, module in model.named_modules():
+        if getattr(module, "fused_projections", False) and any(hasattr(module, joint) for joint in JOINT_OF):
+            raise CalibrationError(
+                f"attention {name!r}: its projections are fused, expected them apart; pipe.unfuse_qkv_projections() "
+                "first (then mixdq_ao.unfuse_projections(model), for what that leaves), and "
+                "mixdq_ao.fuse_projections(model) after quantize_"
+            )
 
 
 def calibrate_as_drawn(pipe: Any, prompts: Sequence[str], sampling: Sampling) -> Calibration:
@@ -213,8 +235,8 @@ def calibrate(
         Either runs everything twice: once to look at the channels, once with the weights changed (they are put back).
 
     Raises:
-        CalibrationError: act_bits is neither 8 nor 4, the model is quantized already, nothing ran, or an input holds
-            NaN or infinity.
+        CalibrationError: method, act_bits or steps is none of what is offered; the model is quantized already, has an
+            adapter, or its projections are fused; nothing ran, or an input holds NaN or infinity.
         MixDQError: prompts are empty.
         QuantizationError: the model computes something else when smoothed or rotated.
     """
@@ -243,7 +265,7 @@ def _runs(
         return run, {}
     if isinstance(pipe, nn.Module) or prompts is None:
         raise CalibrationError("expected a diffusers pipeline and prompts, or a module and run=")
-    counts, texts = [steps] if isinstance(steps, int) else list(steps), check_prompts(prompts)
+    counts, texts = step_counts(steps), check_prompts(prompts)
 
     def go() -> None:
         with progress("calibrating", len(counts) * len(texts)) as bar:
@@ -252,6 +274,14 @@ def _runs(
                     bar.advance(len(batch))
 
     return go, {"prompts": len(texts), "steps": counts, "seed": options["seed"]}
+
+
+def step_counts(steps: object) -> list[int]:
+    """One number of steps, or several, as a list. Raises CalibrationError for anything else."""
+    counts: list[Any] = list(steps) if isinstance(steps, Iterable) and not isinstance(steps, str) else [steps]
+    if not counts or not all(type(count) is int and count >= 1 for count in counts):
+        raise CalibrationError(f"steps is {steps!r}, expected a whole number of at least 1, or several as (1, 4)")
+    return counts
 
 
 def _folds(model: nn.Module, go: Callable[[], object], smoothing: float | None, rotation: bool) -> dict[Fold, Folding]:

@@ -22,9 +22,10 @@ from .allocate import sweep
 from .allocation import Allocation
 from .calibration import Calibration
 from .metrics import WINDOW, psnr, ssim
+from .objectives import OBJECTIVES
 from .pareto import undominated
 from .prediction import faked
-from .request import OBJECTIVES, Budget
+from .request import Budget
 from .sensitivity import Sensitivity
 from .watch import denoiser_of, eager
 

@@ -32,9 +32,9 @@ def allocate_jointly(
 ) -> Allocation:
     """The plan with the least summed error power (weights and activations, see ``additive_errors``) within ``limits``.
 
-    Every layer chooses a pair (weight bits, activation bits) of the choices; 16 keeps it as it is. Pairs that exceed
-    ``act_bytes`` by themselves, or that the latency table lacks, are not offered. ``protect`` and ``tie`` as for
-    ``allocate``; protected layers count in every limit, at 16 bits.
+    Every layer chooses a pair (weight bits, activation bits) of the choices; a weight of 16 bits keeps the layer as it
+    is, unless 16 is the only choice. Pairs that exceed ``act_bytes`` by themselves, or that the latency table lacks,
+    are not offered. ``protect`` and ``tie`` as for ``allocate``; protected layers count in every limit, at 16 bits.
 
     Raises AllocationError: a figure is missing, or no plan keeps the limits; names what is missing, or the least that
     each limit allows by itself.
@@ -48,7 +48,9 @@ def allocate_jointly(
     positive("time_limit", time_limit)
     protected = protected_names(sensitivity, protect)
     units = tied_units(sensitivity, protected, tie)
-    pairs = [(w, a) for w in sorted(set(weight_choices)) for a in sorted(set(act_choices))]
+    weights, acts = sorted(set(weight_choices)), sorted(set(act_choices))
+    alone = weights == [16]  # of activations alone; else there is no product of W16A8
+    pairs = [(w, a) for w in weights for a in (acts if w < 16 or alone else [16])]
     value, cost = _arrays(sensitivity, limits, units, pairs)
     kept = _protected_amounts(sensitivity, limits, protected)
     bound = np.array([amount - kept[name] for name, amount in limits.summed().items()])
@@ -138,7 +140,7 @@ def _allocation(
     weight_demand, act_demand = Demand("weight", None, {}, ()), Demand("act", None, {}, ())
     request = Request(sensitivity, "additive", weight_demand, act_demand, protected, units, time_limit)
     weight = Part("weight", {n: pair[0] for n, pair in chosen.items()}, solution.gap, None, solution.seconds)
-    act = Part("act", {n: pair[1] for n, pair in chosen.items()})
+    act = Part("act", {n: pair[1] for n, pair in chosen.items() if pair[0] < 16 or pair[1] < 16})
     every = {**chosen, **dict.fromkeys(protected, (16, 16))}
     totals = {m: sum(limits.amount(m, n, sensitivity, p) or 0.0 for n, p in every.items()) for m in limits.summed()}
     totals["act_bytes"] = max(limits.amount("act_bytes", n, sensitivity, p) or 0.0 for n, p in every.items())

@@ -17,6 +17,7 @@ from ..layers import find_layers
 from ..models.pipelines import Sampling, check_prompts, generate
 from ..progress import progress
 from ..quantize.bos import bos_mask
+from .calibrate import step_counts
 from .calibration import Calibration
 from .moments_file import fingerprint_of, read_moments, write_moments
 from .watch import model_of, watched
@@ -199,17 +200,17 @@ def input_moments(
         layers: names of layers; None for all calibrated ones that can use a moment (no grouped convolutions).
 
     Raises:
-        CalibrationError: a name is unknown or not calibrated, nothing ran, or an input holds NaN or infinity.
+        CalibrationError: a name is unknown or not calibrated, steps are no counts, nothing ran, or an input holds NaN
+            or infinity.
     """
     model = model_of(pipe)
     names = _names(model, calibration, layers)
     if run is None and (isinstance(pipe, nn.Module) or prompts is None):
         raise CalibrationError("expected a diffusers pipeline and prompts, or a module and run=")
-    counts = [steps] if isinstance(steps, int) else list(steps)
     settings: dict[str, Any] = {"model": type(model).__name__}
     drawn: list[tuple[list[str], Sampling]] = []
     if run is None:
-        texts = check_prompts(prompts or ())
+        counts, texts = step_counts(steps), check_prompts(prompts or ())
         options: dict[str, Any] = {"guidance_scale": guidance_scale, "seed": seed, "batch_size": batch_size}
         drawn = [(texts, Sampling(steps=count, **options)) for count in counts]
         settings |= {"prompts": len(texts), "steps": counts, "seed": seed}

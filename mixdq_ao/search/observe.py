@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ..errors import CalibrationError
+
 RangeMethod = Literal["minmax", "percentile", "mse"]
 BINS = 4096
+
+
+def check_method(method: object) -> None:
+    """Raises CalibrationError for what is no RangeMethod."""
+    if method not in get_args(RangeMethod):
+        raise CalibrationError(f"method is {method!r}, expected one of {', '.join(get_args(RangeMethod))}")
 
 
 class RangeObserver:
@@ -17,9 +25,12 @@ class RangeObserver:
 
     Keeps the exact minimum and maximum and, where the method needs it, a histogram of BINS bins over [-m, m]; m
     doubles when a value falls outside, and pairs of bins are merged.
+
+    Raises CalibrationError for an unknown method.
     """
 
     def __init__(self, method: RangeMethod = "minmax") -> None:
+        check_method(method)
         self.method: RangeMethod = method
         self.lo, self.hi = float("inf"), float("-inf")
         self.limit = 0.0

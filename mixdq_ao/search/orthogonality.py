@@ -60,8 +60,7 @@ class Orthogonality(Document):
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.estimator not in LEAST:
-            raise SensitivityError(f"estimator is {self.estimator!r}, expected one of {', '.join(LEAST)}")
+        check_estimator(self.estimator)
         if not self.layers:
             raise SensitivityError("layers is empty, expected at least one layer")
         object.__setattr__(self, "sampled", sampled_steps(self.steps, self.sampled))
@@ -160,6 +159,12 @@ class Orthogonality(Document):
         return cls(layers, document["steps"], tuple(sampled), shaped, document["estimator"], document["metadata"])
 
 
+def check_estimator(estimator: object) -> None:
+    """Raises SensitivityError for what is no Estimator."""
+    if estimator not in tuple(LEAST):  # a file may hold a list, which no dict can look up
+        raise SensitivityError(f"estimator is {estimator!r}, expected one of {', '.join(LEAST)}")
+
+
 def sampled_steps(steps: object, timesteps: int | Sequence[int] | None) -> tuple[int, ...]:
     """The steps that are looked at: all for None; the middles of ``timesteps`` equal shares of the run (uniform
     sampling as in MPQ-Diff); or those given. Raises SensitivityError naming argument, value and what was expected."""
@@ -238,8 +243,7 @@ def orthogonality(
         SensitivityError: an argument is wrong, fewer samples than the estimator needs, nothing ran, a sampled step did
             not come, or an output holds NaN or infinity. MixDQError: prompts are empty.
     """
-    if estimator not in LEAST:
-        raise SensitivityError(f"estimator is {estimator!r}, expected one of {', '.join(LEAST)}")
+    check_estimator(estimator)
     model = model_of(pipe)
     if run is None and (isinstance(pipe, nn.Module) or prompts is None):
         raise SensitivityError("expected a diffusers pipeline and prompts, or a module and run=")

@@ -18,6 +18,7 @@ from ..errors import AllocationError
 from .allocation import Allocation, Assembler, Part
 from .highs import Array, Choices, relax
 from .orthogonality import DECAY, Orthogonality
+from .parts import quantized_units
 from .program import ROUNDING, InfeasibleProgram, OutOfTime, Solution, solve
 from .request import Demand, Request, check_request
 from .sensitivity import Sensitivity
@@ -75,7 +76,8 @@ def allocate_orthogonal(
         tie=tie,
         time_limit=time_limit,
     )
-    weight, act = (_part(request, demand, theta, form) for demand in (request.weight, request.act))
+    weight = _part(request, request.weight, theta, form)
+    act = _part(replace(request, units=quantized_units(request, weight)), request.act, theta, form)
     return _labelled(Assembler(request)(weight, act), theta, form, weight, act)
 
 
@@ -131,6 +133,8 @@ def _check_importance(orthogonality: Orthogonality, theta: Mapping[str, float]) 
 
 def _part(request: Request, demand: Demand, theta: Mapping[str, float], form: Form) -> Part:
     kind, layers = demand.kind, request.sensitivity.layers
+    if not request.units:
+        return Part(kind, {})
     if demand.fixed is not None:
         return Part(kind, {n: demand.fixed for unit in request.units for n in unit})
     if not isinstance(demand.budget, float):

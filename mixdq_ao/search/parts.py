@@ -21,6 +21,8 @@ from .tables import Array, Table, build_table, stored
 def solve_parts(request: Request, kind: Kind) -> list[Part]:
     """Every candidate of one kind: one, or one per split. Raises AllocationError where there is none."""
     demand = request.weight if kind == "weight" else request.act
+    if not request.units:
+        return [Part(kind, {})]
     if demand.fixed is not None:
         return [Part(kind, {n: demand.fixed for unit in request.units for n in unit})]
     demand = _without_protected(request, demand)
@@ -29,6 +31,15 @@ def solve_parts(request: Request, kind: Kind) -> list[Part]:
     if request.objective != "decoupled":
         return [_joint(request, demand, table, deadline)]
     return [_decoupled(request, demand, table, k, budgets, deadline) for k, budgets in _splits(request, demand, table)]
+
+
+def quantized_units(request: Request, weight: Part) -> tuple[tuple[str, ...], ...]:
+    """Units whose activations are chosen: those whose weights get less than 16 bits. Others keep both, as protected
+    layers do: no integer product takes a 16-bit weight. Where all weights are to be kept the plan is of activations
+    alone, and its units are all."""
+    if request.weight.fixed == 16:
+        return request.units
+    return tuple(unit for unit in request.units if weight.bits[unit[0]] < 16)
 
 
 def _without_protected(request: Request, demand: Demand) -> Demand:

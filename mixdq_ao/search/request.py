@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 
 from ..errors import AllocationError
 from ..jsonfile import is_number
 from ..plan import ACT_BITS, WEIGHT_BITS
+from .objectives import OBJECTIVES, Objective
 from .sensitivity import GROUPS, Kind, Sensitivity
 from .split import SPLITS
 
-Objective = Literal["additive", "decoupled", "sqnr"]
-OBJECTIVES = get_args(Objective)
 Budget = float | Mapping[str, float]
 Offer = Sequence[int] | Mapping[str, Sequence[int]]
 

@@ -92,7 +92,7 @@ class Store:
         for number, line in enumerate(lines[1:], 2):
             record = _parse(line, self.path, number)
             key, value = record.get("key"), record.get("value")
-            if not isinstance(key, str) or not isinstance(value, dict) or not all(map(is_number, value.values())):
+            if not isinstance(key, str) or not isinstance(value, dict) or not _are_figures(value):
                 raise SensitivityError(f"{self.path}: line {number}: expected a key and a value of finite numbers")
             self.results[key] = value
         return whole
@@ -169,6 +169,10 @@ def _parse(line: bytes, path: Path | None, number: int) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise SensitivityError(f"{path}: line {number} is {type(record).__name__}, expected an object")
     return record
+
+
+def _are_figures(value: Mapping[str, object]) -> bool:
+    return bool(value) and all(map(is_number, value.values()))
 
 
 def _check_same(path: Path, key: str, theirs: Mapping[str, float], ours: Mapping[str, float]) -> None:

@@ -32,6 +32,7 @@ from ..search.moments_file import fingerprint_of
 from .recover_layers import make_student, students
 from .recover_loop import MakeOptimizer, Run, error_on, record_for
 from .recover_options import Recipe, recipe_of
+from .recover_state import check_directory
 from .recover_targets import Targets
 
 HELD_OUT = 32
@@ -104,18 +105,21 @@ def recover(
 
     Raises:
         OptimizerError: an option is unknown or out of range. PlanError, QuantizationError: the plan does not fit.
-        MixDQError: no prompts. CheckpointError: a checkpoint of another run, damaged, or of other shapes.
+        MixDQError: no prompts. CheckpointError: a checkpoint of another run, damaged, or of other shapes; or a place
+        where none can be kept.
     """
     recipe = recipe_of(steps, options)
     if type(save_every) is not int or save_every < 1:
         raise MixDQError(f"save_every is {save_every!r}, expected a whole number of at least 1")
     learned, measured = _divided(check_prompts(prompts), held_out)
+    directory = None if checkpoint is None else Path(checkpoint)
+    if directory is not None:
+        check_directory(directory)
     teacher = denoiser(pipe)
     student = _student(teacher, plan, moments, recipe)
     settings = {"plan": plan.to_json(), "prompts": learned, "held_out": measured}
     settings |= {"moments": None if moments is None else fingerprint_of(moments)}
     exam = record_for(recipe, pipe, measured, recipe.seed, "recording held-out prompts")
-    directory = None if checkpoint is None else Path(checkpoint)
     run = Run(
         pipe, student, learned, exam, recipe, directory=directory, settings=settings, make_optimizer=make_optimizer
     )

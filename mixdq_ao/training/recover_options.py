@@ -106,6 +106,7 @@ _BOUNDS = (
     ("block_weight", 0.0, 1e6),
     ("diverged", 1.0, 1e9),
     ("clip", 1e-6, 1e9),
+    ("guidance_scale", 0.0, 1e6),
 )
 
 

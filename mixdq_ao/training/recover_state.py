@@ -7,6 +7,7 @@ JSON replaces the old one in one step, then the old tensors go: a crash leaves t
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -81,6 +82,20 @@ KEYS = {"step", "error", "loss"}
 def _expect(condition: bool, name: str, value: object) -> None:
     if not condition:
         raise ValueError(f"{name} is {value!r}")
+
+
+def check_directory(directory: Path) -> None:
+    """Raises CheckpointError where a run cannot be kept, before any work: under a file, or in a model's own folder."""
+    known = next(p for p in (directory, *directory.parents) if os.path.lexists(p))
+    if not known.is_dir():
+        raise CheckpointError(f"{directory}: cannot be written, {known} is no folder; choose another checkpoint")
+    if not os.access(known, os.W_OK):
+        raise CheckpointError(f"{directory}: cannot be written, {known} is not writable; choose another checkpoint")
+    for name in ("model_index.json", "config.json"):
+        if (directory / name).exists():
+            raise CheckpointError(
+                f"{directory}: holds a model ({name}), expected a folder for the run alone; choose another checkpoint"
+            )
 
 
 def save_run(

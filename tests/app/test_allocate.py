@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mixdq_ao import Plan
+from mixdq_ao import Plan, mixdq_config
 from tests.command import run
 
 PIPELINE = Path(__file__).parents[2] / "examples" / "shapes" / "pipeline"
@@ -55,10 +55,24 @@ def test_only_measuring(files, tmp_path, capsys):
     assert Plan.load(tmp_path / "plan.json").metadata["measured_error"] > 0
 
 
+def test_16_bit_weights_come_with_16_bit_activations(files, tmp_path, capsys):
+    bits = "--weight-bits", 12, "--weight-choices", "4,8,16"
+    given = ("--objective", "additive", "--calibration", files / "calibration.json", "--out", tmp_path / "plan.json")
+    code, _, err = run(capsys, "allocate", files / "sensitivity.json", *bits, *given)
+    assert code == 0, err
+    plan = Plan.load(tmp_path / "plan.json")
+    assert any(layer.weight_bits == 16 for layer in plan.layers.values())
+    mixdq_config(plan)  # refuses 16-bit weights with 8-bit activations
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         (("--choose",), "--choose is about plans measured on a model; give --pipeline"),
+        (("--steps", 4), "--steps is about plans measured on a model; give --pipeline"),
+        (("--guidance-scale", 0), "--guidance-scale is about plans measured on a model"),
+        (("--device", "cpu"), "--device is about plans measured on a model"),
+        (("--pipeline", PIPELINE, "--prompts", "p", "--calibration", "c", "--seeds", 2), "--seeds is of --choose"),
         (("--check", 1), "'1' is not a whole number of at least 2"),
         (("--pipeline", PIPELINE), "--pipeline needs --prompts"),
         (("--pipeline", PIPELINE, "--prompts", "p.txt"), "--pipeline needs --calibration"),

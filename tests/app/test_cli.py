@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mixdq_ao.app import cli
+from mixdq_ao.app.environment import environment
 from mixdq_ao.plan import LayerPlan, Plan
 from mixdq_ao.search.calibration import Calibration
 from mixdq_ao.search.sensitivity import Sensitivity
@@ -83,6 +84,8 @@ def test_errors_reach_the_shell_as_one_line_and_a_code(tmp_path):
         (["paint"], "invalid choice: 'paint'"),
         (["calibrate", "p"], "required: --prompts"),
         (["calibrate", "p", "--prompts", "f", "--steps", "1,x"], "'1,x' is not a list of whole numbers"),
+        (["calibrate", "p", "--prompts", "f", "--guidance-scale", "nan"], "'nan' is not a finite number"),
+        (["recover", "p", "--plan", "f", "--prompts", "f", "--guidance-scale", "x"], "'x' is not a finite number"),
         (["generate", "p", "--prompt", "t", "--steps", "0"], "'0' is not a whole number of at least 1"),
         (["generate", "p"], "one of the arguments --prompt --prompts is required"),
         (["allocate", "s.json", "--weight-bits", "four"], "'four' is not a number of bits"),
@@ -153,6 +156,25 @@ def test_where_a_result_goes_is_checked_before_the_work(capsys, tmp_path, prompt
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     code, out, err = run(capsys, "calibrate", PIPELINE, *texts, "--out", folder / "c.json")
     assert code == 2 and f"{folder} is not writable" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "p", "--prompt", "t", "--calibration", "c"], "--calibration fills in the ranges of a plan; give"),
+        (["evaluate", "run", "p", "--prompts", "t", "--calibration", "c"], "--calibration fills in the ranges"),
+        (["compile", "p", "--calibration", "c", "--out", "m.pt2"], "--calibration fills in the ranges"),
+        (["generate", "p", "--prompt", "t", "--storage", "own"], "--storage says how a schedule's levels are held"),
+        (["generate", "p", "--prompt", "t", "--plan", "f", "--keep-full"], "--keep-full says how a schedule's levels"),
+        (["recover", "p", "--plan", "f", "--prompts", "t", "--rank", "4"], "--rank is of --train low_rank"),
+    ],
+)
+def test_options_that_need_others(capsys, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t").write_text("a circle")
+    code, out, err = run(capsys, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1) and words in err
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]
 
 
 def test_calibrate_smooths_and_rotates(capsys, tmp_path, prompts):
@@ -281,7 +303,14 @@ def test_load_pipeline_says_what_is_wrong(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
     with pytest.raises(MixDQError, match="cannot be loaded as a diffusers pipeline"):
         load_pipeline(str(tmp_path))
+    with pytest.raises(MixDQError, match="100000 denoising steps are more than DDIMScheduler takes: .*1000"):
+        load_pipeline(str(PIPELINE), steps=[1, 100000])
     assert looks_local("./x") and looks_local("a/b/c") and looks_local("name") and not looks_local("org/model")
+
+
+def test_a_machine_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert environment()["commit"] is None
 
 
 def test_doctor_in_words(capsys):

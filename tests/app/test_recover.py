@@ -46,6 +46,8 @@ def test_errors_are_one_line(capsys, files, shapes):
         (("--plan", files / "bare.json"), "no act_range"),
         (("--plan", files / "plan.json", "--steps", 0), "not a whole number of at least 1"),
         (("--plan", files / "plan.json", "--lr", -1), "lr is -1.0"),
+        (("--plan", files / "plan.json", "--checkpoint", files / "plan.json"), "plan.json is no folder; choose"),
+        (("--plan", files / "plan.json", "--checkpoint", shapes.PIPELINE), "holds a model (model_index.json)"),
         (("--plan", files / "plan.json", "--block-steps", 9, "--steps", 3), "block_steps is 9"),
     ]
     for arguments, words in cases:

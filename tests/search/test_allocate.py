@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -225,6 +226,31 @@ def test_no_program_for_one_choice_or_16_bits() -> None:
     assert all(p == LayerPlan(act_bits=8) for p in found.plan.layers.values())
     assert found.predicted_error is None and found.seconds == 0
     assert {p.weight_bits for p in allocate(s, weight_bits=4, weight_choices=[4]).plan.layers.values()} == {4}
+
+
+@pytest.mark.parametrize("objective", ["additive", "decoupled"])
+def test_an_activation_beside_a_16_bit_weight_is_kept(objective: str) -> None:
+    """As of a protected layer: neither its error nor its size counts, and others have the whole budget."""
+    s = example(3, 12)
+    free = Sensitivity({n: replace(v, weight_scores={**v.weight_scores, 16: 1e3}) for n, v in s.layers.items()})
+    options: dict[str, Any] = {"weight_bits": 10, "weight_choices": (4, 8, 16), "objective": objective}
+    for act in (None, 6):
+        found = allocate(free, act_bits=act, **options)
+        kept = [n for n, p in found.plan.layers.items() if p.weight_bits == 16]
+        rest = [n for n in s.layers if n not in kept]
+        assert kept and rest and all(found.plan.layers[n] == LayerPlan() for n in kept)
+        assert all(found.plan.layers[n].act_bits < 16 for n in rest)
+        assert found.predicted_error == pytest.approx(predicted_error(s, found.plan))
+        for group in {s.layers[n].group for n in rest}:
+            sizes = {n: s.layers[n].act_size for n in rest if s.layers[n].group == group}
+            bits = sum(size * found.plan.layers[n].act_bits for n, size in sizes.items()) / sum(sizes.values())
+            assert found.average_bits[f"act/{group}"] == pytest.approx(bits)
+        others = allocate(s, weight_bits=4, weight_choices=[4], act_bits=act, objective=objective, protect=kept)
+        acts = {n: p.act_bits for n, p in found.plan.layers.items()}
+        assert acts == {n: p.act_bits for n, p in others.plan.layers.items()}
+        swept = sweep(free, act_bits=act, **options)
+        assert found.plan.layers in [a.plan.layers for a in swept]
+        assert all(p.act_bits == 16 for a in swept for p in a.plan.layers.values() if p.weight_bits == 16)
 
 
 # ---- splits, judges, fronts

@@ -125,3 +125,5 @@ def test_bad_input(bundled):
         analyze(bundled.pipe, [])
     with pytest.raises(MixDQError, match="method is 'guess'"):
         analyze(bundled.pipe, bundled.prompts, method="guess")  # type: ignore[arg-type]
+    with pytest.raises(MixDQError, match="probes is 1, but method is 'one_at_a_time'"):
+        analyze(bundled.pipe, bundled.prompts, probes=1)

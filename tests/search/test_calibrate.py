@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 
-from mixdq_ao import Calibration, CalibrationError, MixDQError, Plan, calibrate, mixdq_config, quantize_
+from mixdq_ao import (
+    Calibration,
+    CalibrationError,
+    MixDQError,
+    Plan,
+    PlanError,
+    calibrate,
+    input_moments,
+    mixdq_config,
+    quantize_,
+    unfuse_projections,
+)
 from mixdq_ao.quantize.quantizer import act_params, fake_quantize_act
 from mixdq_ao.search.observe import RangeObserver
 
@@ -47,6 +61,9 @@ def test_mse_looks_for_the_range_of_as_many_bits():
     assert error(4, 4) < 0.5 * error(8, 4) and error(8, 8) < 0.5 * error(4, 8)
     with pytest.raises(CalibrationError, match="act_bits is 6, expected 8 or 4"):
         calibrate(layer, run=run, act_bits=6)
+    for use in (lambda: calibrate(layer, run=run, method="min-max"), lambda: RangeObserver("min-max")):
+        with pytest.raises(CalibrationError, match="method is 'min-max', expected one of minmax, percentile, mse"):
+            use()
 
 
 def test_layers_that_read_one_tensor_share_a_range(calibration):
@@ -67,6 +84,23 @@ def test_bos_is_found_and_kept_out(calibration):
 def test_no_outlier_no_bos(unet):
     inputs = unet_inputs() | {"encoder_hidden_states": torch.randn(2, 7, 24)}
     assert calibrate(unet, run=lambda: unet(**inputs)).bos_embedding is None
+    differs = unet_inputs()
+    differs["encoder_hidden_states"][1, 0] *= 1.5
+    rivalled = unet_inputs()
+    rivalled["encoder_hidden_states"][0, 3] = 0.5 * bos_row()
+    later = unet_inputs()
+    later["encoder_hidden_states"] = later["encoder_hidden_states"].flip(1)
+    for given, says in (
+        (inputs, "no row set apart: the highest peak"),
+        (differs, "row 0 is an outlier, .* differs between prompts"),
+        (
+            rivalled,
+            "row 0 is an outlier, .* the same for every prompt, but less than 4 times the largest of all others",
+        ),
+        (later, "row 6 is an outlier, .* is not the first"),
+    ):
+        found = calibrate(unet, run=lambda given=given: unet(**given))
+        assert found.bos_embedding is None and re.search(says, found.metadata["text_rows"])
     with pytest.raises(CalibrationError, match="differs between prompts"):
         calibrate(unet, run=lambda: unet(**inputs), bos=True)
     with_bos = unet_inputs()
@@ -130,6 +164,15 @@ def test_files(calibration, tmp_path):
         Calibration.load(tmp_path / "b.json")
 
 
+def test_sizes_in_a_plan_that_are_none_are_named(unet, calibration):
+    """A plan counts its average bits by what the calibration left in its metadata; a file may hold anything."""
+    plan = Plan.uniform(unet, 8, 8).with_calibration(calibration)
+    sizes = plan.metadata["act_sizes"]
+    for wrong in ("many", {**sizes, "conv_in": "many"}, {**sizes, "conv_in": -1}):
+        with pytest.raises(PlanError, match="metadata: act_sizes is .*expected {layer: elements}"):
+            replace(plan, metadata={"act_sizes": wrong}).summary(unet)
+
+
 def test_bad_input(bundled, unet):
     with pytest.raises(MixDQError, match="prompts is empty"):
         calibrate(bundled.pipe, [])
@@ -137,6 +180,14 @@ def test_bad_input(bundled, unet):
         calibrate(bundled.pipe, ["a", " "])
     with pytest.raises(MixDQError, match="prompts is the text"):
         calibrate(bundled.pipe, "a red circle")
+    options = {"calibration": bundled.calibration}
+    for use in (
+        lambda steps: calibrate(bundled.pipe, ["a"], steps=steps),
+        lambda steps: input_moments(bundled.pipe, ["a"], steps=steps, **options),
+    ):
+        for steps in ("1,4", 1.5, (1, 2.5), (), 0, True):
+            with pytest.raises(CalibrationError, match=f"steps is {re.escape(repr(steps))}, expected a whole number"):
+                use(steps)
     with pytest.raises(CalibrationError, match="nothing|no linear"):
         calibrate(unet, run=lambda: None)
     with pytest.raises(CalibrationError, match="NaN"):
@@ -207,3 +258,19 @@ def test_a_quantized_model_is_not_calibrated(unet, calibration):
     quantize_(unet, mixdq_config(Plan.uniform(unet, 8, 8).with_calibration(calibration)))
     with pytest.raises(CalibrationError, match="is quantized already; calibrate the original model"):
         calibrate(unet, run=lambda: unet(**unet_inputs()))
+
+
+def test_layers_of_an_adapter_are_not_calibrated(unet):
+    """Their names hide what reads the text and where inputs are concatenated."""
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "conv_shortcut"]))
+    with pytest.raises(CalibrationError, match=r"base_layer' is part of an adapter .*pipe.fuse_lora"):
+        calibrate(unet, run=lambda: unet(**unet_inputs()))
+
+
+def test_joint_projections_of_full_precision_are_not_calibrated(unet, calibration):
+    unet.fuse_qkv_projections()
+    with pytest.raises(CalibrationError, match=r"attention '.*attn1': its projections are fused.*unfuse_qkv_proj"):
+        calibrate(unet, run=lambda: unet(**unet_inputs()))
+    unet.unfuse_qkv_projections()
+    unfuse_projections(unet)
+    assert calibrate(unet, run=lambda: unet(**unet_inputs())).layers.keys() == calibration.layers.keys()

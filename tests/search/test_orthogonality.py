@@ -191,6 +191,7 @@ def test_files(net, tmp_path):
     triangle = document["matrices"][0]
     for change, says in [
         ({"estimator": "other"}, "estimator is 'other'"),
+        ({"estimator": ["biased"]}, r"estimator is \['biased'\], expected one of biased, unbiased"),
         ({"steps": 2}, "0 to 1"),
         ({"steps": 0}, "steps is 0"),
         ({"sampled": [0, 0, 1]}, "expected different ones"),

@@ -71,6 +71,8 @@ def test_activations_ties_protection_and_bytes():
     assert {v.act_bits for n, v in layers.items() if n != "l0"} == {4, 8}
     assert found.average_bits["act/quality"] <= 6 and found.average_bits["weight/quality"] <= 4
     assert allocate_orthogonal(given, weight_bits=4, act_bits=16).plan.layers["l1"].act_bits == 16
+    some = allocate_orthogonal(given, weight_bits=12, weight_choices=(4, 16), act_bits=6).plan.layers.values()
+    assert {(v.weight_bits == 16, v.act_bits == 16) for v in some} == {(False, False), (True, True)}
     room = sum(v.weight_bytes[4] for v in given.layers.values())
     assert allocate_orthogonal(given, weight_bytes=room).weight_bytes <= room
 

@@ -157,8 +157,8 @@ def test_layers_without_moments_go_without(chain):
     result = analyze(chain.pipe, PROMPTS, method="probe", probes=4, roundings=WAYS, moments=moments, **chain.options)
     assert result.layers["second"].rounding(2) in WAYS[:2]
     assert set(result.metadata["rounding_errors"]["first"]["weight"]) == {f"{b} {r}" for b in (2, 4) for r in WAYS}
-    for method in ("probe", "one_at_a_time"):
-        alone = analyzed(chain, method, ("output compensated",), probes=1)
+    for method, more in (("probe", {"probes": 1}), ("one_at_a_time", {})):
+        alone = analyzed(chain, method, ("output compensated",), **more)
         assert alone.layers["groups"].weight_roundings == {}
         assert alone.layers["first"].weight_roundings == dict.fromkeys((2, 4), "output compensated")
         with pytest.raises(SensitivityError, match="'output compensated' need second moments; pass moments="):

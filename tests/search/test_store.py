@@ -58,8 +58,9 @@ def test_a_file_that_is_no_store_is_left_alone(tmp_path, text):
 def test_values_must_be_finite_numbers(tmp_path):
     fill(tmp_path / "s", 0)
     header = (tmp_path / "s").read_text()
-    for value in ('"x"', "true", "NaN", "1e999", "1" * 400, "[" * 100_000):
-        (tmp_path / "s").write_text(f'{header}{{"key": "k", "value": {{"error": {value}}}}}\n')
+    for value in ('"x"', "true", "NaN", "1e999", "1" * 400, "[" * 100_000, None):
+        figures = "{}" if value is None else f'{{"error": {value}}}'
+        (tmp_path / "s").write_text(f'{header}{{"key": "k", "value": {figures}}}\n')
         with pytest.raises(SensitivityError, match="line 2"), Store(tmp_path / "s", "print"):
             pass
 

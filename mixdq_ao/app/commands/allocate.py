@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...search.objectives import OBJECTIVES
 from .. import options
 from ..inputs import at_least, budget, integers, load_pipeline, read_prompts
 from ..output import counted, mebibytes, show, show_json, show_table, wrote
@@ -21,9 +22,11 @@ EXAMPLE = (
     "mixdq allocate sensitivity.json --weight-bits 4 --act-bits 8 --objective additive "
     "--calibration calibration.json --out plan.json"
 )
-OBJECTIVES = ("additive", "decoupled", "sqnr")
 FORMS = ("error", "linear", "integer")
 """Objectives of network orthogonality."""
+SAMPLING = ("steps", "guidance_scale", "seed", "batch_size")
+OF_PIPELINE = ("choose", "check", "moments", "prompts", "seeds", "device", "dtype", *SAMPLING)
+"""Options that only ``--pipeline`` heeds."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.out(parser, "plan.json", "file to write")
     options.as_json(parser)
     _measuring(parser.add_argument_group("measuring plans on the model itself"))
+    parser.set_defaults(**dict.fromkeys(SAMPLING))
 
 
 def _measuring(group: argparse._ArgumentGroup) -> None:
@@ -67,7 +71,8 @@ def _measuring(group: argparse._ArgumentGroup) -> None:
         **several,
         help="measure N random plans as well (default 12): whether predicted errors hold on this model",
     )
-    group.add_argument("--seeds", type=at_least(1), default=1, metavar="N", help="pictures per prompt to choose by")
+    seeds = "pictures per prompt to choose by (default 1)"
+    group.add_argument("--seeds", type=at_least(1), metavar="N", help=seeds)
     group.add_argument(
         "--moments", type=Path, metavar="FILE", help="saved input_moments(...), for compensated rounding"
     )
@@ -108,10 +113,13 @@ def _check(args: argparse.Namespace, orthogonal: bool) -> None:
     from ...errors import MixDQError
 
     if args.pipeline is None:
-        for name in ("choose", "check", "moments", "prompts"):
+        for name in OF_PIPELINE:
             if getattr(args, name) is not None:
-                raise MixDQError(f"--{name} is about plans measured on a model; give --pipeline and --prompts too")
+                option = "--" + name.replace("_", "-")
+                raise MixDQError(f"{option} is about plans measured on a model; give --pipeline and --prompts too")
         return
+    if args.seeds is not None and args.choose is None:
+        raise MixDQError("--seeds is of --choose")
     for name in ("prompts", "calibration"):
         if getattr(args, name) is None:
             raise MixDQError(f"--pipeline needs --{name} to measure plans with")
@@ -123,26 +131,25 @@ def _measured(args: argparse.Namespace, calibration: Calibration) -> tuple[Alloc
     """The plan, chosen among candidates if so asked, with its measured error in its metadata."""
     from ... import Moments
     from ...models.pipelines import Sampling
-    from ...search.choose import OBJECTIVES as ALL
     from ...search.choose import candidates, choose
     from ...search.prediction import check_prediction
     from ...search.sensitivity import Sensitivity
 
     sensitivity, prompts = Sensitivity.load(args.sensitivity), read_prompts(args.prompts)
     moments = None if args.moments is None else Moments.load(args.moments)
-    shared: dict[str, Any] = {"moments": moments}
-    names = ("steps", "guidance_scale", "seed", "batch_size")
-    shared["sampling"] = Sampling(**{name: getattr(args, name) for name in names})
+    given = {name: getattr(args, name) for name in SAMPLING}
+    sampling = Sampling(**{name: value for name, value in given.items() if value is not None})
+    shared: dict[str, Any] = {"moments": moments, "sampling": sampling}
     judged: list[Judged] = []
     if args.choose is None:
         result = _by_errors(args)
         plan = result.plan.with_calibration(calibration)
     else:
-        objectives = ALL if args.objective is None else (_objective(args, OBJECTIVES, "decoupled"),)
+        objectives = OBJECTIVES if args.objective is None else (_objective(args, OBJECTIVES, "decoupled"),)
         found = candidates(sensitivity, objectives=objectives, most=args.choose, **_shared(args))
-    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
+    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype, steps=[sampling.steps])
     if args.choose is not None:
-        judged = choose(pipe, found, prompts, calibration=calibration, seeds=args.seeds, **shared)
+        judged = choose(pipe, found, prompts, calibration=calibration, seeds=args.seeds or 1, **shared)
         result, plan = judged[0].allocation, judged[0].plan
     ranges = lambda p: p.with_calibration(calibration)  # noqa: E731
     plan = check_prediction(pipe, sensitivity, plan, prompts, ranges=ranges, count=args.check or 0, **shared)

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     prompts = read_prompts(args.prompts)
     calibration = Calibration.load(args.calibration) if args.calibration else None
-    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
+    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype, steps=[args.steps])
     names = ("steps", "guidance_scale", "seed", "batch_size")
     common: dict[str, Any] = {"calibration": calibration, **{name: getattr(args, name) for name in names}}
     if args.part is not None:

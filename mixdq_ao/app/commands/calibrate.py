@@ -44,7 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompts)
-    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
+    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype, steps=args.steps)
     from mixdq_ao import calibrate
     from mixdq_ao.quantize.folds import Folding
 

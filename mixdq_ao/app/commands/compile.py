@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import MixDQError
 from .. import options
-from ..inputs import at_least, load_pipeline, load_plan
+from ..inputs import at_least, load_pipeline, plan_of
 from ..output import mebibytes, show, show_json, wrote
 
 HELP = "compile a quantized denoiser ahead of time into one file, which runs without this library"
@@ -36,7 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.out.suffix != ".pt2":
         raise MixDQError(f"{args.out}: expected a file name that ends in .pt2")
-    plan = load_plan(args.plan, args.calibration) if args.plan else None
+    plan = plan_of(args)
     pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
     from mixdq_ao.models.pipelines import denoiser
     from mixdq_ao.models.portable import package

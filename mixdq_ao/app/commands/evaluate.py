@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import options
-from ..inputs import at_least, load_pipeline, load_plan
+from ..inputs import at_least, load_pipeline, plan_of
 from ..output import counted, show_json, show_table, wrote
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _run(args: argparse.Namespace) -> None:
     from ...evaluate.settings import digest
 
     shard, prompts = Shard.parse(args.shard), read_prompts(args.prompts).first(args.count)
-    plan = load_plan(args.plan, args.calibration) if args.plan else None
+    plan = plan_of(args)
     device = _device(args.device)
     names = ("steps", "guidance_scale", "seed", "height", "width")
     chosen: dict[str, Any] = {name: getattr(args, name) for name in names}
@@ -151,7 +151,7 @@ def _circumstances(args: argparse.Namespace, device: str) -> dict[str, Any]:
 
 
 def _load(args: argparse.Namespace, device: str, plan: Plan | None) -> Any:
-    pipe = load_pipeline(args.pipeline, device=device, dtype=args.dtype)
+    pipe = load_pipeline(args.pipeline, device=device, dtype=args.dtype, steps=[args.steps])
     from ..quantized import make_ready
 
     make_ready(pipe, plan, compiled=args.compile)

@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...errors import MixDQError
 from .. import options
-from ..inputs import load_pipeline, load_plan, read_prompts
+from ..inputs import load_pipeline, plan_of, read_prompts
 from ..output import counted, show_json, wrote
 
 if TYPE_CHECKING:
@@ -37,30 +38,32 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     texts.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; may be given several times")
     texts.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, UTF-8")
     options.sampling(parser, str(STEPS), 8)
-    parser.set_defaults(steps=None)
+    parser.set_defaults(steps=None, storage=None)
     parser.add_argument("--compile", action="store_true", help="compile the denoiser first; pays with many pictures")
     options.out(parser, "pictures", "folder for the PNG files")
     options.as_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    _check(args)
     prompts = args.prompt or read_prompts(args.prompts)
     schedule = _schedule(args)
-    plan = load_plan(args.plan, args.calibration) if args.plan else None
+    plan = plan_of(args) if schedule is None else None
     args.steps = args.steps or (len(schedule.steps) if schedule else STEPS)
-    args.out.mkdir(parents=True, exist_ok=True)
     from mixdq_ao.models.pipelines import Sampling, check_prompts, generate
 
-    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
+    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype, steps=[args.steps])
     from ...evaluate.pictures import to_bytes
     from ...progress import progress
     from ..quantized import make_ready, make_scheduled, save_png
 
     check_prompts(prompts)
+    args.out.mkdir(parents=True, exist_ok=True)
     if schedule is None:
         make_ready(pipe, plan, compiled=args.compile)
     else:
-        make_scheduled(pipe, schedule, storage=args.storage, keep_full=args.keep_full, compiled=args.compile)
+        storage = args.storage or "nested"
+        make_scheduled(pipe, schedule, storage=storage, keep_full=args.keep_full, compiled=args.compile)
     names = ("steps", "guidance_scale", "seed", "batch_size")
     sampling = Sampling(**{name: getattr(args, name) for name in names})
     drawn: list[Path] = []
@@ -75,16 +78,24 @@ def run(args: argparse.Namespace) -> None:
         show_json({"pictures": [str(path) for path in drawn], "seconds": round(time.perf_counter() - start, 3)})
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Options that nothing would heed, or that exclude each other, are refused."""
+    if args.schedule is None:
+        for name in ("storage", "keep_full"):
+            if getattr(args, name):
+                option = "--" + name.replace("_", "-")
+                raise MixDQError(f"{option} says how a schedule's levels are held; give --schedule too")
+    elif args.plan is not None:
+        raise MixDQError("--plan and --schedule are both given; a schedule has the plans of its levels in itself")
+
+
 def _schedule(args: argparse.Namespace) -> TemporalPlan | None:
     """The schedule asked for, for the steps asked for."""
     if args.schedule is None:
         return None
-    from ...errors import ScheduleError
     from ...search.calibration import Calibration
     from ...temporal.plan import TemporalPlan
 
-    if args.plan is not None:
-        raise ScheduleError("--plan and --schedule are both given; a schedule has the plans of its levels in itself")
     schedule = TemporalPlan.load(args.schedule)
     schedule.validate(args.steps or len(schedule.steps))
     return schedule if args.calibration is None else schedule.with_calibration(Calibration.load(args.calibration))

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ...errors import MixDQError
 from .. import options
-from ..inputs import at_least, integers, load_pipeline, load_plan, read_prompts
+from ..inputs import at_least, finite, integers, load_pipeline, load_plan, read_prompts
 from ..output import show, show_json, wrote
 
 HELP = "train a quantized denoiser back to what full precision draws, and store it"
@@ -33,7 +34,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, metavar="X", help="learning rate, relative to the size of each parameter")
     what = "weights: everything (default); low_rank: thin matrices added to weights before rounding, less memory"
     parser.add_argument("--train", choices=("weights", "low_rank"), default="weights", help=what)
-    parser.add_argument("--rank", type=at_least(1), default=16, metavar="N", help="of low_rank (default 16)")
+    parser.add_argument("--rank", type=at_least(1), metavar="N", help="of low_rank (default 16)")
     fixed = "keep the weights' scales as the plan makes them (default: they are trained too)"
     parser.add_argument("--fixed-scales", dest="learn_scales", action="store_false", help=fixed)
     parser.add_argument("--learn-ranges", action="store_true", help="train the ranges of layers' inputs too")
@@ -42,7 +43,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     noise = "record trajectories anew after so many steps (default 0: never)"
     parser.add_argument("--refresh", type=at_least(0), default=0, metavar="N", help=noise)
     scale = "classifier-free guidance of the trajectories; 0 turns it off (default)"
-    parser.add_argument("--guidance-scale", type=float, default=0.0, metavar="X", help=scale)
+    parser.add_argument("--guidance-scale", type=finite, default=0.0, metavar="X", help=scale)
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of noise and batches (default 0)")
     often = "steps between measurements on held-out prompts (default 100)"
     parser.add_argument("--evaluate-every", type=at_least(1), default=100, metavar="N", help=often)
@@ -55,19 +56,25 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.rank is not None and args.train != "low_rank":
+        raise MixDQError("--rank is of --train low_rank")
     plan, prompts = load_plan(args.plan, args.calibration), read_prompts(args.prompts)
     held_out = read_prompts(args.held_out) if args.held_out else None
-    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
+    if args.checkpoint is not None:
+        from ...training.recover_state import check_directory
+
+        check_directory(args.checkpoint)
+    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype, steps=args.trajectory)
     from mixdq_ao import recover, save_quantized
     from mixdq_ao.models.pipelines import denoiser
 
     from ...training.recover_loop import decibel
 
     plan.validate(denoiser(pipe))
-    names = ("block_steps", "batch_size", "trajectory", "train", "rank", "learn_scales", "learn_ranges")
+    names = ("block_steps", "batch_size", "trajectory", "train", "learn_scales", "learn_ranges")
     names += ("block_weight", "refresh", "evaluate_every", "guidance_scale", "seed")
     chosen: dict[str, Any] = {name: getattr(args, name) for name in names}
-    chosen |= {} if args.lr is None else {"lr": args.lr}
+    chosen |= {name: getattr(args, name) for name in ("lr", "rank") if getattr(args, name) is not None}
     chosen |= {"held_out": held_out, "checkpoint": args.checkpoint, "moments": _moments(args, pipe, plan, prompts)}
     found = recover(pipe, plan, prompts, steps=args.steps, **chosen)
     save_quantized(denoiser(pipe), args.out, plan=found.plan)
@@ -85,7 +92,7 @@ def _moments(args: argparse.Namespace, pipe: Any, plan: Any, prompts: list[str])
     layers = [name for name, layer in plan.layers.items() if layer.needs_moment]
     if not layers:
         return None
-    from mixdq_ao import Calibration, MixDQError, input_moments
+    from mixdq_ao import Calibration, input_moments
 
     if args.calibration is None:
         raise MixDQError(f"layer {layers[0]!r} is rounded by second moments, which need --calibration")

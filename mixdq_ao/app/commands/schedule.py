@@ -91,7 +91,7 @@ def _search(args: argparse.Namespace) -> None:
     check_goal(args.steps, costs, args.max_cost, args.max_error)
     if args.check:
         check_count(args.check, args.steps, len(costs))
-    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
+    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype, steps=[args.steps])
     from ...models.pipelines import Sampling, denoiser
     from ...search.fingerprint import fingerprint
     from ...temporal.collect import results_of
