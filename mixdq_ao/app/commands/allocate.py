@@ -182,14 +182,12 @@ def _show_candidates(judged: list[Judged]) -> None:
 def _format(path: Path) -> object:
     """What a file says it is; None where it says nothing, and reading it will say why."""
     from ...errors import MixDQError
-    from ...jsonfile import parse
-    from ...textfile import read_text
+    from ...jsonfile import read_object
 
     try:
-        document = parse(read_text(path, MixDQError))
-    except (ValueError, RecursionError):  # MixDQError is a ValueError
+        return read_object(path, MixDQError).get("format")
+    except MixDQError:
         return None
-    return document.get("format") if isinstance(document, dict) else None
 
 
 def _by_errors(args: argparse.Namespace) -> Allocation:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import MixDQError
-from ...jsonfile import parse
+from ...jsonfile import read_object
 from ...plan import Plan
 from ...search.sensitivity import Sensitivity
 from ...temporal.plan import TemporalPlan
 from ...temporal.results import ScheduleResults
-from ...textfile import read_text
 from .grid import Grid, read_grid
 from .names import plan_order
 
@@ -76,7 +75,7 @@ def read_inputs(directory: Path) -> Inputs:
     """Raises MixDQError naming the file and what was expected, also where the folder holds nothing to report."""
     if not directory.is_dir():
         raise MixDQError(f"{directory}: is no folder, expected one with results.json or other results")
-    results = _optional(directory / "results.json", read_json, {})
+    results = _optional(directory / "results.json", _read, {})
     where = directory / "results.json"
     schedules = [_schedule(path) for path in sorted(directory.glob("schedule*.json"))]
     inputs = Inputs(
@@ -88,7 +87,7 @@ def read_inputs(directory: Path) -> Inputs:
         sensitivity=_optional(directory / "sensitivity.json", Sensitivity.load, None),
         plans={path.stem: Plan.load(path) for path in sorted(directory.glob("plan_*.json"), key=plan_order)},
         points=_optional(directory / "pareto.json", _points, ()),
-        grid=read_grid(directory / "grid.png", _optional(directory / "grid.json", read_json, None)),
+        grid=read_grid(directory / "grid.png", _optional(directory / "grid.json", _read, None)),
         schedules={name: found for name, found in schedules if isinstance(found, TemporalPlan)},
         schedule_results=tuple(found for _, found in schedules if isinstance(found, ScheduleResults)),
         orthogonality=_optional(directory / "orthogonality.json", _orthogonality, None),
@@ -103,7 +102,7 @@ def read_inputs(directory: Path) -> Inputs:
 
 def _schedule(path: Path) -> tuple[str, TemporalPlan | ScheduleResults]:
     """A schedule, or what was measured of several, told from the file's header."""
-    kind, expected = read_json(path).get("format"), (TemporalPlan.FORMAT, ScheduleResults.FORMAT)
+    kind, expected = _read(path).get("format"), (TemporalPlan.FORMAT, ScheduleResults.FORMAT)
     if kind not in expected:
         raise MixDQError(f"{path}: format is {kind!r:.60}, expected {' or '.join(expected)}")
     return path.stem, (TemporalPlan if kind == TemporalPlan.FORMAT else ScheduleResults).load(path)
@@ -119,16 +118,8 @@ def _optional(path: Path, read: Callable[[Path], Any], default: Any) -> Any:
     return read(path) if path.exists() else default
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises MixDQError naming the file."""
-    text = read_text(path, MixDQError)
-    try:
-        document = parse(text)
-    except (ValueError, RecursionError) as e:
-        raise MixDQError(f"{path}: cannot be read as JSON: {e}") from e
-    if not isinstance(document, dict):
-        raise MixDQError(f"{path}: is {type(document).__name__}, expected an object")
-    return document
+def _read(path: Path) -> dict[str, Any]:
+    return read_object(path, MixDQError)
 
 
 def _object(path: Path, document: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -160,7 +151,7 @@ def _number(where: str, name: str, value: object) -> float | None:
 
 
 def _points(path: Path) -> tuple[Point, ...]:
-    points = read_json(path).get("points")
+    points = _read(path).get("points")
     if not isinstance(points, list):
         raise MixDQError(f"{path}: points is {type(points).__name__}, expected a list")
     return tuple(_point(f"{path}: point {i}", value) for i, value in enumerate(points))
