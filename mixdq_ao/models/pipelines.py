@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
             raise MixDQError(f"steps is {self.steps} and batch_size is {self.batch_size}, expected at least 1")
+        if not math.isfinite(self.guidance_scale):
+            raise MixDQError(f"guidance_scale is {self.guidance_scale}, expected a finite number; 0 turns it off")
 
 
 def denoiser(pipe: Any) -> nn.Module:

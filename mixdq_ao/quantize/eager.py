@@ -41,7 +41,8 @@ _known: dict[int, _Known] = {}
 def reused(x: Tensor, parameter: Tensor, compute: Callable[[], Tensor]) -> Tensor:
     """``compute()``, or its result of an earlier call with the same ``x``, unchanged since, and ``parameter``.
 
-    ``parameter`` is told by identity and must never be changed in place, nor the result.
+    ``parameter`` is told by identity and must never be changed in place, nor the result. Of ``x`` autograd's version
+    counter says whether it was written to, which what writes past it (``x.data``, ``x.numpy()``) does not count.
     """
     # An inference tensor does not tell when it is changed, and one made in inference mode is of no use outside.
     if not is_eager(x) or x.is_inference() or torch.is_inference_mode_enabled():

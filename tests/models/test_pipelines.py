@@ -15,7 +15,7 @@ from diffusers import (
     StableDiffusionXLInpaintPipeline,
 )
 
-from mixdq_ao import MixDQError, Plan, bos_aware, calibrate, mixdq_config, quantize_
+from mixdq_ao import MixDQError, Plan, Sampling, bos_aware, calibrate, mixdq_config, quantize_
 from mixdq_ao.layers import find_layers
 from mixdq_ao.models.pipelines import other_denoisers
 from mixdq_ao.quantize.tensor import is_quantized
@@ -159,3 +159,8 @@ def test_pipelines_that_take_pictures_are_named(bundled):
 def test_a_second_denoiser_is_known(unet):
     assert other_denoisers(SimpleNamespace(unet=unet)) == ()
     assert other_denoisers(SimpleNamespace(transformer=unet, transformer_2=unet)) == ("transformer_2",)
+
+
+def test_guidance_that_is_no_number_is_named():
+    with pytest.raises(MixDQError, match="guidance_scale is nan, expected a finite number"):
+        Sampling(guidance_scale=float("nan"))
