@@ -5,6 +5,8 @@ blocks, which look for the same BOS rows as well. Inductor puts such work into o
 writes every copy, and repeats what stands apart; torch eliminates common subexpressions of graphs for training only.
 """
 
+import operator
+
 import torch
 from torch import Tensor, fx
 
@@ -28,7 +30,7 @@ def _given_out(graph: fx.Graph) -> set[fx.Node]:
         node = waiting.pop()
         if node not in found:
             found.add(node)
-            if getattr(node.target, "is_view", False):
+            if getattr(node.target, "is_view", False) or node.target is operator.getitem:  # one of several views
                 waiting += node.all_input_nodes
     return found
 

@@ -142,8 +142,12 @@ def call_python(node, expression: str) -> None:
 
 def rewrite(pattern, check, replace, *, stage: int) -> None:
     """In graphs about to be lowered, call ``replace(match, ...)`` for what ``pattern`` finds, where ``check(match,
-    ...)`` allows it, both with what its ``Arg`` and ``KeywordArg`` stand for. Stages 0 to 2 run one after the other."""
-    allowed = lambda match: check(match, *match.args, **match.kwargs)  # noqa: E731
+    ...)`` allows it, both with what its ``Arg`` and ``KeywordArg`` stand for. Stages 0 to 2 run one after the other.
+
+    Torch matches a node whatever its keyword arguments are (``alpha`` of an addition); no pattern here has any, and
+    nodes with some are left alone."""
+    plain = lambda match: not any(node.kwargs for node in match.nodes)  # noqa: E731
+    allowed = lambda match: plain(match) and check(match, *match.args, **match.kwargs)  # noqa: E731
     stages: Any = pass_patterns
     register_graph_pattern(pattern, extra_check=allowed, pass_dict=stages[stage])(replace)
 

@@ -225,7 +225,9 @@ def _layout_conv(
     shape, sh, sw, ph, pw, dh, dw, groups = geometry
     height, width = checks.output_size(x_q, weight, (sh, sw), (ph, pw), (dh, dw))
     multiplications = shape[0] * height * width * weight.shape[0] * weight.shape[1] * weight.shape[2]
-    with_onednn = routes.takes_onednn(multiplications * prepared.length, prepared, weight)
+    with_onednn = _onednn_is_right(prepared.length, weight.shape, geometry) and routes.takes_onednn(
+        multiplications * prepared.length, prepared, weight
+    )
     if not with_onednn and not (groups == 1 and routes.has_avx2()):
         return _float_conv(prepared, weight, zero_point)
     known = list(prepared.forms.items())
@@ -242,6 +244,14 @@ def _layout_conv(
         if isinstance(form, avx2.Plan):
             return form.of_images(image, window)
     return avx2.conv_plan(weights.integers(weight, zero_point, prepared.bits, prepared.length), image, window)
+
+
+def _onednn_is_right(channels: int, weight_shape: torch.Size, geometry) -> bool:
+    """Whether oneDNN makes up for the zero point. With one input channel to a group its kernels for AVX-512 do so in
+    depthwise convolutions, and only where no row of the result lies in the padding alone; with several, always."""
+    _, _, _, ph, pw, _, _, groups = geometry
+    outputs, high, wide, _ = weight_shape
+    return channels > 1 or (outputs == groups > 1 and ph < high and pw < wide)
 
 
 def _is_onednn(form: object) -> bool:

@@ -4,6 +4,7 @@
     avx2          everything else, and products too small to repay oneDNN's cost per call: a C kernel that multiplies
                   16-bit pairs, built once where there is a compiler (:mod:`inductor_kernels.avx2`)
     float32       the same on integer codes, where there is none; also grouped convolutions
+                  that oneDNN does not take
 
 All are exact, float32 while sums stay below 2^24 (from 520 inputs on they may not: then to its rounding). Measured on
 two cores of an AMD EPYC, times the speed of float32. Zen 3, no VNNI: linear layers of ten million multiplications and

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
+from inductor_kernels import weights
 from inductor_kernels.packing import pack
 
 from .bos import bos_mask
@@ -244,6 +245,8 @@ def _(func, types, args, kwargs):
         tensor.copy_(tensors[name] if name in tensors else _row_sums(source.integers()))
         # Below the dispatcher nothing else counts versions; forms prepared of the old weight must be dropped.
         torch.autograd.graph.increment_version(tensor)
+    if weight.qdata.is_inference():  # these have no versions
+        weights.clear()
     weight.take_shared_key(source)
     return weight
 

@@ -59,10 +59,12 @@ def test_graphs_of_others_stay():
 
 def test_what_a_caller_gets_is_his_alone():
     def f(x):
-        return x.abs(), x.abs().view(16, 4), x.abs().view(64), layer(x)
+        return x.abs(), x.abs().view(16, 4), x.abs().view(64), layer(x), *x.abs().chunk(2), *x.abs().chunk(2)
 
     with torch.no_grad():
-        first, second, third, _ = torch.compile(f, fullgraph=True)(X)
+        first, second, third, _, half, _, same, _ = torch.compile(f, fullgraph=True)(X)
+    half.zero_()
+    assert torch.equal(same, X.abs().chunk(2)[0])
     first.zero_()
     assert torch.equal(second, X.abs().view(16, 4))
     second.zero_()

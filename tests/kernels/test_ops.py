@@ -203,3 +203,25 @@ def test_conv_errors_name_the_argument(index, value, message):
     arguments = replaced(cases.conv2d(padding=(0, 0)), index, value)
     with pytest.raises(ValueError, match=message):
         OPS.conv2d(*arguments)
+
+
+@pytest.mark.parametrize("bits", cases.BITS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"c": 2, "o": 136, "groups": 2},
+        {"c": 3, "o": 99, "groups": 3, "padding": (0, 0)},
+        {"c": 1, "o": 8, "padding": (3, 3)},
+        {"c": 1, "o": 8, "kernel": (2, 1), "padding": (2, 0)},
+        {"c": 16, "o": 16, "groups": 16, "kernel": (1, 3), "padding": (1, 0)},
+        {"c": 16, "o": 16, "groups": 16},
+        {"c": 16, "o": 24, "groups": 2, "padding": (4, 4)},
+    ],
+    ids=str,
+)
+def test_one_channel_to_a_group(monkeypatch, bits, options):
+    """oneDNN's kernels for AVX-512 leave the zero point out of some of these."""
+    weights.clear()
+    monkeypatch.setattr(routes, "small", lambda: 0)
+    arguments = cases.conv2d(**options, bits=bits)
+    cases.assert_right("conv2d", arguments, OPS.conv2d(*arguments))

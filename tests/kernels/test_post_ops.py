@@ -98,6 +98,22 @@ def test_sums_in_a_graph():
     assert calls == (2, 2)
 
 
+def test_sums_with_a_factor_stay_sums_with_a_factor():
+    """Torch's patterns do not look at ``alpha``."""
+    (a, b, c), other = [cases.linear((20,), 24, 32, 4) for _ in range(3)], torch.randn(20, 24)
+
+    def f(other, inverse, zero):
+        codes = torch.add(OPS.linear(*c) * inverse, zero, alpha=2).round().clamp(0, 255).to(torch.uint8)
+        return torch.add(OPS.linear(*a), other, alpha=2), torch.add(other, OPS.linear(*b), alpha=-0.5), codes
+
+    found, _, calls = taken(f, other, INVERSE, ZERO)
+    first, second, third = (cases.exact("linear", arguments) for arguments in (a, b, c))
+    (first + other * 2).check(found[0], torch.float32)
+    (second * -0.5 + other).check(found[1], torch.float32)
+    third.codes(known(INVERSE), 2 * ZERO).check(found[2], torch.uint8)
+    assert calls == (0, 3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_codes_in_a_graph(dtype):
     """Nothing is left of the work between two layers; the codes are those of the unrounded results."""

@@ -209,3 +209,13 @@ def test_copied_into_a_plain_tensor_it_is_dequantized(split):
     assert type(held) is type(weight) and torch.equal(held.dequantize(), weight.dequantize())
     with pytest.raises(ValueError, match=r"copy_ into a W8A8.* weight \[8, .*a plain tensor of torch.float32"):
         held.copy_(torch.zeros(weight.shape))
+
+
+@torch.inference_mode()
+def test_values_loaded_into_inference_tensors_are_used():
+    """They do not tell when they are written to, and products of the old values are prepared."""
+    first, second = (MixDQTensor.from_hp(torch.randn(64, 32), 4, act=act_params(-3.0, 3.0)) for _ in range(2))
+    x = torch.randn(600, 32)
+    F.linear(x, first)
+    first.copy_(second)
+    assert torch.equal(F.linear(x, first), F.linear(x, second))
