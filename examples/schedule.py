@@ -17,6 +17,7 @@ from typing import Any
 
 from examples.shapes import subject
 from mixdq_ao import Calibration, Plan, Sensitivity, TemporalPlan, allocate, analyze, calibrate, search_schedule
+from mixdq_ao.app.inputs import at_least
 from mixdq_ao.app.output import show_table
 from mixdq_ao.models.pipelines import Sampling
 from mixdq_ao.search.fingerprint import fingerprint
@@ -86,7 +87,7 @@ class Study:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/schedule"))
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=at_least(3), default=8)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--costs", type=float, nargs="+", default=[0.2, 0.25, 0.4])
     args = parser.parse_args()

@@ -70,4 +70,9 @@ def _checked(value: object, schedule: tuple[str, ...]) -> float:
             f"the error of {' '.join(schedule)} is {number}, expected a finite number; look at the pictures of this "
             "schedule: a level may overflow"
         )
+    if number < 0:
+        raise ScheduleError(
+            f"the error of {' '.join(schedule)} is {number}, expected a number from 0 up; of a score that is better "
+            "when higher, give how far it falls short, as 1 - SSIM"
+        )
     return number

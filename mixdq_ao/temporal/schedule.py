@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..errors import ScheduleError
+from ..jsonfile import is_number
 from ..search.store import Store
 from .correlation import ErrorModel
 from .evaluations import Choice, Error, Evaluations, LimitReached
@@ -88,9 +89,14 @@ def search_schedule(
             number. SensitivityError: the store cannot be used.
     """
     goal = check_goal(steps, levels, max_cost, max_error)
+    patience = max(4, steps // 2) if patience is None else patience
+    if type(patience) is not int or patience < 1:
+        raise ScheduleError(f"patience is {patience!r}, expected a whole number of at least 1")
+    if not is_number(resolution) or not 0 <= resolution < 1:
+        raise ScheduleError(f"resolution is {resolution!r}, expected a number from 0 to below 1")
     with open_store(store, steps, levels, subject) as results:
         evaluate = Evaluations(error, tuple(levels), limit=evaluation_limit(steps, len(levels)), store=results)
-        _search(evaluate, goal, steps, resolution, max(4, steps // 2) if patience is None else patience)
+        _search(evaluate, goal, steps, resolution, patience)
     return best_schedule(evaluate, goal)
 
 
@@ -98,10 +104,8 @@ def check_goal(steps: int, levels: Mapping[str, float], max_cost: float | None, 
     """The goal of a search. Raises ScheduleError naming the argument, its value and what was expected."""
     if type(steps) is not int or steps < 1:
         raise ScheduleError(f"steps is {steps!r}, expected a whole number of at least 1")
-    if len(levels) < 2:
-        raise ScheduleError(
-            f"levels is {dict(levels)!r}, expected at least two, {{name: relative cost}}, precise first"
-        )
+    if not isinstance(levels, Mapping) or len(levels) < 2:
+        raise ScheduleError(f"levels is {levels!r}, expected at least two, {{name: relative cost}}, precise first")
     check_costs(levels)
     if (max_cost is None) == (max_error is None):
         raise ScheduleError("give exactly one of max_cost (mean relative cost of a step) and max_error")

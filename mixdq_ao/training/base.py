@@ -26,6 +26,9 @@ from .split import REMAINDER, fits, join, split
 from .together import lots, update_together
 from .update import update
 
+IGNORED = ("maximize", "amsgrad", "capturable", "differentiable", "foreach", "fused")
+"""torch's options for a group that these steps do not have."""
+
 
 class MemoryEfficientOptimizer(Optimizer):
     """Steps float32 values that are stored as 16-bit parameters and 16-bit remainders.
@@ -101,11 +104,21 @@ class MemoryEfficientOptimizer(Optimizer):
         params = param_group["params"]
         param_group = {**param_group, "params": [params] if isinstance(params, Tensor) else list(params)}
         where = f"group {len(self.param_groups)}"
+        self._check_own(param_group, where)
         self._check_group({**self.defaults, **param_group}, where)
         for i, entry in enumerate(param_group["params"]):
             name, p = entry if isinstance(entry, tuple) else (f"parameter {i} of {where}", entry)
             check_parameter(p, name)
         super().add_param_group(param_group)
+
+    def _check_own(self, group: Mapping[str, Any], where: str) -> None:
+        """Raises OptimizerError for options of torch's that would be ignored, and for what only all groups can have."""
+        for name in IGNORED:
+            if group.get(name):
+                raise OptimizerError(f"{where}: {name} is {group[name]!r}, which is not supported; leave it out")
+        for name in ("nonfinite", "compile"):
+            if name in group and group[name] != self.defaults.get(name):
+                raise OptimizerError(f"{where}: {name} is {group[name]!r}; it is of the whole optimizer, give it there")
 
     def _check_group(self, options: Mapping[str, Any], where: str) -> None:
         """Raises OptimizerError for options out of range; subclasses add theirs."""
@@ -285,23 +298,39 @@ class MemoryEfficientOptimizer(Optimizer):
         """{name: whether it has a sign} of the moments that a group's options call for."""
         return dict(self.rule.moments)
 
-    def _new_state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    def _new_state(self, p: Tensor, group: Mapping[str, Any], moments: Mapping[str, bool]) -> dict[str, Any]:
         """{"step": float32 scalar, the remainder if p is 16 bit, the moments}: zeros, laid out and sharded like p."""
         here = local(p)
         state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32)}
         if p.dtype in REMAINDER:
             state[REMAINDER[p.dtype]] = sharded_like(torch.zeros_like(here, dtype=torch.int16), p)
-        for name, signed in self._moments(group).items():
+        for name, signed in moments.items():
             state[name] = sharded_like(new_moment(here, group["moments"], signed=signed), p)
         return state
 
+    def _states(self, p: Tensor, group: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+        """All that a state may hold, and which of it may be absent: moments that options did without at the end."""
+        return self._new_state(p, group, self.rule.moments), set(self.rule.moments) - set(self._moments(group))
+
     def _state_of(self, p: Tensor) -> dict[str, Any]:
         """The state, made when first asked for; in the parameter's order of memory, should that have changed."""
-        state, here = self.state[p], local(p)
+        state, here, group = self.state[p], local(p), self._group_of(p)
+        moments, remainder = self._moments(group), REMAINDER.get(p.dtype)
         if "step" not in state:
-            state.update(self._new_state(p, self._group_of(p)))
+            state.update(self._new_state(p, group, moments))
             self._versions[p] = version(p)
             return state
+        for name in REMAINDER.values():  # of another type: what the model sees since is the value
+            if name != remainder:
+                state.pop(name, None)
+        if missing := ({remainder, *moments} - {None, *state}):
+            if "momentum_buffer" in missing and group["dampening"]:
+                raise OptimizerError(
+                    f"{self.name_of(p)}: momentum begins after its first step, expected dampening=0 then; give both "
+                    "from the start"
+                )
+            fresh = self._new_state(p, group, moments)
+            state.update({name: fresh[name] for name in missing})
         for name, value in state.items():
             held = local(value)
             if held.dim() == 0 or held.stride() == here.stride():
@@ -360,4 +389,4 @@ class MemoryEfficientOptimizer(Optimizer):
 def _check(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     assert isinstance(optimizer, MemoryEfficientOptimizer)
     o = optimizer
-    return checked(state_dict, o.param_groups, o.name_of, o._check_group, o._new_state)
+    return checked(state_dict, o.param_groups, o.name_of, o._check_group, o._states)

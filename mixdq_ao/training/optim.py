@@ -30,7 +30,7 @@ class MemoryEfficientAdamW(MemoryEfficientOptimizer):
 
     Args:
         params: as for torch.optim.AdamW: parameters, named parameters or groups; bfloat16, float16 or float32.
-        lr, betas, eps, weight_decay: as there.
+        lr, betas, eps, weight_decay: as there; an lr in a tensor counts as its number, where torch rounds with it.
         moments: "float32" (8 bytes a parameter, exact), "bfloat16" (4 bytes, dithered: see ``moments.dithered``) or
             "8bit" (2 bytes, torchao's blocks of 256, for tensors of 4096 values and more). May differ by group.
         nonfinite: what a NaN or an infinity in a gradient does: "raise" OptimizerError, "skip" the step and count it

@@ -253,3 +253,21 @@ def test_the_additive_program_is_exact():
 
 def test_a_schedule_prints_without_its_history():
     assert "history" not in repr(Schedule(("a",), 0.1, 1.0, 2, {("a",): 0.1}))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"error": lambda s: -0.5}, "is -0.5, expected a number from 0 up; .* as 1 - SSIM"),
+        ({"patience": 0}, "patience is 0, expected a whole number"),
+        ({"patience": "x"}, "patience is 'x'"),
+        ({"resolution": float("nan")}, "resolution is nan, expected a number from 0"),
+        ({"resolution": -1}, "resolution is -1"),
+        ({"levels": ["a", "b"]}, r"levels is \['a', 'b'\], expected at least two, {name: relative cost}"),
+    ],
+)
+def test_arguments_that_are_none_are_named(given, says):
+    """A score that is better when higher used to search for ever."""
+    arguments = {"error": lambda s: 1.0 + s.count("b"), "levels": {"a": 1.0, "b": 0.25}} | given
+    with pytest.raises(ScheduleError, match=says):
+        search_schedule(arguments.pop("error"), steps=4, max_cost=0.7, **arguments)

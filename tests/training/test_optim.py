@@ -705,3 +705,48 @@ def test_the_short_module_has_the_same_classes():
 
     assert optim.MemoryEfficientAdamW is MemoryEfficientAdamW and optim.MemoryEfficientSGD is MemoryEfficientSGD
     assert set(optim.__all__) <= set(dir(optim))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_momentum_may_begin_and_end_while_training(dtype):
+    """As torch's SGD on float32 parameters; what was saved without momentum loads with it."""
+    start = torch.randn(300).to(dtype)
+    p, reference = nn.Parameter(start.clone()), nn.Parameter(start.float())
+    ours, theirs = MemoryEfficientSGD([p], lr=0.1), torch.optim.SGD([reference], lr=0.1, foreach=False)
+    for momentum in (0.0, 0.0, 0.9, 0.9, 0.0, 0.9):
+        gradient = torch.randn(300).to(dtype)
+        for optimizer, q in ((ours, p), (theirs, reference)):
+            optimizer.param_groups[0]["momentum"] = momentum
+            q.grad = gradient.to(q.dtype)
+            optimizer.step()
+        assert torch.equal(ours.fp32(p), reference)
+        ours.load_state_dict(ours.state_dict())
+    damped = MemoryEfficientSGD([p], lr=0.1, dampening=0.5)
+    damped.step()
+    damped.param_groups[0]["momentum"] = 0.9
+    with pytest.raises(OptimizerError, match="momentum begins after its first step, expected dampening=0"):
+        damped.step()
+
+
+@pytest.mark.parametrize("later", [torch.float16, torch.float32, torch.bfloat16])
+def test_a_model_may_change_its_type(later):
+    """What it holds then is the value; its state loads again."""
+    model = nn.Linear(8, 8).to(torch.bfloat16)
+    optimizer = MemoryEfficientAdamW(model.parameters(), lr=1e-2)
+    for dtype in (torch.bfloat16, later):
+        model.to(dtype)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        before = [p.detach().float() for p in model.parameters()]
+        optimizer.step()
+    for p, value in zip(model.parameters(), before, strict=True):
+        assert (optimizer.fp32(p) - value).abs().max() < 0.05
+        assert sum(name.endswith("_remainder") for name in optimizer.state[p]) == (later != torch.float32)
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("option", [{"maximize": True}, {"amsgrad": True}, {"nonfinite": "skip"}, {"compile": True}])
+def test_options_of_a_group_that_would_be_ignored(option):
+    (name,) = option
+    with pytest.raises(OptimizerError, match=f"group 0: {name} is"):
+        MemoryEfficientAdamW([{"params": [nn.Parameter(torch.zeros(3))], **option}])

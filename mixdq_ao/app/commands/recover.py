@@ -58,6 +58,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.rank is not None and args.train != "low_rank":
         raise MixDQError("--rank is of --train low_rank")
+    if args.checkpoint is not None and args.checkpoint.resolve() == args.out.resolve():
+        raise MixDQError(f"--checkpoint and --out are both {args.out}; a run and the model it makes need a folder each")
     plan, prompts = load_plan(args.plan, args.calibration), read_prompts(args.prompts)
     held_out = read_prompts(args.held_out) if args.held_out else None
     if args.checkpoint is not None:
