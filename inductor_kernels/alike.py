@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from . import compat
-from .patterns import is_ours, namespace
+from .nodes import is_ours, namespace
 
 
 def _is_pure(node: fx.Node) -> bool:

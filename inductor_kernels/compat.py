@@ -27,6 +27,8 @@ from torch._inductor.select_algorithm import (
 from torch._inductor.virtualized import V, ops
 from torch.torch_version import TorchVersion
 
+from .nodes import is_ours
+
 __all__ = [
     "Arg",
     "CallFunction",
@@ -89,9 +91,7 @@ def _apart(scheduler, node1, node2, shared_data_score) -> bool:
 def _ours(node) -> bool:
     """Whether a kernel to be has a template of this package; those of other models are fused as ever."""
     template = node.get_template_node()
-    return template is not None and any(
-        getattr(origin.target, "namespace", "") == "inductor_kernels" for origin in template.origins
-    )
+    return template is not None and any(map(is_ours, template.origins))
 
 
 InductorChoices.can_fuse_horizontal = staticmethod(_apart)

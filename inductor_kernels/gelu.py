@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import compat
 from .compat import KeywordArg
-from .patterns import is_ours
+from .nodes import is_ours
 
 
 def _with_sigmoid(y: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class _Choice(NamedTuple):
 
 def _generate(request: _Request):
     """One template node, and the sum of its shares where there are several. None where no tile serves."""
-    operands = request.operands
+    template, operands = request.template, request.operands
     given: dict[str, Any] = {name: compat.realize_inputs(operands[name]) for name in ARGUMENTS if name in operands}
     x, convolution = given["A"], bool(request.window)
     chosen = _choose(x, request)
@@ -101,13 +101,12 @@ def _generate(request: _Request):
     choices: list = []
     for tile in chosen.tiles if compat.autotunes() else chosen.tiles[:1]:
         options = _options(request, tile, chosen.shares, given) | {"HAS_EDGES": edges}
-        template = request.template
         error = template.maybe_append_choice(choices, input_nodes=tuple(inputs), layout=layout, **options)
         if error is not None:
             _note(str(error))
     if not choices:
         return None
-    node = compat.select(request.template.name, choices, inputs, layout)
+    node = compat.select(template.name, choices, inputs, layout)
     return split_k.finish(node, chosen.shares, request.out_size, request.dtype, request.gate, **left) if left else node
 
 

@@ -8,16 +8,6 @@ PRODUCT = 10  # arguments of ``linear``
 convert = torch.ops.prims.convert_element_type.default
 
 
-def namespace(node: torch.fx.Node) -> str:
-    """Of the operator that a node calls; empty for a node that calls none."""
-    return getattr(node.target, "namespace", "")
-
-
-def is_ours(node: torch.fx.Node) -> bool:
-    """Whether a node calls an operator of this package."""
-    return namespace(node) == "inductor_kernels"
-
-
 def linear(users: int = 1) -> CallFunction:
     """``linear`` of any arguments, whose result ``users`` nodes read."""
     return CallFunction(torch.ops.inductor_kernels.linear.default, *(Arg() for _ in range(PRODUCT)), _users=users)

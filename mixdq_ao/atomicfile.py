@@ -27,6 +27,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     sync(path.parent)
 
 
+def obstacle(path: Path, *, is_file: bool | None = False) -> str | None:
+    """In words, what would keep a file from being written to ``path``; or a folder (``is_file`` False), or either
+    (None). None where nothing is known to."""
+    known = path
+    while not os.path.lexists(known) and known != known.parent:
+        known = known.parent
+    if not known.is_dir() and (is_file is False or known != path):
+        return f"{known} is no folder"
+    return None if os.access(known, os.W_OK) else f"{known} is not writable"
+
+
 def sync(directory: Path) -> None:
     """New names of files in it are on disk when this returns."""
     handle = os.open(directory, os.O_RDONLY)

@@ -15,8 +15,22 @@ from .textfile import read_text
 
 def parse(text: str | bytes) -> Any:
     """``json.loads`` for what others may have written. Raises ValueError also for NaN, infinity (a number with a point
-    or an exponent that float64 does not hold) and a repeated key."""
-    return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique)
+    or an exponent that float64 does not hold), a repeated key and more nesting than Python reads."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique)
+    except RecursionError as e:
+        raise ValueError(f"nested too deeply: {e}") from e
+
+
+def parse_object(text: str | bytes, where: str, error: type[MixDQError], hint: str = "") -> dict[str, Any]:
+    """The object that ``text`` is. Raises ``error``, from ``where`` to ``hint``, where it is none."""
+    try:
+        document = parse(text)
+    except ValueError as e:
+        raise error(f"{where}: not valid JSON ({str(e)[:200]}){hint}") from e
+    if not isinstance(document, dict):
+        raise error(f"{where}: is a {type(document).__name__}, expected an object{hint}")
+    return document
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -51,14 +65,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_object(path: str | os.PathLike[str], error: type[MixDQError], hint: str = "") -> dict[str, Any]:
     """The object in a JSON file. Raises ``error``, naming the file and ending with ``hint``, when it cannot be read, is
     not JSON (see ``parse``), or is no object."""
-    text = read_text(path, error, hint)
-    try:
-        document = parse(text)
-    except (ValueError, RecursionError) as e:
-        raise error(f"{os.fspath(path)}: not valid JSON ({str(e)[:200]}){hint}") from e
-    if not isinstance(document, dict):
-        raise error(f"{os.fspath(path)}: is a {type(document).__name__}, expected an object{hint}")
-    return document
+    return parse_object(read_text(path, error, hint), os.fspath(path), error, hint)
 
 
 def read_document(path: str | os.PathLike[str], kind: str, version: int, error: type[MixDQError]) -> dict[str, Any]:

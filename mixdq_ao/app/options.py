@@ -88,3 +88,8 @@ def out(parser: argparse.ArgumentParser, default: str, what: str) -> None:
 
 def as_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+
+
+def flag(name: str) -> str:
+    """An option as it is given, by the name its value is stored under."""
+    return "--" + name.replace("_", "-")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..atomicfile import obstacle
 from ..errors import MixDQError
 
 
@@ -55,14 +55,8 @@ def check_writable(path: Path, *, is_file: bool | None) -> None:
     work would be lost."""
     if is_file and path.is_dir():
         raise MixDQError(f"{path}: is a folder, expected the name of a file to write")
-    known = path
-    while not os.path.lexists(known) and known != known.parent:
-        known = known.parent
-    if known.is_dir() or (is_file is not False and known == path):
-        if not os.access(known, os.W_OK):
-            raise MixDQError(f"{path}: cannot be written, {known} is not writable; choose another --out")
-    else:
-        raise MixDQError(f"{path}: cannot be written, {known} is no folder; choose another --out")
+    if reason := obstacle(path, is_file=is_file):
+        raise MixDQError(f"{path}: cannot be written, {reason}; choose another --out")
 
 
 def counted(count: int, noun: str) -> str:

@@ -63,7 +63,7 @@ def read_prompts(source: str | Path) -> Prompts:
         return Prompts(tuple(prompts_of(text, path)), None, "text")
     try:
         document = parse(text)
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise MixDQError(f"{path}: not valid JSON ({e}); expected {EXPECTED}") from e
     if not isinstance(document, dict) or not document:
         raise MixDQError(f"{path}: is {type(document).__name__}, expected {EXPECTED}")

@@ -127,7 +127,7 @@ def _parse(path: Path, data: bytes, subject: Mapping[str, Any]) -> tuple[np.dtyp
 def _read_header(path: Path, line: bytes, subject: Mapping[str, Any]) -> np.dtype:
     try:
         header = parse(line[:LONGEST_HEADER].decode())
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise MixDQError(f"{path}: is no {FORMAT} file; choose another directory") from e
     if not isinstance(header, dict) or (header.get("format"), header.get("version")) != (FORMAT, VERSION):
         raise MixDQError(f"{path}: is no {FORMAT} file of version {VERSION}; choose another directory")

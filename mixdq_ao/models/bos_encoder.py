@@ -50,7 +50,11 @@ class BOSAwareTextEncoder(nn.Module):
         Raises:
             TextEncoderError: no layer of this encoder puts ``row`` first.
         """
-        found, own = BOSAwareTextEncoder.place(encoder, row, bos_token_id, name), type(encoder)
+        return BOSAwareTextEncoder._mixed_in(encoder, row, BOSAwareTextEncoder.place(encoder, row, bos_token_id, name))
+
+    @staticmethod
+    def _mixed_in(encoder: nn.Module, row: Tensor, found: str) -> nn.Module:
+        own = type(encoder)
         if not isinstance(encoder, BOSAwareTextEncoder):
             encoder.__class__ = type(own.__name__, (BOSAwareTextEncoder, own), {"__module__": own.__module__})
         encoder.register_buffer("bos_row", row, persistent=False)
@@ -134,12 +138,11 @@ def bos_aware(pipe: Any) -> Any:
         raise TextEncoderError(
             f"text encoders are {widths} wide, together not the {embedding.numel()} of the BOS embedding"
         )
-    wanted = []
+    places = []
     for (name, encoder), row in zip(encoders.items(), embedding.split(list(widths.values())), strict=True):
         tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"), None)
-        wanted.append((encoder, row.clone(), getattr(tokenizer, "bos_token_id", None), name))
-    for each in wanted:  # all of them, before the first is changed
-        BOSAwareTextEncoder.place(*each)
-    for each in wanted:
-        BOSAwareTextEncoder.wrap(*each)
+        bos = getattr(tokenizer, "bos_token_id", None)
+        places.append((encoder, row.clone(), BOSAwareTextEncoder.place(encoder, row, bos, name)))
+    for place in places:  # all of them are found before the first encoder is changed
+        BOSAwareTextEncoder._mixed_in(*place)
     return pipe

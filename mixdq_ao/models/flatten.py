@@ -145,7 +145,7 @@ def read_contents(headers: Sequence[Header]) -> Contents:
             check_version(path, mark)
             own = {name: _record(metadata[name]) for name in _names(parse(metadata["tensor_names"]))}
             splits.update(_names(mark["split"]))
-        except (ValueError, KeyError, RecursionError) as e:
+        except (ValueError, KeyError) as e:
             if isinstance(e, CheckpointError):
                 raise
             raise CheckpointError(f"{path}: has damaged metadata: {str(e)[:200]}; {SAVE_AGAIN}") from e

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -22,6 +22,10 @@ class PreparedQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
+        self.refuse()
+
+    def refuse(self) -> NoReturn:
+        """Raises CheckpointError."""
         raise CheckpointError(
             "the model is prepared for a precision per step, and such weights have no file; save the original pipeline "
             "and the schedule (TemporalPlan.save), and prepare() what is loaded"
@@ -43,4 +47,4 @@ def check_saveable(model: nn.Module) -> None:
     """Raises CheckpointError for a model prepared for a schedule."""
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, PreparedQuantizer):
-        assert quantizer.is_serializable
+        quantizer.refuse()

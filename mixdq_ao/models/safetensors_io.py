@@ -84,7 +84,7 @@ def read_header(path: Path) -> Header:
         document = parse(text.decode("utf-8"))
         tensors, metadata = _parse(document)
         _check_layout(tensors, size - 8 - length)
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise CheckpointError(f"{path}: has a damaged header: {_short(e)}; {SAVE_AGAIN}") from e
     return Header(path, tensors, metadata)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
@@ -230,13 +229,26 @@ def _beside(weight: MixDQTensor, name: str) -> tuple[Tensor | None, ...]:
 
 
 @MixDQTensor.implements(aten.copy_.default)
+@SplitMixDQTensor.implements(aten.copy_.default)
 def _(func, types, args, kwargs):
-    """In place from a weight of the same kind. Row sums follow from the codes: each side keeps or drops its own."""
+    """In place from a weight of the same kind; into a plain tensor as what the integers stand for."""
     weight, source = args[:2]
-    if type(weight) is Tensor or type(weight) is Parameter:
+    if not isinstance(weight, MixDQTensor | SplitMixDQTensor):
         return func(weight, source.dequantize(weight.dtype))
-    if not isinstance(source, MixDQTensor) or not _alike(weight, source):
+    pairs = list(zip(_halves(weight), _halves(source), strict=True)) if type(weight) is type(source) else []
+    if not pairs or not all(_alike(*pair) for pair in pairs):
         raise ValueError(_mismatch(weight, source))
+    for pair in pairs:
+        _take(*pair)
+    return weight
+
+
+def _halves(weight: MixDQTensor | SplitMixDQTensor) -> list[MixDQTensor]:
+    return [weight.first, weight.second] if isinstance(weight, SplitMixDQTensor) else [weight]
+
+
+def _take(weight: MixDQTensor, source: MixDQTensor) -> None:
+    """The tensors of ``source``. Row sums follow from the codes: each side keeps or drops its own."""
     tensors = source.stored_tensors()
     for name, tensor in weight.stored_tensors().items():
         if name in weight.shared_tensors:
@@ -248,20 +260,6 @@ def _(func, types, args, kwargs):
     if weight.qdata.is_inference():  # these have no versions
         weights.clear()
     weight.take_shared_key(source)
-    return weight
-
-
-@SplitMixDQTensor.implements(aten.copy_.default)
-def _(func, types, args, kwargs):
-    weight, source = args[:2]
-    if type(weight) is Tensor or type(weight) is Parameter:
-        return func(weight, source.dequantize(weight.dtype))
-    halves = [(weight.first, source.first), (weight.second, source.second)] if type(source) is type(weight) else []
-    if not halves or not all(_alike(*pair) for pair in halves):
-        raise ValueError(_mismatch(weight, source))
-    for half, new in halves:
-        half.copy_(new)
-    return weight
 
 
 def _mismatch(weight: Any, source: Any) -> str:

@@ -150,7 +150,8 @@ def folding_workers(workers: RayWorkers | None, foldings: Mapping[str, Folding])
 
     def folding() -> Any:
         pipe = load()
-        fold_(denoiser_of(pipe), planned_folds(denoiser_of(pipe), foldings))
+        model = denoiser_of(pipe)
+        fold_(model, planned_folds(model, foldings))
         return pipe
 
     return replace(workers, load=folding)

@@ -58,8 +58,8 @@ def probe_sensitivity(analysis: Analysis, *, probes: int | None = None, precisio
     """
     _check(analysis.part, probes, precision)
     deltas = deltas_of(analysis.model, *analysis.choices)
-    settings = analysis.settings(method="probe 2", bits=analysis.bits, content=analysis.content)
-    content = frozenset(analysis.content)
+    names = analysis.content
+    settings, content = analysis.settings(method="probe 2", bits=analysis.bits, content=names), frozenset(names)
     parts = list(batches(analysis.prompts, analysis.sampling))
     here = lambda pipe: _prober(pipe, parts, deltas, content, analysis.budget)  # noqa: E731
     away = _remote(analysis, parts, content)

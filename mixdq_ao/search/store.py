@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from ..appendfile import append, open_locked
 from ..errors import SensitivityError
-from ..jsonfile import is_number, parse
+from ..jsonfile import is_number, parse_object
 
 FORMAT, VERSION = "mixdq-store", 1
 
@@ -162,13 +162,7 @@ class Store:
 
 
 def _parse(line: bytes, path: Path | None, number: int) -> dict[str, Any]:
-    try:
-        record = parse(line)
-    except (ValueError, RecursionError) as e:
-        raise SensitivityError(f"{path}: line {number} is not JSON; expected a {FORMAT} file") from e
-    if not isinstance(record, dict):
-        raise SensitivityError(f"{path}: line {number} is {type(record).__name__}, expected an object")
-    return record
+    return parse_object(line, f"{path}: line {number}", SensitivityError, f"; expected a {FORMAT} file")
 
 
 def _are_figures(value: Mapping[str, object]) -> bool:

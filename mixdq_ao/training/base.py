@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -298,6 +298,9 @@ class MemoryEfficientOptimizer(Optimizer):
         """{name: whether it has a sign} of the moments that a group's options call for."""
         return dict(self.rule.moments)
 
+    def _check_late(self, missing: Collection[str | None], group: Mapping[str, Any], name: str) -> None:
+        """Raises OptimizerError where these parts of a state cannot begin after a parameter's first step."""
+
     def _new_state(self, p: Tensor, group: Mapping[str, Any], moments: Mapping[str, bool]) -> dict[str, Any]:
         """{"step": float32 scalar, the remainder if p is 16 bit, the moments}: zeros, laid out and sharded like p."""
         here = local(p)
@@ -324,11 +327,7 @@ class MemoryEfficientOptimizer(Optimizer):
             if name != remainder:
                 state.pop(name, None)
         if missing := ({remainder, *moments} - {None, *state}):
-            if "momentum_buffer" in missing and group["dampening"]:
-                raise OptimizerError(
-                    f"{self.name_of(p)}: momentum begins after its first step, expected dampening=0 then; give both "
-                    "from the start"
-                )
+            self._check_late(missing, group, self.name_of(p))
             fresh = self._new_state(p, group, moments)
             state.update({name: fresh[name] for name in missing})
         for name, value in state.items():

@@ -14,7 +14,7 @@ makes of float32 parameters: ``fp32(parameter)`` shows it. The idea is that of a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch.optim.optimizer import ParamsT
@@ -114,3 +114,9 @@ class MemoryEfficientSGD(MemoryEfficientOptimizer):
         check_number(options["dampening"], f"{where}: dampening")
         if options["nesterov"] and (options["momentum"] == 0 or options["dampening"] != 0):
             raise OptimizerError(f"{where}: nesterov needs a momentum and no dampening")
+
+    def _check_late(self, missing: Collection[str | None], group: Mapping[str, Any], name: str) -> None:
+        if "momentum_buffer" in missing and group["dampening"]:
+            raise OptimizerError(
+                f"{name}: momentum begins after its first step, expected dampening=0 then; give both from the start"
+            )

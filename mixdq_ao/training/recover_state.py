@@ -7,7 +7,6 @@ JSON replaces the old one in one step, then the old tensors go: a crash leaves t
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchao.optim.subclass_8bit import OptimState8bit
 
-from ..atomicfile import replacing
+from ..atomicfile import obstacle, replacing
 from ..errors import CheckpointError, OptimizerError
 from ..jsonfile import read_document, write_document
 from ..models.safetensors_io import read_header, write_safetensors
@@ -86,11 +85,8 @@ def _expect(condition: bool, name: str, value: object) -> None:
 
 def check_directory(directory: Path) -> None:
     """Raises CheckpointError where a run cannot be kept, before any work: under a file, or in a model's own folder."""
-    known = next(p for p in (directory, *directory.parents) if os.path.lexists(p))
-    if not known.is_dir():
-        raise CheckpointError(f"{directory}: cannot be written, {known} is no folder; choose another checkpoint")
-    if not os.access(known, os.W_OK):
-        raise CheckpointError(f"{directory}: cannot be written, {known} is not writable; choose another checkpoint")
+    if reason := obstacle(directory):
+        raise CheckpointError(f"{directory}: cannot be written, {reason}; choose another checkpoint")
     for name in ("model_index.json", "config.json"):
         if (directory / name).exists():
             raise CheckpointError(

@@ -115,8 +115,8 @@ def _check(args: argparse.Namespace, orthogonal: bool) -> None:
     if args.pipeline is None:
         for name in OF_PIPELINE:
             if getattr(args, name) is not None:
-                option = "--" + name.replace("_", "-")
-                raise MixDQError(f"{option} is about plans measured on a model; give --pipeline and --prompts too")
+                flag = options.flag(name)
+                raise MixDQError(f"{flag} is about plans measured on a model; give --pipeline and --prompts too")
         return
     if args.seeds is not None and args.choose is None:
         raise MixDQError("--seeds is of --choose")

@@ -83,8 +83,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.schedule is None:
         for name in ("storage", "keep_full"):
             if getattr(args, name):
-                option = "--" + name.replace("_", "-")
-                raise MixDQError(f"{option} says how a schedule's levels are held; give --schedule too")
+                flag = options.flag(name)
+                raise MixDQError(f"{flag} says how a schedule's levels are held; give --schedule too")
     elif args.plan is not None:
         raise MixDQError("--plan and --schedule are both given; a schedule has the plans of its levels in itself")
 
