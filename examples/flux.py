@@ -25,7 +25,7 @@ from mixdq_ao.search.metrics import psnr
 
 TOKENIZER = Path(__file__).parent / "shapes" / "pipeline" / "tokenizer"
 PROMPTS = ["a large red circle", "a small blue square on a yellow background"]
-WIDTH = 32
+WIDTH, POOLED = 32, 48
 
 
 def small_pipeline() -> FluxPipeline:
@@ -33,7 +33,7 @@ def small_pipeline() -> FluxPipeline:
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     clip = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=len(tokenizer), hidden_size=POOLED, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
     )
     t5 = T5Config(vocab_size=len(tokenizer), d_model=WIDTH, d_kv=8, d_ff=64, num_layers=1, num_heads=2)
     vae: Any = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4, "shift_factor": 0.0}
@@ -45,7 +45,7 @@ def small_pipeline() -> FluxPipeline:
         text_encoder_2=T5EncoderModel(t5).eval(), tokenizer_2=tokenizer,
         transformer=FluxTransformer2DModel(
             in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-            joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=(4, 4, 8),
+            joint_attention_dim=WIDTH, pooled_projection_dim=POOLED, axes_dims_rope=(4, 4, 8),
         ).eval(),
     )  # fmt: skip
 

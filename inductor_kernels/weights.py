@@ -33,9 +33,11 @@ class Prepared:
         self.exact: bool | None = None  # whether pairs of products fit 16 bits; None: not looked at yet
 
     def keep(self, key: Hashable, form: Form) -> Form:
-        while len(self.forms) >= MAX_FORMS:
-            self.forms.pop(next(iter(self.forms)), None)
-        self.forms[key] = form
+        """``form``, which is remembered; the oldest one is not any more where there are too many."""
+        with _lock:
+            while len(self.forms) >= MAX_FORMS:
+                del self.forms[next(iter(self.forms))]
+            self.forms[key] = form
         return form
 
 

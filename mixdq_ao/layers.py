@@ -20,12 +20,14 @@ Group = Literal["content", "quality"]
 GroupRule = Callable[[str], Group]
 
 
-def check_module(model: object) -> None:
-    """Raises QuantizationError for a pipeline, or whatever else is no module."""
+def check_module(model: object) -> nn.Module:
+    """The model itself where ``torch.compile`` wrapped it. Raises QuantizationError for a pipeline, or whatever else is
+    no module."""
     if not isinstance(model, nn.Module):
         raise QuantizationError(
             f"model is a {type(model).__name__}, expected nn.Module, as pipe.unet or pipe.transformer"
         )
+    return uncompiled(model)
 
 
 def uncompiled(model: Any) -> Any:
@@ -46,14 +48,15 @@ def find_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 
 def find_products(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """The layers, and those that compute several of them at once. Raises QuantizationError for what is no module."""
-    check_module(model)
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    return {n: m for n, m in check_module(model).named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
 
 
 TEXT_STREAM = {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
 """The text's own projections in attention over picture and text together (SD3, FLUX)."""
 TEXT_PROJECTIONS = ("context_embedder", "caption_projection.linear_1", "text_embedder.linear_1", "encoder_hid_proj")
 """Names, or their ends, of layers that read the text embedding where later ones read only what they make of it."""
+POOLED_TEXT = "time_text_embed."
+"""In names of layers that read one pooled embedding for the whole prompt (SD3, FLUX), which has no first row."""
 
 
 def group_of(name: str) -> Group:
@@ -79,7 +82,7 @@ def text_readers(model: nn.Module) -> frozenset[str]:
     """Layers that read the text encoders' own rows: the model's text projection where it has one (SD3, FLUX, PixArt,
     SANA, Wan), else the keys and values of cross attention."""
     layers = find_layers(model)
-    projections = {n for n in layers if n.endswith(TEXT_PROJECTIONS)}
+    projections = {n for n in layers if n.endswith(TEXT_PROJECTIONS) and POOLED_TEXT not in n}
     return frozenset(projections or (n for n in layers if reads_text(n) and _is_cross(model, n)))
 
 
@@ -122,6 +125,7 @@ def adapter_advice(name: str) -> str | None:
 
 def check_plan(plan: Plan, model: nn.Module, *, need_ranges: bool = True) -> None:
     """Raises PlanError unless ``plan`` fits ``model``. Nothing is changed."""
+    model = check_module(model)
     layers = find_layers(model)
     for name, layer in plan.layers.items():
         if advice := adapter_advice(name):

@@ -18,6 +18,7 @@ from .quiet import silence
 COMMANDS = {
     "demo": "demo",
     "calibrate": "calibrate",
+    "moments": "moments",
     "analyze": "analyze",
     "allocate": "allocate",
     "quantize": "quantize",

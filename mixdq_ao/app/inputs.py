@@ -45,14 +45,16 @@ def load_pipeline(
     *,
     device: str | None = None,
     dtype: str | None = None,
+    variant: str | None = None,
     steps: Iterable[int] = (),
     quantizing: Any = None,
 ) -> Any:
     """The diffusers pipeline in a directory, or by its name on a hub.
 
     device: "cpu", "cuda", ...; None for a GPU where there is one. dtype: "float32", "float16" or "bfloat16"; None for
-    float32 on a CPU and float16 elsewhere. steps: numbers of denoising steps to be drawn with. quantizing: a
-    MixDQConfig; the denoiser's weights are then quantized as each is read, so that it is never there in full precision.
+    float32 on a CPU and float16 elsewhere. variant: of the files, as "fp16". steps: numbers of denoising steps to be
+    drawn with. quantizing: a MixDQConfig; the denoiser's weights are then quantized as each is read, so that it is
+    never there in full precision.
     Raises MixDQError naming the pipeline, or a number of steps that its scheduler does not have.
     """
     if looks_local(name) and not (Path(name) / "model_index.json").is_file():
@@ -69,7 +71,8 @@ def load_pipeline(
     device = _usable(device) if device else "cuda" if torch.cuda.is_available() else "cpu"
     wanted = getattr(torch, dtype or ("float32" if device.startswith("cpu") else "float16"))
     try:
-        how = {} if quantizing is None else {"quantization_config": _for_denoiser(name, quantizing)}
+        how: dict[str, Any] = {} if variant is None else {"variant": variant}
+        how |= {} if quantizing is None else {"quantization_config": _for_denoiser(name, quantizing)}
         pipe = DiffusionPipeline.from_pretrained(name, dtype=wanted, **how).to(device=device, dtype=wanted)
     except MixDQError:
         raise

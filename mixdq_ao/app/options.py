@@ -8,6 +8,10 @@ from typing import Any
 
 from .inputs import at_least, finite, integers
 
+MACHINE = ("device", "dtype", "variant")
+SIZE = ("height", "width", "frames")
+SAMPLING = ("steps", "guidance_scale", "seed", "batch_size", *SIZE)
+
 
 def pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -17,13 +21,19 @@ def pipeline(parser: argparse.ArgumentParser) -> None:
 
 
 def machine(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Where a pipeline runs and in which type."""
+    """Where a pipeline runs, in which type, and of which files."""
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         help="type of the weights (default: float32 on a CPU, float16 elsewhere)",
     )
+    parser.add_argument("--variant", metavar="NAME", help="of the files, as fp16 for those named *.fp16.safetensors")
+
+
+def where(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``machine`` says, for ``load_pipeline``."""
+    return {name: getattr(args, name) for name in MACHINE}
 
 
 def prompts(parser: argparse.ArgumentParser) -> None:
@@ -31,9 +41,14 @@ def prompts(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling(
-    parser: argparse.ArgumentParser | argparse._ArgumentGroup, steps: str, batch_size: int, *, several: bool = False
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup,
+    steps: str,
+    batch_size: int,
+    *,
+    several: bool = False,
+    sized: bool = True,
 ) -> None:
-    """Steps (a list where ``several``), guidance, batch size and seed."""
+    """Steps (a list where ``several``), guidance, batch size, seed and, where ``sized``, size: those of SAMPLING."""
     text = "denoising steps, separated by commas where several" if several else "denoising steps"
     kind: Any = integers if several else at_least(1)
     parser.add_argument("--steps", type=kind, default=kind(steps), metavar="N", help=f"{text} (default {steps})")
@@ -58,6 +73,21 @@ def sampling(
         metavar="N",
         help="prompt i starts from the noise of seed N + i (default 0)",
     )
+    if sized:
+        size(parser)
+
+
+def size(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, frames: bool = True) -> None:
+    """Of what is drawn: the options of SIZE."""
+    for name in ("height", "width"):
+        parser.add_argument(f"--{name}", type=at_least(8), metavar="N", help="pixels (default: the model's own)")
+    if frames:
+        parser.add_argument("--frames", type=at_least(1), metavar="N", help="of a video (default: the pipeline's own)")
+
+
+def drawn(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``sampling`` says, as fields of Sampling; those that are not given are left out."""
+    return {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
 
 
 def calibration(parser: argparse.ArgumentParser, why: str) -> None:

@@ -11,14 +11,15 @@ from torch import nn
 
 from ..layers import find_layers
 from ..plan import Plan
+from ..quantize.described import describe_layers
 from ..quantize.folds import find_folds
 from ..quantize.tensor import is_quantized
 from .diffusers_config import MixDQConfig
 
 
 def remember(model: nn.Module, plan: Plan) -> None:
-    """Each quantized layer knows its plan, for when it is quantized anew, and all that smoothing or rotation is folded
-    into know that (``lora.py``)."""
+    """Each quantized layer knows its plan, for when it is quantized anew, and prints it; all that smoothing or rotation
+    is folded into know that (``lora.py``)."""
     for fold in find_folds(model):
         if any(name in plan.layers and plan.layers[name].folds_input for name in fold.readers):
             for name in (fold.source, *fold.readers):
@@ -26,6 +27,7 @@ def remember(model: nn.Module, plan: Plan) -> None:
     for name, module in find_layers(model).items():
         if name in plan.layers and is_quantized(module.weight):
             module.layer_plan = plan.layers[name]  # type: ignore[assignment]
+    describe_layers(model)
 
 
 def register(model: Any, config: MixDQConfig) -> None:

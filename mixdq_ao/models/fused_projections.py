@@ -30,7 +30,7 @@ def fuse_projections(model: nn.Module) -> tuple[str, ...]:
     Returns the names of the attentions that were fused; others are left as they are: those that are not diffusers'
     ``Attention`` with its usual processor (joint attention of transformers), and layers that differ.
     """
-    check_module(model)
+    model = check_module(model)
     fused = []
     for name, attention in model.named_modules():
         if isinstance(attention, Attention) and type(attention.processor) is AttnProcessor2_0 and _fuse(attention):

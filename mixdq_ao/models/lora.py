@@ -106,7 +106,7 @@ class _OverQuantized:
         if not names:
             return
         layer = self.get_base_layer()
-        weight, bias = self.original or (layer.weight, layer.bias)
+        weight, bias = self._original()
         if getattr(layer, "groups", 1) > 1:
             raise QuantizationError(f"{layer}: a grouped convolution; adapters of it cannot be fused")
         scales = {**getattr(self, "fused_scales", {}), **{n: float(self.scaling[n]) for n in names}}
@@ -118,13 +118,20 @@ class _OverQuantized:
         self.merged_adapters.extend(names)
 
     def unmerge(self: Any) -> None:
-        """Takes all fused adapters out: the very weight that was there before, to the bit."""
+        """Takes all fused adapters out: the very weight that was there before, to the bit, on the device and in the
+        type the layer has now."""
         if self.original is None:
             return
         layer = self.get_base_layer()
-        layer.weight, layer.bias = self.original
+        layer.weight, layer.bias = self._original()
         self.original, self.fused_scales = None, {}
         self.merged_adapters.clear()
+
+    def _original(self: Any) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """Weight and bias without any adapter, on the device and in the type that the layer has now."""
+        layer = self.get_base_layer()
+        weight, bias = self.original or (layer.weight, layer.bias)
+        return _like(weight, layer.weight), None if bias is None else _like(bias, layer.weight)
 
     def _delta(self: Any, adapter: str, scale: float) -> Tensor:
         """What an adapter adds to the weight, float32, in its shape."""
@@ -150,6 +157,12 @@ class MixDQLoraLinear(_OverQuantized, LoraLinear):
 
 class MixDQLoraConv2d(_OverQuantized, LoraConv2d):
     """peft's LoRA layer over a quantized nn.Conv2d."""
+
+
+def _like(parameter: nn.Parameter, other: Tensor) -> nn.Parameter:
+    """``parameter`` itself where it is on the device and in the type of ``other``."""
+    moved = parameter.to(device=other.device, dtype=other.dtype)
+    return parameter if moved is parameter else nn.Parameter(moved, requires_grad=parameter.requires_grad)
 
 
 def requantized(weight: Quantized, delta: Tensor, layer: LayerPlan | None = None) -> Quantized:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MixDQError
+from ..jsonfile import is_number
 
+SIZES = ("height", "width", "frames")
 PICTURES = ("image", "mask_image", "control_image", "video")
 
 
@@ -39,10 +41,20 @@ class Sampling:
     frames: int | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1:
-            raise MixDQError(f"steps is {self.steps} and batch_size is {self.batch_size}, expected at least 1")
-        if not math.isfinite(self.guidance_scale):
-            raise MixDQError(f"guidance_scale is {self.guidance_scale}, expected a finite number; 0 turns it off")
+        for name in ("steps", "batch_size", "height", "width", "frames", "seed"):
+            value = getattr(self, name)
+            if value is None and name in SIZES:
+                continue
+            if type(value) is not int or (value < 1 and name != "seed"):
+                least = "" if name == "seed" else " of at least 1"
+                several = "; only calibrate and input_moments take several counts" * isinstance(value, list | tuple)
+                raise MixDQError(f"{name} is {value!r}, expected a whole number{least}{several}")
+        if not is_number(self.guidance_scale) or not math.isfinite(self.guidance_scale):
+            raise MixDQError(f"guidance_scale is {self.guidance_scale!r}, expected a finite number; 0 turns it off")
+
+    def size(self) -> dict[str, int]:
+        """Those of height, width and frames that are given."""
+        return {name: value for name in SIZES if (value := getattr(self, name)) is not None}
 
 
 def denoiser(pipe: Any) -> nn.Module:
@@ -96,8 +108,7 @@ def generate(
     Raises MixDQError for one that wants a picture as well.
     """
     prompts = check_prompts(prompts)
-    sizes = {"height": sampling.height, "width": sampling.width, "num_frames": sampling.frames}
-    size = {name: value for name, value in sizes.items() if value is not None}
+    size = {"num_frames" if name == "frames" else name: value for name, value in sampling.size().items()}
     for start in range(0, len(prompts), sampling.batch_size):
         batch = prompts[start : start + sampling.batch_size]
         with _of_prompts_alone(pipe):

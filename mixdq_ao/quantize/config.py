@@ -21,6 +21,7 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 from ..errors import PlanError, QuantizationError
 from ..layers import check_calibrated, check_layer, check_module, check_plan, find_layers
 from ..plan import LayerPlan, Plan
+from .described import describe_layers
 from .fake import FakeQuantizer, with_fake_quantizer, without_fake_quantizer
 from .folds import Fold, Folding, fold_, folded, folded_moments, foldings_of, planned_folds
 from .planned import check_moment, check_moment_fits, quantize_planned
@@ -213,7 +214,7 @@ def quantize_(model: nn.Module, config: AOBaseConfig, **kwargs: object) -> None:
     Raises:
         PlanError, QuantizationError: naming the layer, before anything is changed.
     """
-    check_module(model)
+    model = check_module(model)
     if isinstance(config, Plan):
         raise QuantizationError("config is a Plan, expected a config: quantize_(model, mixdq_config(plan))")
     if isinstance(config, MixDQConfig):
@@ -226,7 +227,9 @@ def quantize_(model: nn.Module, config: AOBaseConfig, **kwargs: object) -> None:
 
 
 def declare_quantized(model: nn.Module, plan: Plan | None) -> None:
-    """A quantized model of diffusers' or transformers' knows what it holds: its ``save_pretrained`` works."""
+    """Its layers print their precision; a model of diffusers' or transformers' knows what it holds: its
+    ``save_pretrained`` works."""
+    describe_layers(model)
     if "diffusers.models.modeling_utils" in sys.modules or "transformers.modeling_utils" in sys.modules:
         from ..models.diffusers_quantizer import attach_quantizer
 
@@ -267,6 +270,30 @@ def _check_overrides(model: nn.Module, layers: Mapping[str, nn.Module], override
             raise PlanError(f"overrides names {key!r}, which holds layers; name those, as {inside!r} does")
 
 
+def _try_overrides(model: nn.Module, overrides: Mapping[str, Any]) -> None:
+    """Each on a copy of what it names, one layer at a time: what fails there would fail half way through the model.
+
+    Raises QuantizationError naming the layer.
+    """
+    decided = overridden({key: config for key, config in overrides.items() if config is not None})
+    for name, module in model.named_modules():
+        if not any(map(decided, (name, *(f"{name}.{parameter}" for parameter in module._parameters)))):
+            continue
+        try:
+            torchao_quantize_(_alone(name, copy.deepcopy(module)), FqnToConfig(OrderedDict(overrides)), filter_fn=None)
+        except Exception as e:
+            raise QuantizationError(f"layer {name!r}: what overrides say of it cannot be done: {e}") from e
+
+
+def _alone(name: str, module: nn.Module) -> nn.Module:
+    """A model that holds nothing but ``module``, under that name."""
+    for part in reversed(name.split(".")):
+        holder = nn.Module()
+        holder.add_module(part, module)
+        module = holder
+    return module
+
+
 def check_model(model: nn.Module, config: MixDQConfig) -> dict[Fold, Folding]:
     """Raises PlanError or QuantizationError, naming the layer, where ``model`` cannot be quantized so. Returns what is
     to be folded into its weights first."""
@@ -295,4 +322,5 @@ def check_model(model: nn.Module, config: MixDQConfig) -> dict[Fold, Folding]:
                 f"layer {fold.readers[0]!r}: its smoothing or rotation changes {fold.source!r} too, which has no "
                 "values yet; load the whole model first, then call quantize_"
             )
+    _try_overrides(model, config.overrides)
     return folds

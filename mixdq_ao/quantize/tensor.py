@@ -242,8 +242,10 @@ class MixDQTensor(TorchAOBaseTensor, metaclass=_Parameters):
     def with_tensors(self, *, length: int | None = None, **changed: Tensor) -> MixDQTensor:
         """A weight like this one that holds other tensors; ``length`` where it has other input features too."""
         tensors: dict[str, Any] = {**self.stored_tensors(), **changed}
-        length = self.length if length is None else length
-        return MixDQTensor(**tensors, bits=self.bits, length=length, dtype=self.dtype, act_levels=self.act_levels)
+        attributes: dict[str, Any] = self.attributes() | ({} if length is None else {"length": length})
+        if changed.keys() & set(self.shared_tensors):
+            attributes["shared_key"] = None  # of the new values; else it need not be read off the device again
+        return MixDQTensor(**tensors, **attributes)
 
     def _stable_hash_for_caching(self) -> str:
         """Everything compiled code depends on: two processes that quantize alike share a compilation.

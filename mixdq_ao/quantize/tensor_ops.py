@@ -143,35 +143,21 @@ def _(func, types, args, kwargs):
 
 def sliced(weight: MixDQTensor, dim: int, start: int, end: int) -> MixDQTensor:
     """Rows (dim 0) or input channels (dim 1) [start, end) of a weight, with the scales that go with them."""
-    rows = slice(start, end) if dim == 0 else slice(None)
-    take = lambda x: None if x is None else x[rows]  # noqa: E731
-    qdata, length, sums, bos = weight.qdata[rows], weight.length, take(weight.weight_sum), weight.bos_embedding
-    if dim == 1:
-        if bos is not None:
-            raise NotImplementedError(
-                f"dividing the input features of {weight}: its BOS row is one sum; divide it by rows (ColwiseParallel)"
-            )
-        per_byte, length = 8 // weight.bits, end - start
-        if start % per_byte == 0 and end % per_byte == 0:
-            qdata = qdata[..., start // per_byte : end // per_byte]
-        else:
-            qdata = pack(weight.codes()[..., start:end].contiguous(), weight.bits)
-        sums = None if sums is None else _row_sums(weight.integers()[:, start:end])
-    return MixDQTensor(
-        qdata,
-        weight.scale[rows],
-        weight.bits,
-        length,
-        weight.dtype,
-        weight_zero_point=take(weight.weight_zero_point),
-        weight_sum=sums,
-        act_scale=weight.act_scale,
-        act_inv_scale=weight.act_inv_scale,
-        act_zero_point=weight.act_zero_point,
-        bos_embedding=bos,
-        bos_output=take(weight.bos_output),
-        act_levels=weight.act_levels,
-    )
+    if dim == 0:
+        rows: dict[str, Any] = {name: tensor[start:end] for name, tensor in weight.by_row().items()}
+        return weight.with_tensors(**rows)
+    if weight.bos_embedding is not None:
+        raise NotImplementedError(
+            f"dividing the input features of {weight}: its BOS row is one sum; divide it by rows (ColwiseParallel)"
+        )
+    per_byte = 8 // weight.bits
+    if start % per_byte == 0 and end % per_byte == 0:
+        changed = {"qdata": weight.qdata[..., start // per_byte : end // per_byte]}
+    else:
+        changed = {"qdata": pack(weight.codes()[..., start:end].contiguous(), weight.bits)}
+    if weight.weight_sum is not None:
+        changed["weight_sum"] = _row_sums(weight.integers()[:, start:end])
+    return weight.with_tensors(length=end - start, **changed)
 
 
 @MixDQTensor.implements(aten.slice.Tensor)

@@ -42,6 +42,9 @@ def analyze(
     guidance_scale: float = 0.0,
     seed: int = 0,
     batch_size: int = 16,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
     rule: GroupRule = group_of,
     roundings: Sequence[str] = (PLAIN,),
     moments: Mapping[str, Tensor] | None = None,
@@ -67,7 +70,7 @@ def analyze(
             faster; content layers then score in dB of the pictures (see ``probe_sensitivity``).
         calibration: ranges of the activations; calibrated on the same prompts and steps when None. Its smoothing and
             rotation are in the weights while this runs, and taken out again.
-        steps, guidance_scale, seed, batch_size: see Sampling.
+        steps, guidance_scale, seed, batch_size, height, width, frames: see Sampling.
         rule: layer name -> "content" or "quality".
         roundings: ways to round a weight that are tried at every bit width, as "weight_range rounding" of a LayerPlan
             ("output compensated" is usually the best). Of each layer and bit width the one with the least error of the
@@ -93,7 +96,8 @@ def analyze(
     if probes is not None and method != "probe":
         raise MixDQError(f"probes is {probes!r}, but method is {method!r}; probes are of method 'probe'")
     prompts = check_prompts(prompts)
-    sampling = Sampling(steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size)
+    size = {"height": height, "width": width, "frames": frames}
+    sampling = Sampling(steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size, **size)
     if calibration is None:
         calibration = calibrate_as_drawn(pipe, prompts, sampling)
     foldings = foldings_of(calibration.layers)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -14,14 +14,14 @@ from torch.nn import functional as F
 from ..errors import CalibrationError
 from ..layers import adapter_advice, find_layers, split_points, text_readers
 from ..models.joint_names import JOINT_OF
-from ..models.pipelines import Sampling, check_prompts, generate
+from ..models.pipelines import Sampling
 from ..plan import Range
-from ..progress import progress
 from ..quantize.bos import bos_mask
 from ..quantize.folds import Fold, Folding, folded
 from ..quantize.tensor import is_quantized
 from .calibration import Calibration, LayerCalibration
 from .observe import RangeMethod, RangeObserver, check_method
+from .runs import runs
 from .smoothing import choose_folds, rotation_note
 from .ties import Ties
 from .watch import model_of, watched
@@ -91,9 +91,17 @@ class Calibrator:
     @torch.no_grad()
     def _see(self, name: str, module: nn.Linear | nn.Conv2d, x: Tensor, y: Tensor) -> None:
         self.ties.see(name, x)
-        if self.watches[name].prompt is not None and self.bos is not False and x.dim() == 3:
+        watch = self.watches[name]
+        if watch.prompt is not None and not self._is_text(x):
+            watch.prompt = None
+        if watch.prompt is not None and self.bos is not False:
             self._see_first_rows(x)
-        self.watches[name].update(module, x, y, self.candidate)
+        watch.update(module, x, y, self.candidate)
+
+    def _is_text(self, x: Tensor) -> bool:
+        """Whether an input [batch, tokens, width] has rows as the text's first layer saw them. Of several text encoders
+        that differ in width, the first one's."""
+        return x.dim() == 3 and (self.candidate is None or x.shape[-1] == len(self.candidate))
 
     def _see_first_rows(self, x: Tensor) -> None:
         """A BOS row is the same for every prompt; rows of zeros (an empty negative prompt) say nothing."""
@@ -195,8 +203,7 @@ def _check_original(model: nn.Module) -> None:
 
 def calibrate_as_drawn(pipe: Any, prompts: Sequence[str], sampling: Sampling) -> Calibration:
     """The ranges over what an analysis draws, for one that was given no calibration. Raises as ``calibrate``."""
-    options: dict[str, Any] = {"guidance_scale": sampling.guidance_scale, "seed": sampling.seed}
-    return calibrate(pipe, prompts, steps=sampling.steps, batch_size=sampling.batch_size, **options)
+    return calibrate(pipe, prompts, **asdict(sampling))
 
 
 def calibrate(
@@ -211,6 +218,9 @@ def calibrate(
     guidance_scale: float = 0.0,
     batch_size: int = 16,
     seed: int = 0,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
     smoothing: float | None = None,
     rotation: bool = False,
 ) -> Calibration:
@@ -221,12 +231,12 @@ def calibrate(
             compiled runs eagerly meanwhile.
         prompts: texts to draw. Real ones: ranges are only as good as they are.
         steps: denoising steps, or several counts (a plan for 1 and 4 steps is calibrated with ``(1, 4)``).
-        run: for a bare module: a callable that runs it on representative data.
+        run: for a bare module, or in the place of prompts: a callable that runs it on representative data.
         method: "minmax", "percentile" or "mse" (see RangeObserver.range).
         act_bits: 8 or 4, of the activations that "mse" looks for the best range of; the others give one for both.
         bos: True or False, or None to find out: the first text row is the same for every prompt and at least
             four times larger than all others.
-        guidance_scale, batch_size, seed: see Sampling.
+        guidance_scale, batch_size, seed, height, width, frames: see Sampling.
         smoothing: 0 to 1, or None for none: channels that stand out in inputs of transformer blocks are made smaller by
             powers of two, and the weights that read them larger; this is the share of the difference that weights take
             over (0.5 is usual). Plans with this calibration say so, and ``quantize_`` does it to the original model.
@@ -235,15 +245,17 @@ def calibrate(
         Either runs everything twice: once to look at the channels, once with the weights changed (they are put back).
 
     Raises:
-        CalibrationError: method, act_bits or steps is none of what is offered; the model is quantized already, has an
-            adapter, or its projections are fused; nothing ran, or an input holds NaN or infinity.
+        CalibrationError: method, act_bits or steps is none of what is offered; prompts and run are both given; the
+            model is quantized already, has an adapter, or its projections are fused; nothing ran, or an input holds NaN
+            or infinity.
         MixDQError: prompts are empty.
         QuantizationError: the model computes something else when smoothed or rotated.
     """
     model = model_of(pipe)
     calibrator = Calibrator(model, method, bos, act_bits)
-    options = {"guidance_scale": guidance_scale, "batch_size": batch_size, "seed": seed}
-    go, metadata = _runs(pipe, prompts, steps, run, options)
+    size = {"height": height, "width": width, "frames": frames}
+    options = {"guidance_scale": guidance_scale, "batch_size": batch_size, "seed": seed, **size}
+    go, metadata = runs(pipe, prompts, run, title="calibrating", steps=steps, **options)
     folds = _folds(model, go, smoothing, rotation)
     with folded(model, folds), calibrator.watch(), torch.no_grad():
         go()
@@ -251,37 +263,6 @@ def calibrate(
     metadata |= {} if smoothing is None else {"smoothing": smoothing}
     metadata |= {"rotation": rotation_note(model, folds)} if rotation else {}
     return _with_folds(calibrator.result(metadata), folds)
-
-
-def _runs(
-    pipe: Any,
-    prompts: Sequence[str] | None,
-    steps: int | Sequence[int],
-    run: Callable[[], object] | None,
-    options: Mapping[str, Any],
-) -> tuple[Callable[[], object], dict[str, Any]]:
-    """What runs the model over everything, and what a calibration says of it."""
-    if run is not None:
-        return run, {}
-    if isinstance(pipe, nn.Module) or prompts is None:
-        raise CalibrationError("expected a diffusers pipeline and prompts, or a module and run=")
-    counts, texts = step_counts(steps), check_prompts(prompts)
-
-    def go() -> None:
-        with progress("calibrating", len(counts) * len(texts)) as bar:
-            for count in counts:
-                for batch in generate(pipe, texts, Sampling(steps=count, **options), "latent"):
-                    bar.advance(len(batch))
-
-    return go, {"prompts": len(texts), "steps": counts, "seed": options["seed"]}
-
-
-def step_counts(steps: object) -> list[int]:
-    """One number of steps, or several, as a list. Raises CalibrationError for anything else."""
-    counts: list[Any] = list(steps) if isinstance(steps, Iterable) and not isinstance(steps, str) else [steps]
-    if not counts or not all(type(count) is int and count >= 1 for count in counts):
-        raise CalibrationError(f"steps is {steps!r}, expected a whole number of at least 1, or several as (1, 4)")
-    return counts
 
 
 def _folds(model: nn.Module, go: Callable[[], object], smoothing: float | None, rotation: bool) -> dict[Fold, Folding]:

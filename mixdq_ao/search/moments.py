@@ -14,12 +14,10 @@ from torch.nn import functional as F
 
 from ..errors import CalibrationError
 from ..layers import find_layers
-from ..models.pipelines import Sampling, check_prompts, generate
-from ..progress import progress
 from ..quantize.bos import bos_mask
-from .calibrate import step_counts
 from .calibration import Calibration
 from .moments_file import fingerprint_of, read_moments, write_moments
+from .runs import runs
 from .watch import model_of, watched
 
 ROWS_AT_ONCE = 4096
@@ -187,6 +185,9 @@ def input_moments(
     guidance_scale: float = 0.0,
     batch_size: int = 16,
     seed: int = 0,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
 ) -> Moments:
     """Runs a model over prompts and collects the second moment of every layer's input.
 
@@ -195,7 +196,8 @@ def input_moments(
     ``quantize_``; groups collected after others are quantized see the inputs they will really get.
 
     Args:
-        pipe, prompts, steps, run, guidance_scale, batch_size, seed: as for ``calibrate``. ``run`` may be called twice.
+        pipe, prompts, steps, run, guidance_scale, batch_size, seed, height, width, frames: as for ``calibrate``.
+            ``run`` may be called twice.
         calibration: of the same model; says where BOS rows are handled apart, which do not count here.
         layers: names of layers; None for all calibrated ones that can use a moment (no grouped convolutions).
 
@@ -205,32 +207,18 @@ def input_moments(
     """
     model = model_of(pipe)
     names = _names(model, calibration, layers)
-    if run is None and (isinstance(pipe, nn.Module) or prompts is None):
-        raise CalibrationError("expected a diffusers pipeline and prompts, or a module and run=")
-    settings: dict[str, Any] = {"model": type(model).__name__}
-    drawn: list[tuple[list[str], Sampling]] = []
-    if run is None:
-        counts, texts = step_counts(steps), check_prompts(prompts or ())
-        options: dict[str, Any] = {"guidance_scale": guidance_scale, "seed": seed, "batch_size": batch_size}
-        drawn = [(texts, Sampling(steps=count, **options)) for count in counts]
-        settings |= {"prompts": len(texts), "steps": counts, "seed": seed}
-
-    def go() -> None:
-        with torch.no_grad():
-            if run is not None:
-                run()
-        with progress("collecting moments", sum(len(texts) for texts, _ in drawn)) as bar:
-            for texts, sampling in drawn:
-                for batch in generate(pipe, texts, sampling, "latent"):
-                    bar.advance(len(batch))
-
+    size = {"height": height, "width": width, "frames": frames}
+    options = {"guidance_scale": guidance_scale, "batch_size": batch_size, "seed": seed, **size}
+    go, drawn = runs(pipe, prompts, run, title="collecting moments", steps=steps, **options)
+    settings = {"model": type(model).__name__, **drawn}
     try:
         return Moments(_collect(Collector(model, names, calibration), go), settings)
     except _Deviated:
         return Moments(_collect(Collector(model, names, calibration, share=False), go), settings)
 
 
-def _collect(collector: Collector, go: Callable[[], None]) -> dict[str, Tensor]:
+@torch.no_grad()
+def _collect(collector: Collector, go: Callable[[], object]) -> dict[str, Tensor]:
     with collector.watch():
         go()
     return collector.matrices()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from ..progress import progress
 from .calibration import Calibration
 from .layer_sensitivity import weight_bytes
 from .orthogonality_gram import LEAST, Correlator, Enough, Estimator
+from .runs import check_source
 from .sensitivity import LayerSensitivity, Sensitivity
 from .watch import model_of
 
@@ -219,6 +220,9 @@ def orthogonality(
     guidance_scale: float = 0.0,
     batch_size: int = 32,
     seed: int = 0,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
 ) -> Orthogonality:
     """Runs a model in full precision and correlates the outputs of all its linear and convolution layers.
 
@@ -237,7 +241,7 @@ def orthogonality(
             one step.
         estimator: "biased" (as published) or "unbiased" (batches of at least 4), see ``orthogonality_gram``.
         calibration: tells the bytes each layer's weights take, for budgets in bytes.
-        guidance_scale, seed: see Sampling.
+        guidance_scale, seed, height, width, frames: see Sampling.
 
     Raises:
         SensitivityError: an argument is wrong, fewer samples than the estimator needs, nothing ran, a sampled step did
@@ -245,8 +249,7 @@ def orthogonality(
     """
     check_estimator(estimator)
     model = model_of(pipe)
-    if run is None and (isinstance(pipe, nn.Module) or prompts is None):
-        raise SensitivityError("expected a diffusers pipeline and prompts, or a module and run=")
+    check_source(pipe, prompts, run, SensitivityError)
     total = 1 if steps is None and run is None else steps
     sampled = None if total is None and timesteps is None else sampled_steps(total, timesteps)
     metadata: dict[str, Any] = {"model": type(model).__name__}
@@ -257,13 +260,16 @@ def orthogonality(
     else:
         texts = check_prompts(prompts or ())
         batches = _batches(len(texts), batch_size, LEAST[estimator], estimator)
+        size: dict[str, Any] = {"height": height, "width": width, "frames": frames}
+        drawn = Sampling(steps=total or 1, guidance_scale=guidance_scale, seed=seed, **size)
         metadata |= {"prompts": len(texts), "batches": batches, "guidance_scale": guidance_scale, "seed": seed}
+        metadata |= drawn.size()
         with watcher.watch(), progress("correlating", len(texts)) as bar:
             start = 0
-            for size in batches:
-                _draw(pipe, texts[start : start + size], total or 1, guidance_scale, seed + start)
-                start += size
-                bar.advance(size)
+            for count in batches:
+                _draw(pipe, texts[start : start + count], replace(drawn, seed=seed + start, batch_size=count))
+                start += count
+                bar.advance(count)
     return _result(model, watcher, total, sampled, calibration, metadata)
 
 
@@ -281,8 +287,7 @@ def _batches(prompts: int, batch_size: int, least: int, estimator: str) -> list[
     return sizes
 
 
-def _draw(pipe: Any, texts: Sequence[str], steps: int, guidance_scale: float, seed: int) -> None:
-    sampling = Sampling(steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=len(texts))
+def _draw(pipe: Any, texts: Sequence[str], sampling: Sampling) -> None:
     try:
         for _ in generate(pipe, texts, sampling, "latent"):
             pass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError, QuantizationError, ScheduleError
-from ..layers import find_layers, uncompiled
+from ..layers import check_module, find_layers, uncompiled
 from ..models.pipelines import denoiser
 from ..plan import LayerPlan
 from ..quantize.folds import Fold, Folding, fold_, foldings_of, planned_folds
@@ -54,6 +54,7 @@ def prepare(
     """
     if storage not in get_args(Storage):
         raise ScheduleError(f"storage is {storage!r}, expected 'nested' or 'own'")
+    model = check_module(model)
     if any(isinstance(m, LevelLayer) for m in model.modules()):
         raise QuantizationError("the model is prepared for levels already; load the original model to prepare anew")
     plan = plan if calibration is None else plan.with_calibration(calibration)

@@ -49,6 +49,9 @@ def probe_steps(
     guidance_scale: float = 0.0,
     seed: int = 0,
     batch_size: int = 16,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
     store: str | os.PathLike[str] | None = None,
     budget: int = 4 << 30,
 ) -> dict[int, Sensitivity]:
@@ -58,7 +61,8 @@ def probe_steps(
     Errors of single layers and steps nearly add up; ``over_the_run`` adds those of all steps for bits per layer.
 
     Args:
-        pipe, prompts, calibration, weight_bits, act_bits, guidance_scale, seed, batch_size: as for ``analyze``.
+        pipe, prompts, calibration, weight_bits, act_bits, guidance_scale, seed, batch_size, height, width, frames: as
+            for ``analyze``.
         steps: of the run, each of which has to call the denoiser once.
         probes: more make the estimates more certain: their relative standard error is about sqrt(2 / (probes x
             prompts)).
@@ -72,7 +76,8 @@ def probe_steps(
     if type(probes) is not int or probes < 1:
         raise SensitivityError(f"probes is {probes!r}, expected a whole number of at least 1")
     texts = check_prompts(prompts)
-    sampling = Sampling(steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size)
+    size = {"height": height, "width": width, "frames": frames}
+    sampling = Sampling(steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size, **size)
     if calibration is None:
         calibration = calibrate_as_drawn(pipe, texts, sampling)
     with as_calibrated(denoiser_of(pipe), calibration) as calibration:

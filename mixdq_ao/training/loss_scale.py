@@ -31,17 +31,15 @@ class LossScale:
     clean: int = 0
 
     def __post_init__(self) -> None:
-        for name, good in (
-            ("value", _is_positive(self.value)),
-            ("growth", _is_positive(self.growth) and self.growth >= 1),
-            ("backoff", _is_positive(self.backoff) and self.backoff < 1),
-            ("interval", isinstance(self.interval, int) and self.interval > 0),
-            ("clean", isinstance(self.clean, int) and self.clean >= 0),
+        for name, good, expected in (
+            ("value", _is_positive(self.value), "a finite number above 0"),
+            ("growth", _is_positive(self.growth) and self.growth >= 1, "a finite number of at least 1"),
+            ("backoff", _is_positive(self.backoff) and self.backoff < 1, "a number between 0 and 1"),
+            ("interval", isinstance(self.interval, int) and self.interval > 0, "a whole number of at least 1"),
+            ("clean", isinstance(self.clean, int) and self.clean >= 0, "a whole number of at least 0"),
         ):
             if not good:
-                raise OptimizerError(
-                    f"LossScale.{name}: {getattr(self, name)!r} is out of range: {self.__class__.__doc__}"
-                )
+                raise OptimizerError(f"LossScale.{name} is {getattr(self, name)!r}, expected {expected}")
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss to call ``backward()`` on."""

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MixDQError, OptimizerError, PlanError
+from ..layers import uncompiled
 from ..models.pipelines import check_prompts, denoiser
 from ..plan import Plan
 from ..quantize.config import declare_quantized, mixdq_config, quantize_
@@ -115,7 +116,7 @@ def recover(
     directory = None if checkpoint is None else Path(checkpoint)
     if directory is not None:
         check_directory(directory)
-    teacher = denoiser(pipe)
+    teacher = uncompiled(denoiser(pipe))
     student = _student(teacher, plan, moments, recipe)
     settings = {"plan": plan.to_json(), "prompts": learned, "held_out": measured}
     settings |= {"moments": None if moments is None else fingerprint_of(moments)}

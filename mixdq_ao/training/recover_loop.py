@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..layers import uncompiled
 from ..models.pipelines import denoiser
 from ..progress import progress
 from ..search.fingerprint import fingerprint
@@ -87,7 +88,7 @@ class Run:
         settings: Mapping[str, Any],
         make_optimizer: MakeOptimizer | None,
     ) -> None:
-        self.pipe, self.teacher, self.student = pipe, denoiser(pipe), student
+        self.pipe, self.teacher, self.student = pipe, uncompiled(denoiser(pipe)), student
         self.prompts, self.measure, self.recipe = prompts, measure, recipe
         self.directory = directory
         self.parameters = trained_parameters(student, recipe)
@@ -274,6 +275,7 @@ def record_for(recipe: Recipe, pipe: Any, prompts: Iterable[str], seed: int, tit
         seed=seed,
         guidance_scale=recipe.guidance_scale,
         batch_size=recipe.batch_size,
+        size=recipe.size(),
         title=title,
     )
 

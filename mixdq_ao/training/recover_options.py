@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from ..errors import OptimizerError
+from ..models.pipelines import SIZES
 from .moments import KINDS
 
 Train = Literal["weights", "low_rank"]
@@ -39,7 +40,7 @@ class Recipe:
         diverged: stop when an error is this many times the least seen.
         clip: largest norm of the gradient (of the relative error power).
         adam_moments: how AdamW's moments are stored, see MemoryEfficientAdamW.
-        guidance_scale, seed: of the trajectories; see Sampling.
+        guidance_scale, seed, height, width, frames: of the trajectories; see Sampling.
     """
 
     steps: int
@@ -62,12 +63,17 @@ class Recipe:
     adam_moments: str = "float32"
     guidance_scale: float = 0.0
     seed: int = 0
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "rank", "evaluate_every"):
             _whole(name, getattr(self, name), 1)
         for name in ("block_steps", "refresh", "seed"):
             _whole(name, getattr(self, name), 0)
+        for name, value in self.size().items():
+            _whole(name, 1 if value is None else value, 1)
         _expect(self.block_steps <= self.steps, "block_steps", self.block_steps, f"at most the {self.steps} steps")
         _expect(
             isinstance(self.trajectory, tuple) and len(self.trajectory) > 0,
@@ -95,7 +101,12 @@ class Recipe:
         return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "trajectory": list(self.trajectory)}
+        """Sizes only where they are given."""
+        fields = {name: value for name, value in asdict(self).items() if name not in SIZES or value is not None}
+        return {**fields, "trajectory": list(self.trajectory)}
+
+    def size(self) -> dict[str, int | None]:
+        return {name: getattr(self, name) for name in SIZES}
 
 
 _BOUNDS = (

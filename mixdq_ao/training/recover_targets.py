@@ -96,9 +96,12 @@ def record(
     seed: int,
     guidance_scale: float = 0.0,
     batch_size: int = 16,
+    size: Mapping[str, int | None] | None = None,
     title: str = "recording",
 ) -> Targets:
     """Draws ``prompts`` with each number of steps, from different noise, and records every call of the denoiser.
+
+    ``size``: height, width and frames, see Sampling.
 
     Raises:
         MixDQError: the denoiser is called in a way that cannot be stored; the message names the argument.
@@ -108,9 +111,8 @@ def record(
     with progress(title, len(prompts) * len(trajectory)) as bar, recorder.watch():
         for i, steps in enumerate(trajectory):
             start = recorder.count
-            sampling = Sampling(
-                steps=steps, guidance_scale=guidance_scale, seed=seed + i * len(prompts), batch_size=batch_size
-            )
+            noise: dict[str, Any] = {"seed": seed + i * len(prompts), "guidance_scale": guidance_scale, **(size or {})}
+            sampling = Sampling(steps=steps, batch_size=batch_size, **noise)
             for latents in generate(pipe, prompts, sampling, "latent"):
                 bar.advance(len(latents))
             spans.append((start, recorder.count))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +16,11 @@ import torch
 
 from mixdq_ao.app import cli
 from mixdq_ao.app.environment import environment
+from mixdq_ao.errors import MixDQError
+from mixdq_ao.layers import find_layers
 from mixdq_ao.plan import LayerPlan, Plan
 from mixdq_ao.search.calibration import Calibration
+from mixdq_ao.search.moments import Moments
 from mixdq_ao.search.sensitivity import Sensitivity
 from tests.command import run
 
@@ -290,6 +295,11 @@ def test_calibrate_and_analyze_print_json(capsys, tmp_path, monkeypatch, prompts
     found = json.loads(text)
     assert code == 0 and found["calibration"] == str(out) and found["prompts"] == 2
     assert found["layers"] > found["layers_with_bos_apart"] > 0
+    found_size = Calibration.load(out).layers["conv_in"].act_size
+    code, _, _ = run(capsys, "calibrate", PIPELINE, "--prompts", prompts, "--out", out, "--height", 32, "--width", 48)
+    small = Calibration.load(out)
+    assert code == 0 and (small.metadata["height"], small.metadata["width"]) == (32, 48)
+    assert small.layers["conv_in"].act_size == found_size * 32 * 48 // 64**2
     options = ["--metric", "orthogonality", "--calibration", out, "--out", tmp_path / "o.json", "--json"]
     code, text, _ = run(capsys, "analyze", PIPELINE, "--prompts", prompts, *options)
     assert code == 0
@@ -306,6 +316,17 @@ def test_load_pipeline_says_what_is_wrong(tmp_path):
     with pytest.raises(MixDQError, match="100000 denoising steps are more than DDIMScheduler takes: .*1000"):
         load_pipeline(str(PIPELINE), steps=[1, 100000])
     assert looks_local("./x") and looks_local("a/b/c") and looks_local("name") and not looks_local("org/model")
+
+
+def test_files_of_a_variant_are_read(tmp_path):
+    from mixdq_ao.app.inputs import load_pipeline
+
+    shutil.copytree(PIPELINE, tmp_path / "half")
+    for path in (tmp_path / "half").rglob("*.safetensors"):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    with pytest.raises(MixDQError, match="cannot be loaded as a diffusers pipeline"):
+        load_pipeline(str(tmp_path / "half"))
+    assert find_layers(load_pipeline(str(tmp_path / "half"), variant="fp16").unet)
 
 
 def test_a_machine_without_git(monkeypatch):
@@ -336,3 +357,23 @@ def test_a_plan_that_quantizes_nothing_is_refused_before_anything_is_loaded(capf
     Plan({"conv_in": LayerPlan()}).save(tmp_path / "plan.json")
     code, _, err = run(capfd, "quantize", tmp_path / "nowhere", "--plan", tmp_path / "plan.json")
     assert code and "plan.json: quantizes no layer" in err
+
+
+def test_weights_are_rounded_by_moments_of_their_inputs(capsys, tmp_path, monkeypatch, prompts, bundled):
+    for command in ("moments", "analyze"):
+        pipe = copy.deepcopy(bundled.pipe)
+        monkeypatch.setattr(f"mixdq_ao.app.commands.{command}.load_pipeline", lambda *_, pipe=pipe, **__: pipe)
+    names = ("conv_in", "time_embedding.linear_1")
+    only = Calibration({n: bundled.calibration.layers[n] for n in names}, (), None, {})
+    only.save(calibration := tmp_path / "calibration.json")
+    given = (PIPELINE, "--prompts", prompts, "--calibration", calibration)
+    moments, scores, plan = (tmp_path / name for name in ("moments.safetensors", "scores.json", "plan.json"))
+    code, text, _ = run(capsys, "moments", *given, "--out", moments, "--json")
+    assert code == 0 and json.loads(text)["layers"] == 2 and set(Moments.load(moments)) == set(names)
+    options = ("--roundings", "output compensated", "--moments", moments, "--method", "probe", "--probes", "1")
+    assert run(capsys, "analyze", *given, *options, "--weight-bits", "4", "--act-bits", "8", "--out", scores)[0] == 0
+    budget = ("--weight-bits", 4, "--act-bits", 8, "--weight-choices", 4, "--act-choices", 8)
+    code, _, _ = run(capsys, "allocate", scores, *budget, "--calibration", calibration, "--out", plan)
+    assert code == 0 and {layer.rounding for layer in Plan.load(plan).layers.values()} == {"compensated"}
+    code, _, said = run(capsys, "analyze", *given, "--moments", moments)
+    assert code == 2 and "--moments is for --roundings" in said

@@ -143,3 +143,15 @@ def test_inference_tensors():
         arguments[1].zero_()
         weights.clear()
         check(summed(arguments))
+
+
+def test_threads_that_keep_many_forms_do_not_meet():
+    prepared = weights.Prepared(8, 4)
+
+    def work(thread):
+        for i in range(3000):
+            assert prepared.keep((thread, i), i) == i
+
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(work, range(6)))
+    assert len(prepared.forms) <= weights.MAX_FORMS

@@ -145,6 +145,20 @@ def test_fusing_is_one_rounding_and_unfusing_gives_the_very_weights_back(quantiz
     assert_same(before, model)
 
 
+def test_a_model_that_was_moved_while_fused_gets_its_weights_back_as_it_is_now(fine):
+    expected = copy.deepcopy(fine)
+    for name in ("one", "two"):
+        load(fine, adapter(), name=name)
+        load(expected, adapter(), name=name)
+    fine.fuse_lora(adapter_names=["one"])
+    fine.to(torch.bfloat16)
+    fine.fuse_lora(adapter_names=["two"])
+    fine.unfuse_lora()
+    expected.to(torch.bfloat16)
+    assert {p.dtype for p in fine.parameters()} == {torch.bfloat16}
+    assert_same(expected, fine)
+
+
 def test_fused_at_8_bits_is_close_to_not_fused(fine):
     load(fine, adapter())
     unfused = output(fine)

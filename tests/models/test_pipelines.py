@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -15,7 +16,19 @@ from diffusers import (
     StableDiffusionXLInpaintPipeline,
 )
 
-from mixdq_ao import MixDQError, Plan, Sampling, bos_aware, calibrate, mixdq_config, quantize_
+from mixdq_ao import (
+    MixDQError,
+    Plan,
+    Sampling,
+    analyze,
+    bos_aware,
+    calibrate,
+    input_moments,
+    mixdq_config,
+    orthogonality,
+    probe_steps,
+    quantize_,
+)
 from mixdq_ao.layers import find_layers
 from mixdq_ao.models.pipelines import other_denoisers
 from mixdq_ao.quantize.tensor import is_quantized
@@ -161,6 +174,42 @@ def test_a_second_denoiser_is_known(unet):
     assert other_denoisers(SimpleNamespace(transformer=unet, transformer_2=unet)) == ("transformer_2",)
 
 
-def test_guidance_that_is_no_number_is_named():
-    with pytest.raises(MixDQError, match="guidance_scale is nan, expected a finite number"):
-        Sampling(guidance_scale=float("nan"))
+@pytest.mark.parametrize(
+    "field, value, expected",
+    [
+        ("guidance_scale", float("nan"), "a finite number"),
+        ("guidance_scale", None, "a finite number"),
+        ("steps", (1, 4), "a whole number of at least 1; only calibrate and input_moments take several"),
+        ("steps", 2.5, "a whole number of at least 1"),
+        ("batch_size", 0, "a whole number of at least 1"),
+        ("seed", None, "a whole number"),
+        ("height", "512", "a whole number of at least 1"),
+        ("frames", 0, "a whole number of at least 1"),
+    ],
+)
+def test_a_field_that_is_out_of_range_is_named(field, value, expected):
+    with pytest.raises(MixDQError, match=f"{field} is {re.escape(repr(value))}, expected {expected}"):
+        Sampling(**{field: value})
+
+
+def test_every_measurement_draws_in_the_size_asked_for(bundled):
+    """The bundled pipeline's own size is 64 x 64: latents of 16 x 16."""
+    size, seen = {"height": 32, "width": 48}, set()
+    pipe, texts = bundled.pipe, bundled.prompts[:2]
+    see = lambda module, args, kwargs: seen.add(tuple((args[0] if args else kwargs["sample"]).shape[2:]))  # noqa: E731
+    handle = pipe.unet.register_forward_pre_hook(see, with_kwargs=True)
+    try:
+        for measure in (
+            lambda: calibrate(pipe, texts, **size),
+            lambda: input_moments(pipe, texts, calibration=bundled.calibration, layers=["conv_out"], **size),
+            lambda: orthogonality(pipe, texts, **size),
+            lambda: analyze(pipe, texts, method="probe", probes=1, **size),
+            lambda: probe_steps(pipe, texts, steps=1, probes=1, **size),
+        ):
+            seen.clear()
+            measure()
+            assert seen == {(8, 12)}
+    finally:
+        handle.remove()
+    metadata = calibrate(pipe, texts, **size).metadata
+    assert (metadata["height"], metadata["width"]) == (32, 48)

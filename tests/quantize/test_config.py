@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from types import SimpleNamespace
 
 import accelerate
@@ -10,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
+from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
 from torchao.quantization import quantize_ as torchao_quantize_
+from torchao.quantization.transform_module import register_quantize_module_handler
 
 from mixdq_ao import (
     LayerPlan,
@@ -114,6 +117,48 @@ def test_an_override_that_matches_nothing(unet, calibration):
     ):
         with pytest.raises(PlanError, match=says):
             quantize_(unet, mixdq_config(plan, overrides=overrides))
+
+
+class Fails(AOBaseConfig):
+    """As torchao's configs do that want another shape."""
+
+
+@register_quantize_module_handler(Fails)
+def _fails(module, config):
+    raise ValueError("expected 32 rows")
+
+
+@pytest.mark.parametrize("key", ["conv_out", "re:conv_o.*", "conv_out.weight"])
+def test_an_override_that_fails_leaves_the_model_unchanged(unet, calibration, key):
+    """Also where norms and weights would be changed first."""
+    plan = Plan.uniform(unet, 8, 8).with_calibration(calibration)
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    with pytest.raises(QuantizationError, match="layer 'conv_out': what overrides say of it cannot be done"):
+        quantize_(unet, mixdq_config(plan, overrides={key: Fails()}))
+    after = unet.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_a_compiled_model_is_quantized_as_the_model_it_is(unet, calibration):
+    compiled = torch.compile(copy.deepcopy(unet), backend="eager")
+    plan = Plan.uniform(compiled, 8, 8).with_calibration(calibration)
+    assert plan.layers == Plan.uniform(unet, 8, 8).with_calibration(calibration).layers
+    assert plan.summary(compiled) == plan.summary(unet)
+    for model in (compiled, unet):
+        quantize_(model, mixdq_config(plan))
+    inputs = unet_inputs()
+    with torch.no_grad():
+        assert torch.equal(compiled(**inputs)[0], unet(**inputs)[0])
+
+
+def test_a_layer_prints_its_precision(unet, calibration):
+    quantize_(unet, mixdq_config(Plan.uniform(unet, 4, 8).with_calibration(calibration)))
+    again = pickle.loads(pickle.dumps(copy.deepcopy(unet)))
+    for model in (unet, again):
+        assert str(model.conv_out).endswith(", W4A8)")
+        assert "W4A8 BOS)" in str(model)
+    unet.conv_out.weight = nn.Parameter(torch.zeros(4, 8, 3, 3))
+    assert "W4A8" not in str(unet.conv_out) and "W4A8" in str(again.conv_out)
 
 
 def test_not_a_number_in_the_last_layer_leaves_the_model_unchanged(unet, calibration):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
+from mixdq_ao.quantize import tensor as tensor_module
 from mixdq_ao.quantize.quantizer import act_params
 from mixdq_ao.quantize.shared import moved
 from mixdq_ao.quantize.tensor import MixDQTensor, SplitMixDQTensor
@@ -129,3 +130,11 @@ def test_the_cache_of_compiled_code_tells_patterns_apart():
     """Inductor's cache on disk sees types and shapes only; which weights share is in this hash."""
     keys = [weight(hi)._stable_hash_for_caching() for hi in (3.0, 3.0, 4.0)]
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_parts_of_a_weight_do_not_read_the_shared_numbers_again(monkeypatch):
+    """On a GPU each look would wait for it, once for every layer that FSDP2 gathers."""
+    weight = MixDQTensor.from_hp(torch.randn(8, 6), act=act_params(-1.0, 2.0), bos_embedding=torch.ones(6))
+    monkeypatch.setattr(tensor_module, "key", lambda *tensors: pytest.fail("read off the device"))
+    for part in (weight[:4], weight.view(-1), weight.with_tensors(scale=weight.scale.clone())):
+        assert part.shared_key == weight.shared_key

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -188,6 +189,9 @@ def test_bad_input(bundled, unet):
         for steps in ("1,4", 1.5, (1, 2.5), (), 0, True):
             with pytest.raises(CalibrationError, match=f"steps is {re.escape(repr(steps))}, expected a whole number"):
                 use(steps)
+    for both in (calibrate, partial(input_moments, **options)):
+        with pytest.raises(CalibrationError, match="prompts and run= are both given"):
+            both(bundled.pipe, ["a"], run=lambda: None)
     with pytest.raises(CalibrationError, match="nothing|no linear"):
         calibrate(unet, run=lambda: None)
     with pytest.raises(CalibrationError, match="NaN"):

@@ -24,8 +24,7 @@ EXAMPLE = (
 )
 FORMS = ("error", "linear", "integer")
 """Objectives of network orthogonality."""
-SAMPLING = ("steps", "guidance_scale", "seed", "batch_size")
-OF_PIPELINE = ("choose", "check", "moments", "prompts", "seeds", "device", "dtype", *SAMPLING)
+OF_PIPELINE = ("choose", "check", "moments", "prompts", "seeds", *options.MACHINE, *options.SAMPLING)
 """Options that only ``--pipeline`` heeds."""
 
 
@@ -51,7 +50,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.out(parser, "plan.json", "file to write")
     options.as_json(parser)
     _measuring(parser.add_argument_group("measuring plans on the model itself"))
-    parser.set_defaults(**dict.fromkeys(SAMPLING))
+    parser.set_defaults(**dict.fromkeys(options.SAMPLING))
 
 
 def _measuring(group: argparse._ArgumentGroup) -> None:
@@ -73,9 +72,7 @@ def _measuring(group: argparse._ArgumentGroup) -> None:
     )
     seeds = "pictures per prompt to choose by (default 1)"
     group.add_argument("--seeds", type=at_least(1), metavar="N", help=seeds)
-    group.add_argument(
-        "--moments", type=Path, metavar="FILE", help="saved input_moments(...), for compensated rounding"
-    )
+    group.add_argument("--moments", type=Path, metavar="FILE", help="from mixdq moments, for compensated rounding")
     options.machine(group)
     options.sampling(group, "1", 16)
 
@@ -137,8 +134,7 @@ def _measured(args: argparse.Namespace, calibration: Calibration) -> tuple[Alloc
 
     sensitivity, prompts = Sensitivity.load(args.sensitivity), read_prompts(args.prompts)
     moments = None if args.moments is None else Moments.load(args.moments)
-    given = {name: getattr(args, name) for name in SAMPLING}
-    sampling = Sampling(**{name: value for name, value in given.items() if value is not None})
+    sampling = Sampling(**options.drawn(args))
     shared: dict[str, Any] = {"moments": moments, "sampling": sampling}
     judged: list[Judged] = []
     if args.choose is None:
@@ -147,7 +143,7 @@ def _measured(args: argparse.Namespace, calibration: Calibration) -> tuple[Alloc
     else:
         objectives = OBJECTIVES if args.objective is None else (_objective(args, OBJECTIVES, "decoupled"),)
         found = candidates(sensitivity, objectives=objectives, most=args.choose, **_shared(args))
-    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype, steps=[sampling.steps])
+    pipe = load_pipeline(args.pipeline, **options.where(args), steps=[sampling.steps])
     if args.choose is not None:
         judged = choose(pipe, found, prompts, calibration=calibration, seeds=args.seeds or 1, **shared)
         result, plan = judged[0].allocation, judged[0].plan

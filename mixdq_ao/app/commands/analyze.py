@@ -11,7 +11,10 @@ from ..inputs import at_least, integers, load_pipeline, read_prompts
 from ..output import counted, show_json, wrote
 
 METHODS = ("one_at_a_time", "probe")
-OWN = {"error": ("store", "method", "probes", "part", "merge"), "orthogonality": ("timesteps", "estimator")}
+OWN = {
+    "error": ("store", "method", "probes", "part", "merge", "roundings", "moments"),
+    "orthogonality": ("timesteps", "estimator"),
+}
 """Options that only one metric heeds."""
 HELP = "measure how much each layer suffers from each bit width; a stopped run continues from its store"
 EXAMPLE = (
@@ -58,6 +61,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{only}: take over the results in these stores of other parts, and work on what is missing",
     )
     parser.add_argument(
+        "--roundings",
+        nargs="+",
+        metavar="NAME",
+        help=f"{only}: ways to round a weight, of which each layer and bit width gets the best: 'minmax nearest' "
+        "(default), 'mse nearest', 'output nearest', 'output compensated', ...; those of the output need --moments",
+    )
+    parser.add_argument("--moments", type=Path, metavar="FILE", help="from mixdq moments")
+    parser.add_argument(
         "--out", type=Path, metavar="PATH", help="file to write (default sensitivity.json, or orthogonality.json)"
     )
     options.sampling(parser, "1", 16)
@@ -79,9 +90,8 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     prompts = read_prompts(args.prompts)
     calibration = Calibration.load(args.calibration) if args.calibration else None
-    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype, steps=[args.steps])
-    names = ("steps", "guidance_scale", "seed", "batch_size")
-    common: dict[str, Any] = {"calibration": calibration, **{name: getattr(args, name) for name in names}}
+    pipe = load_pipeline(args.pipeline, **options.where(args), steps=[args.steps])
+    common: dict[str, Any] = {"calibration": calibration, **options.drawn(args)}
     if args.part is not None:
         _part(args, pipe, prompts, common)
         return
@@ -102,6 +112,8 @@ def _check(args: argparse.Namespace) -> None:
         raise MixDQError("--part needs a --store of its own, and the same --calibration for all parts")
     if args.probes is not None and args.method != "probe":
         raise MixDQError("--probes is of --method probe")
+    if args.moments is not None and args.roundings is None:
+        raise MixDQError("--moments is for --roundings, of which none is given")
 
 
 def _errors(args: argparse.Namespace, pipe: Any, prompts: list[str], common: dict[str, Any]) -> tuple[Path, int]:
@@ -127,8 +139,12 @@ def _part(args: argparse.Namespace, pipe: Any, prompts: list[str], common: dict[
 
 
 def _how(args: argparse.Namespace) -> dict[str, Any]:
-    bits = {"weight_bits": args.weight_bits, "act_bits": args.act_bits}
-    return {**bits, "method": args.method or "one_at_a_time", "probes": args.probes}
+    from mixdq_ao import Moments
+
+    how = {name: getattr(args, name) for name in ("weight_bits", "act_bits", "probes")}
+    how |= {} if args.roundings is None else {"roundings": args.roundings}
+    how |= {} if args.moments is None else {"moments": Moments.load(args.moments)}
+    return {**how, "method": args.method or "one_at_a_time"}
 
 
 def _orthogonality(args: argparse.Namespace, pipe: Any, prompts: list[str], common: dict[str, Any]) -> tuple[Path, int]:

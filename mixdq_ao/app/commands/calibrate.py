@@ -44,19 +44,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompts)
-    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype, steps=args.steps)
+    pipe = load_pipeline(args.pipeline, **options.where(args), steps=args.steps)
     from mixdq_ao import calibrate
     from mixdq_ao.quantize.folds import Folding
 
     result = calibrate(
         pipe,
         prompts,
-        steps=args.steps,
         method=args.method,
         act_bits=args.act_bits,
-        guidance_scale=args.guidance_scale,
-        batch_size=args.batch_size,
-        seed=args.seed,
+        **options.drawn(args),
         smoothing=args.smoothing,
         rotation=args.rotation,
     )

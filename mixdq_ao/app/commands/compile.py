@@ -20,8 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.plan(parser, required=False)
     options.calibration(parser, "ranges for a plan without them")
     parser.add_argument("--batch-size", type=at_least(1), default=1, metavar="N", help="prompts at once (default 1)")
-    parser.add_argument("--height", type=at_least(8), metavar="N", help="pixels (default: the model's own)")
-    parser.add_argument("--width", type=at_least(8), metavar="N", help="pixels (default: the model's own)")
+    options.size(parser)
     parser.add_argument(
         "--kernels",
         choices=("auto", "ours", "plain"),
@@ -37,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     if args.out.suffix != ".pt2":
         raise MixDQError(f"{args.out}: expected a file name that ends in .pt2")
     plan = plan_of(args)
-    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
+    pipe = load_pipeline(args.pipeline, **options.where(args))
     from mixdq_ao.models.pipelines import denoiser
     from mixdq_ao.models.portable import package
 
@@ -70,7 +69,7 @@ def _call(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
     from mixdq_ao.models.pipelines import Sampling, denoiser, generate_all
     from mixdq_ao.models.portable import captured_call
 
-    size = Sampling(batch_size=args.batch_size, height=args.height, width=args.width)
+    size = Sampling(batch_size=args.batch_size, **{name: getattr(args, name) for name in options.SIZE})
     prompts = ["a picture"] * args.batch_size
     call = captured_call(denoiser(pipe), lambda: generate_all(pipe, prompts, size, "latent"))
     return {name: value for name, value in call.items() if value is not None}

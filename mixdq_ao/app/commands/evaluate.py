@@ -56,10 +56,9 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--lpips", choices=("alex", "vgg", "squeeze"), default="alex", help="default alex")
     parser.add_argument("--shard", default="1/1", metavar="K/N", help="only part K of N; others may run elsewhere")
-    parser.add_argument("--height", type=at_least(8), metavar="N", help="pixels (default: the model's own)")
-    parser.add_argument("--width", type=at_least(8), metavar="N", help="pixels (default: the model's own)")
     parser.add_argument("--compile", action="store_true", help="compile the denoiser first; pays with many pictures")
-    options.sampling(parser, "1", 16)
+    options.sampling(parser, "1", 16, sized=False)
+    options.size(parser, frames=False)
     options.out(parser, "evaluation", "directory of the run; give the same to continue")
     options.as_json(parser)
 
@@ -118,7 +117,8 @@ def _run(args: argparse.Namespace) -> None:
     chosen |= {"plan": None if plan is None else digest(plan.to_json())}
     content = content_of(args.pipeline)
     # A directory may lie elsewhere on another machine; what it holds says enough.
-    chosen |= {"pipeline": Path(args.pipeline).resolve().name if content else args.pipeline, "content": content}
+    chosen["pipeline"] = Path(args.pipeline).resolve().name if content else args.pipeline
+    chosen["content"] = " ".join(filter(None, (content, args.variant)))
     chosen |= {"prompts": prompts.digest, "count": len(prompts.texts)}
     metrics = choose([n for n in args.metrics.split(",") if n not in ("", "none")], _sources(args, device))
     settings = Settings(**chosen)
@@ -151,7 +151,8 @@ def _circumstances(args: argparse.Namespace, device: str) -> dict[str, Any]:
 
 
 def _load(args: argparse.Namespace, device: str, plan: Plan | None) -> Any:
-    pipe = load_pipeline(args.pipeline, device=device, dtype=args.dtype, steps=[args.steps])
+    where = options.where(args) | {"device": device}
+    pipe = load_pipeline(args.pipeline, **where, steps=[args.steps])
     from ..quantized import make_ready
 
     make_ready(pipe, plan, compiled=args.compile)

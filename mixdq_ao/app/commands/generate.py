@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     args.steps = args.steps or (len(schedule.steps) if schedule else STEPS)
     from mixdq_ao.models.pipelines import Sampling, check_prompts, generate
 
-    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype, steps=[args.steps])
+    pipe = load_pipeline(args.pipeline, **options.where(args), steps=[args.steps])
     from ...evaluate.pictures import to_bytes
     from ...progress import progress
     from ..quantized import make_ready, make_scheduled, save_png
@@ -64,8 +64,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         storage = args.storage or "nested"
         make_scheduled(pipe, schedule, storage=storage, keep_full=args.keep_full, compiled=args.compile)
-    names = ("steps", "guidance_scale", "seed", "batch_size")
-    sampling = Sampling(**{name: getattr(args, name) for name in names})
+    sampling = Sampling(**options.drawn(args))
     drawn: list[Path] = []
     start = time.perf_counter()
     with progress("drawing", len(prompts)) as bar:

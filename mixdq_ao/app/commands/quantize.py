@@ -25,7 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.plan(parser, required=True)
     options.calibration(parser, "ranges for a plan without them")
     parser.add_argument(
-        "--moments", type=Path, metavar="FILE", help="saved input_moments(...), for a plan with compensated rounding"
+        "--moments", type=Path, metavar="FILE", help="from mixdq moments, for a plan with compensated rounding"
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="store the quantized pipeline here, for from_pretrained"
@@ -88,7 +88,7 @@ def _quantized(args: argparse.Namespace, plan: Plan) -> Any:
 
     from ..quantized import apply_plan, check_text_encoders, refuse_quantized
 
-    where = {"device": args.device, "dtype": args.dtype}
+    where = options.where(args)
     if not any(layer.folds_input for layer in plan.layers.values()):
         pipe = load_pipeline(args.pipeline, quantizing=MixDQConfig(plan, moments=args.moments), **where)
         refuse_quantized(denoiser(pipe))

@@ -45,6 +45,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     scale = "classifier-free guidance of the trajectories; 0 turns it off (default)"
     parser.add_argument("--guidance-scale", type=finite, default=0.0, metavar="X", help=scale)
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of noise and batches (default 0)")
+    options.size(parser)
     often = "steps between measurements on held-out prompts (default 100)"
     parser.add_argument("--evaluate-every", type=at_least(1), default=100, metavar="N", help=often)
     place = (
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
         from ...training.recover_state import check_directory
 
         check_directory(args.checkpoint)
-    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype, steps=args.trajectory)
+    pipe = load_pipeline(args.pipeline, **options.where(args), steps=args.trajectory)
     from mixdq_ao import recover, save_quantized
     from mixdq_ao.models.pipelines import denoiser
 
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
 
     plan.validate(denoiser(pipe))
     names = ("block_steps", "batch_size", "trajectory", "train", "learn_scales", "learn_ranges")
-    names += ("block_weight", "refresh", "evaluate_every", "guidance_scale", "seed")
+    names += ("block_weight", "refresh", "evaluate_every", "guidance_scale", "seed", *options.SIZE)
     chosen: dict[str, Any] = {name: getattr(args, name) for name in names}
     chosen |= {name: getattr(args, name) for name in ("lr", "rank") if getattr(args, name) is not None}
     chosen |= {"held_out": held_out, "checkpoint": args.checkpoint, "moments": _moments(args, pipe, plan, prompts)}
@@ -100,4 +101,7 @@ def _moments(args: argparse.Namespace, pipe: Any, plan: Any, prompts: list[str])
         raise MixDQError(f"layer {layers[0]!r} is rounded by second moments, which need --calibration")
     calibration = Calibration.load(args.calibration)
     few = prompts[:32]
-    return input_moments(pipe, few, calibration=calibration, steps=args.trajectory, layers=layers, seed=args.seed)
+    size = {name: getattr(args, name) for name in options.SIZE}
+    return input_moments(
+        pipe, few, calibration=calibration, steps=args.trajectory, layers=layers, seed=args.seed, **size
+    )

@@ -91,7 +91,7 @@ def _search(args: argparse.Namespace) -> None:
     check_goal(args.steps, costs, args.max_cost, args.max_error)
     if args.check:
         check_count(args.check, args.steps, len(costs))
-    pipe = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype, steps=[args.steps])
+    pipe = load_pipeline(args.pipeline, **options.where(args), steps=[args.steps])
     from ...models.pipelines import Sampling, denoiser
     from ...search.fingerprint import fingerprint
     from ...temporal.collect import results_of
@@ -101,8 +101,7 @@ def _search(args: argparse.Namespace) -> None:
     from ...temporal.schedule import evaluation_limit, search_schedule
 
     plan = TemporalPlan(levels, (next(iter(levels)),) * args.steps, costs)
-    names = ("steps", "guidance_scale", "seed", "batch_size")
-    sampling = Sampling(**{name: getattr(args, name) for name in names})
+    sampling = Sampling(**options.drawn(args))
     settings = {"plan": plan.to_json(), "prompts": prompts, "sampling": repr(sampling)}
     settings |= {name: getattr(args, name) for name in ("metric", "storage", "keep_full")}
     subject = fingerprint(pipe, settings)

@@ -1,0 +1,60 @@
+"""What a model is looked at with: prompts that its pipeline draws at several step counts, or what runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..errors import CalibrationError, MixDQError
+from ..models.pipelines import Sampling, check_prompts, generate
+from ..progress import progress
+
+
+def runs(
+    pipe: Any,
+    prompts: Sequence[str] | None,
+    run: Callable[[], object] | None,
+    *,
+    title: str,
+    steps: int | Sequence[int],
+    **drawing: Any,
+) -> tuple[Callable[[], object], dict[str, Any]]:
+    """What runs a model over everything, and what is said of it in metadata. ``drawing``: fields of Sampling.
+
+    Raises CalibrationError where both or neither of prompts and ``run`` are given, or steps are no counts; MixDQError
+    where prompts are empty or a field is out of range.
+    """
+    check_source(pipe, prompts, run, CalibrationError)
+    if run is not None:
+        return run, {}
+    texts = check_prompts(prompts or ())
+    drawn = [Sampling(steps=count, **drawing) for count in step_counts(steps)]
+
+    def go() -> None:
+        with progress(title, len(drawn) * len(texts)) as bar:
+            for sampling in drawn:
+                for batch in generate(pipe, texts, sampling, "latent"):
+                    bar.advance(len(batch))
+
+    said = {"prompts": len(texts), "steps": [sampling.steps for sampling in drawn], "seed": drawn[0].seed}
+    return go, said | drawn[0].size()
+
+
+def check_source(
+    pipe: Any, prompts: Sequence[str] | None, run: Callable[[], object] | None, error: type[MixDQError]
+) -> None:
+    """Raises ``error`` unless there is a pipeline with prompts, or else ``run``."""
+    if run is not None and prompts is not None:
+        raise error("prompts and run= are both given; run= draws inputs of its own, so pass one of them")
+    if run is None and (isinstance(pipe, nn.Module) or prompts is None):
+        raise error("expected a diffusers pipeline and prompts, or a module and run=")
+
+
+def step_counts(steps: object) -> list[int]:
+    """One number of steps, or several, as a list. Raises CalibrationError for anything else."""
+    counts: list[Any] = list(steps) if isinstance(steps, Iterable) and not isinstance(steps, str) else [steps]
+    if not counts or not all(type(count) is int and count >= 1 for count in counts):
+        raise CalibrationError(f"steps is {steps!r}, expected a whole number of at least 1, or several as (1, 4)")
+    return counts
