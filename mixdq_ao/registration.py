@@ -47,6 +47,23 @@ def _tables(home: str, quantizer: str) -> Callable[[ModuleType], None]:
     return fill
 
 
+ATTACH = Lazy("models.diffusers_quantizer", "attach_quantizer")
+DECLARE = Lazy("models.prepared_quantizer", "declare_prepared")
+QUANTIZED: set[Lazy] = set()
+"""Called with a model that has just been quantized, and its plan: the library it is of learns to save it."""
+PREPARED: set[Lazy] = set()
+"""Called with a model that has just been prepared for the levels of a schedule: its library learns that it cannot."""
+
+
+def _diffusers_models(module: ModuleType) -> None:
+    QUANTIZED.add(ATTACH)
+    PREPARED.add(DECLARE)
+
+
+def _transformers_models(module: ModuleType) -> None:
+    QUANTIZED.add(ATTACH)
+
+
 def is_ours(weight: object) -> bool:
     """Whether a tensor is a quantized weight, told by name: nothing is imported."""
     return type(weight).__name__ in ("MixDQTensor", "SplitMixDQTensor")
@@ -79,6 +96,8 @@ WATCHED: dict[str, Callable[[ModuleType], None]] = {
     "diffusers.loaders.lora_base": _adapted("pipelines"),
     "diffusers.loaders.lora_pipeline": _adapted("pipelines"),
     "diffusers.loaders.peft": _adapted("models"),
+    "diffusers.models.modeling_utils": _diffusers_models,
+    "transformers.modeling_utils": _transformers_models,
 }
 
 

@@ -18,6 +18,7 @@ Scales are tensors, so that changing them, or swapping an adapter of the same ra
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,11 +63,36 @@ def adapted_layer(target: Any, adapter_name: str, *, config: Any, **kwargs: Any)
     return cls(target, adapter_name, config=config, **kwargs)
 
 
+@dataclass(frozen=True)
+class Fused:
+    """An adapter as it was when it was fused: it may be changed or deleted afterwards, and others be fused.
+
+    Attributes:
+        a, b: [rank, K, ...] and [N, rank, ...]. bias: [N], of the layer behind ``b``.
+    """
+
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    scale: float
+
+    @classmethod
+    def of(cls, layer: Any, name: str) -> Fused:
+        a, b = (part[name].weight.detach().clone() for part in (layer.lora_A, layer.lora_B))
+        bias = layer.lora_B[name].bias.detach().clone() if layer.lora_bias[name] else None
+        return cls(a, b, bias, float(layer.scaling[name]))
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """What it adds to a weight: float32, in its shape, on its device."""
+        a, b = (part.to(device=weight.device, dtype=torch.float32).flatten(1) for part in (self.a, self.b))
+        return self.scale * (b @ a).reshape(weight.shape)
+
+
 class _OverQuantized:
     """What a LoRA layer does differently over a quantized weight."""
 
     original: tuple[nn.Parameter, nn.Parameter | None] | None = None
-    fused_scales: dict[str, float]
+    fused: dict[str, Fused]
     scaling: dict[str, Any]
     merged_adapters: list[str]
     lora_A: Any
@@ -109,11 +135,11 @@ class _OverQuantized:
         weight, bias = self._original()
         if getattr(layer, "groups", 1) > 1:
             raise QuantizationError(f"{layer}: a grouped convolution; adapters of it cannot be fused")
-        scales = {**getattr(self, "fused_scales", {}), **{n: float(self.scaling[n]) for n in names}}
-        delta = torch.stack([self._delta(n, scale) for n, scale in scales.items()]).sum(0)
+        adapters = {**getattr(self, "fused", {}), **{n: Fused.of(self, n) for n in names}}
+        delta = torch.stack([adapter.delta(weight) for adapter in adapters.values()]).sum(0)
         fused = nn.Parameter(requantized(weight, delta, getattr(layer, "layer_plan", None)), requires_grad=False)
-        fused_bias = self._fused_bias(bias, scales)
-        self.original, self.fused_scales = (weight, bias), scales
+        fused_bias = self._fused_bias(bias, list(adapters.values()))
+        self.original, self.fused = (weight, bias), adapters
         layer.weight, layer.bias = fused, fused_bias
         self.merged_adapters.extend(names)
 
@@ -124,7 +150,7 @@ class _OverQuantized:
             return
         layer = self.get_base_layer()
         layer.weight, layer.bias = self._original()
-        self.original, self.fused_scales = None, {}
+        self.original, self.fused = None, {}
         self.merged_adapters.clear()
 
     def _original(self: Any) -> tuple[nn.Parameter, nn.Parameter | None]:
@@ -133,22 +159,14 @@ class _OverQuantized:
         weight, bias = self.original or (layer.weight, layer.bias)
         return _like(weight, layer.weight), None if bias is None else _like(bias, layer.weight)
 
-    def _delta(self: Any, adapter: str, scale: float) -> Tensor:
-        """What an adapter adds to the weight, float32, in its shape."""
-        held = self.scaling[adapter]
-        self.scaling[adapter] = scale
-        try:
-            return self.get_delta_weight(adapter).float()
-        finally:
-            self.scaling[adapter] = held
-
-    def _fused_bias(self: Any, bias: nn.Parameter | None, scales: dict[str, float]) -> nn.Parameter | None:
-        added = [scale * self.lora_B[n].bias for n, scale in scales.items() if self.lora_bias[n]]
+    def _fused_bias(self: Any, bias: nn.Parameter | None, adapters: list[Fused]) -> nn.Parameter | None:
+        added = [a.scale * a.bias for a in adapters if a.bias is not None]
         if not added:
             return bias
         if bias is None:
             raise QuantizationError(f"{self.get_base_layer()}: has no bias, but an adapter does; it cannot be fused")
-        return nn.Parameter((bias + sum(added)).to(bias.dtype), requires_grad=False)
+        whole = bias + torch.stack(added).sum(0).to(bias.device)
+        return nn.Parameter(whole.to(bias.dtype), requires_grad=False)
 
 
 class MixDQLoraLinear(_OverQuantized, LoraLinear):

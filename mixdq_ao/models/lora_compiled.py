@@ -92,6 +92,11 @@ def checked(model: Any) -> Iterator[None]:
             "the UNet keeps keys and values of the text, which adapters change; forget_text_projections(pipe) before "
             "adapters are loaded, and reuse_text_projections(pipe) again when they are as they are to stay"
         )
+    if type(getattr(model, "hf_quantizer", None)).__name__ == "PreparedQuantizer":  # imported after this module
+        raise QuantizationError(
+            "the model is prepared for a precision per step, whose layers take no adapters; fuse them into the "
+            "original (pipe.fuse_lora(), then pipe.unload_lora_weights()), calibrate and prepare() that"
+        )
     if hasattr(model, JOINT_TEXT):
         raise _useless("keys and values of the text", "unfuse_text_projections(unet)")
     for name, module in model.named_modules():

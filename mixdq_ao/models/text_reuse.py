@@ -22,6 +22,7 @@ class TextReuse:
     another one.
 
     A text is the same while it is the same tensor, not written to; diffusers' pipelines pass one tensor to every step.
+    A model prepared for a schedule computes its projections again where the level changes.
     Results and gradients are those of the UNet itself: what was computed without gradients is not used with them, and
     what has some only once.
     """
@@ -29,7 +30,7 @@ class TextReuse:
     def __init__(self, unet: nn.Module, inner: UNet2DConditionModel) -> None:
         self.inner, self.projections = inner, text_projections(inner)
         self.project = self._products if unet is inner else torch.compile(self._products, fullgraph=True)
-        self.known: tuple[Tensor, int, bool] | None = None
+        self.known: tuple[Tensor, int, bool, str | None] | None = None
         self.hook = unet.register_forward_pre_hook(self, with_kwargs=True)
 
     def _products(self, text: Tensor) -> list[Tensor]:
@@ -50,14 +51,21 @@ class TextReuse:
             projection.store(value)
         learnt = any(value.requires_grad for value in values)
         if not (learnt or text.is_inference()):
-            self.known = text, text._version, torch.is_grad_enabled()
+            self.known = text, text._version, torch.is_grad_enabled(), self._level()
 
     def _unchanged(self, text: Tensor) -> bool:
         """An inference tensor does not tell when it is written to, so it is never known. Nothing is stored where
         projections were joined or taken apart meanwhile."""
         known = self.known
-        same = known is not None and known[0] is text and known[1:] == (text._version, torch.is_grad_enabled())
-        return same and all(projection.stored is not None for projection in self.projections)
+        if known is None or known[0] is not text:
+            return False
+        now = text._version, torch.is_grad_enabled(), self._level()
+        return known[1:] == now and all(projection.stored is not None for projection in self.projections)
+
+    def _level(self) -> str | None:
+        """Of a model prepared for a schedule, whose projections give something else at each level."""
+        prepared: list[Any] = [projection for projection in self.projections if hasattr(projection, "level")]
+        return prepared[0].level if prepared else None
 
     def end(self) -> None:
         """The projections compute at every call again."""

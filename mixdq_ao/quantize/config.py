@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 from ..errors import PlanError, QuantizationError
 from ..layers import check_calibrated, check_layer, check_module, check_plan, find_layers
 from ..plan import LayerPlan, Plan
+from ..registration import QUANTIZED
 from .described import describe_layers
 from .fake import FakeQuantizer, with_fake_quantizer, without_fake_quantizer
 from .folds import Fold, Folding, fold_, folded, folded_moments, foldings_of, planned_folds
@@ -230,10 +230,8 @@ def declare_quantized(model: nn.Module, plan: Plan | None) -> None:
     """Its layers print their precision; a model of diffusers' or transformers' knows what it holds: its
     ``save_pretrained`` works."""
     describe_layers(model)
-    if "diffusers.models.modeling_utils" in sys.modules or "transformers.modeling_utils" in sys.modules:
-        from ..models.diffusers_quantizer import attach_quantizer
-
-        attach_quantizer(model, plan)
+    for attach in QUANTIZED:
+        attach(model, plan)
 
 
 def overridden(overrides: Mapping[str, Any]) -> Callable[[str], bool]:

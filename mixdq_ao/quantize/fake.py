@@ -62,6 +62,7 @@ class FakeQuantizer(nn.Module):
 
     bos_embedding: Tensor | None
     moment: Tensor | None
+    bos_output: Tensor | None
 
     def __init__(
         self,
@@ -74,6 +75,7 @@ class FakeQuantizer(nn.Module):
         self.layer, self.acts = layer, acts
         self.register_buffer("bos_embedding", bos_embedding, persistent=False)
         self.register_buffer("moment", moment if layer.needs_moment else None, persistent=False)
+        self.register_buffer("bos_output", None, persistent=False)
         self.kept: list[WeightQuant] | None = None
 
     @property
@@ -82,7 +84,9 @@ class FakeQuantizer(nn.Module):
 
     def keep(self, weight: Tensor) -> None:
         """Rounds ``weight`` once and for all: later calls give that result, for a weight that does not change. Its
-        codes are kept, a byte each."""
+        codes are kept, a byte each, and what it gives for the BOS row."""
+        if self.bos_embedding is not None and self.bos_output is None:
+            self.bos_output = bos_row(weight, self.bos_embedding)
         if self.layer.weight_bits < 16 and self.kept is None:
             self.kept, self.moment = quantize_planned(weight.detach(), self.layer, self.moment), None
 
@@ -125,7 +129,7 @@ class FakeQuantLinear(nn.Linear):
         y = F.linear(q.input(input), q.weight(self.weight), self.bias)
         if q.bos_embedding is None:
             return y
-        row = bos_row(self.weight, q.bos_embedding)
+        row = bos_row(self.weight, q.bos_embedding) if q.bos_output is None else q.bos_output
         row = row if self.bias is None else row + self.bias
         return torch.where(bos_mask(input, q.bos_embedding), row.to(y.dtype), y)
 

@@ -67,11 +67,17 @@ def _pre_all_gather(self: MixDQTensor, mesh: Any) -> tuple[tuple[Tensor, ...], A
 def _post_all_gather(
     self: MixDQTensor, gathered: tuple[Tensor, ...], metadata: Any, dtype: torch.dtype, *, out: Any = None
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-    """The whole weight of the gathered tensors, which it holds and FSDP2 frees after use."""
+    """The whole weight of the gathered tensors, which it holds and FSDP2 frees after use.
+
+    A group of one process has nothing to gather: FSDP2 hands over a copy of the first tensor alone, and the others are
+    whole as they are.
+    """
     if out is not None:
         return None  # it holds these very tensors, which have just been filled again
     names, part = metadata
-    return part.with_tensors(**dict(zip(names, gathered, strict=True))), gathered
+    rows = dict(zip(names, gathered, strict=False))
+    rows |= {name: getattr(part, name).to(gathered[0].device) for name in names if name not in rows}
+    return part.with_tensors(**rows), gathered
 
 
 for name, hook in (("fsdp_pre_all_gather", _pre_all_gather), ("fsdp_post_all_gather", _post_all_gather)):

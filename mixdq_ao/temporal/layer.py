@@ -208,8 +208,12 @@ class LevelLayer(nn.Module):
         row = bos_row(weight, bos_embedding) if bos and bos_embedding is not None else None
         self.register_buffer("bos_output", row if row is None or layer.bias is None else row + layer.bias.detach())
 
+    @property
+    def level(self) -> str:
+        return self.switch.level
+
     def forward(self, input: Tensor) -> Tensor:
-        form = self.forms[self.switch.level]
+        form = self.forms[self.level]
         if self.geometry:
             return self._convolved(input, form)
         if form is None:
@@ -235,7 +239,7 @@ class LevelLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight at the present level in floating point, made on the spot (models ask for its type)."""
-        form = self.forms[self.switch.level]
+        form = self.forms[self.level]
         if form is None:
             return self.full  # type: ignore[return-value]
         return torch.cat([w.dequantize(form, self.kind.dtype) for w in self.weights], 1)  # type: ignore[operator]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -16,8 +15,9 @@ from ..plan import LayerPlan
 from ..quantize.folds import Fold, Folding, fold_, foldings_of, planned_folds
 from ..quantize.quantizer import refuse_unusable
 from ..quantize.tensor import is_quantized
+from ..registration import PREPARED
 from ..search.calibration import Calibration
-from .follow import step_count, step_of
+from .follow import Steps, step_count
 from .layer import LevelLayer, Storage, Switch
 from .plan import TemporalPlan
 
@@ -71,10 +71,8 @@ def prepare(
         embedding = None if bos is None else bos.to(layers[name].weight.device)
         layer = LevelLayer(layers[name], per_level, switch, bos_embedding=embedding, storage=storage)
         setattr(model.get_submodule(parent), attribute, layer)
-    if "diffusers.models.modeling_utils" in sys.modules:
-        from ..models.prepared_quantizer import declare_prepared
-
-        declare_prepared(model)
+    for declare in PREPARED:
+        declare(model)
     return LevelRuntime(model, plan, switch)
 
 
@@ -126,7 +124,9 @@ class LevelRuntime:
         if uncompiled(module) is not self.model:
             raise ScheduleError(f"the pipeline's {type(module).__name__} is not the model that was prepared")
         self.unfollow()
-        self._handle = module.register_forward_pre_hook(_follower(self, pipe, resample), with_kwargs=True)
+        # first of all hooks: others (reuse_text_projections) look at the level
+        follower = _follower(self, pipe, resample)
+        self._handle = module.register_forward_pre_hook(follower, with_kwargs=True, prepend=True)
 
     def unfollow(self) -> None:
         """The level stays what it is until it is set."""
@@ -153,13 +153,17 @@ class LevelRuntime:
 
 def _follower(runtime: LevelRuntime, pipe: Any, resample: bool) -> Any:
     """A hook that sets the level before the denoiser runs; never part of a compiled graph."""
+    steps = Steps()
 
     @torch.compiler.disable
     def follow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         timesteps, order = pipe.scheduler.timesteps, getattr(pipe.scheduler, "order", 1)
-        plan = runtime.plan_for(step_count(timesteps, order)) if resample else runtime.plan
-        runtime.level = plan.steps[step_of(timesteps, timestep, len(plan.steps), order)]
+        plan = runtime.plan
+        as_found = order == 1 and len(timesteps) == len(plan.steps)  # though some schedulers repeat timesteps
+        if resample and not as_found:
+            plan = runtime.plan_for(step_count(timesteps, order))
+        runtime.level = plan.steps[steps.step_of(timesteps, timestep, len(plan.steps), order)]
 
     return follow
 

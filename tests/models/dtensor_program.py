@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from mixdq_ao.quantize.quantizer import act_params
 from mixdq_ao.quantize.tensor import MixDQTensor
 
+from .ranks import end
 from .same import assert_same
 
 BOS = torch.linspace(-3, 3, 20)
@@ -92,8 +93,7 @@ def main(rank: int, port: str) -> None:
         distribute_tensor(FeedForward(4, True, BOS).up.weight, mesh, [Shard(1)])
     with pytest.raises(NotImplementedError, match="divided evenly"):
         distribute_tensor(MixDQTensor.from_hp(torch.randn(5, 4), 4), mesh, [Shard(0)])
-    print(f"{worst:.1e}", flush=True)
-    dist.destroy_process_group()
+    end(worst)
 
 
 if __name__ == "__main__":

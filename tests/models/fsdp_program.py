@@ -1,4 +1,4 @@
-"""One of two processes: python -m tests.models.fsdp_program RANK PORT."""
+"""One of several processes: python -m tests.models.fsdp_program RANK PORT [PROCESSES]."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from mixdq_ao.quantize.fsdp import undivided
 from mixdq_ao.quantize.quantizer import act_params
 from mixdq_ao.quantize.tensor import MixDQTensor
+
+from .ranks import end
 
 
 class Small(nn.Module):
@@ -42,29 +44,28 @@ def gradient_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return x.grad
 
 
-def main(rank: int, port: str) -> None:
+def main(rank: int, port: str, processes: int = 2) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", rank=rank, world_size=processes)
     model, x = Small(), torch.randn(2, 3, 5, 5)
     with torch.no_grad():
         expected = model(x)
     gradient = gradient_of(model, x)
-    ignored = undivided(model, 2)
-    assert ignored == {model.odd.weight}
-    mesh = init_device_mesh("cpu", (2,))
+    ignored = undivided(model, processes)
+    assert ignored == ({model.odd.weight} if processes == 2 else set())
+    mesh = init_device_mesh("cpu", (processes,))
     for layer in (model.conv, model.wide, model.text):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=ignored)
     local = model.wide.weight.to_local()
-    assert isinstance(local, MixDQTensor) and local.shape == (5, 6) and local.bits == 4
+    assert isinstance(local, MixDQTensor) and local.shape == (10 // processes, 6) and local.bits == 4
     with torch.no_grad():
         for _ in range(3):
             assert torch.equal(model(x), expected)
     assert torch.equal(gradient_of(model, x), gradient)
-    dist.destroy_process_group()
-    print("0", flush=True)
+    end(0.0)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))

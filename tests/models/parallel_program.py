@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from .ranks import end
+
 
 def main(rank: int, port: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
@@ -46,8 +48,7 @@ def main(rank: int, port: str) -> None:
     both = [torch.empty_like(found) for _ in range(2)]
     dist.all_gather(both, found)
     assert torch.equal(both[0], both[1])
-    print(f"{difference:.1e}", flush=True)
-    dist.destroy_process_group()
+    end(difference)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Two processes on gloo give what one gives."""
+"""Several processes on gloo give what one gives."""
 
 from __future__ import annotations
 
@@ -14,17 +14,29 @@ import pytest
 )
 def test_two_processes_are_one(program, most):
     """FSDP2 to the bit, DTensor but for the order of a sum. In the UNet a code may differ by one after such a sum."""
+    outputs = run(program, ranks=2)
+    assert all(float(output.split()[-1]) <= most for output in outputs)
+
+
+def test_fsdp2_in_a_group_of_one_process():
+    """Where people begin; torch then hands over one tensor of each weight."""
+    assert run("fsdp_program", "1", ranks=1)
+
+
+def run(program: str, *arguments: str, ranks: int) -> list[str]:
+    """What each of the processes printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", f"tests.models.{program}"]
-    pipe = subprocess.PIPE
-    processes = [subprocess.Popen([*command, str(r), port], stdout=pipe, stderr=pipe, text=True) for r in range(2)]
+    command, pipe, outputs = [sys.executable, "-m", f"tests.models.{program}"], subprocess.PIPE, []
+    started = [[*command, str(rank), port, *arguments] for rank in range(ranks)]
+    processes = [subprocess.Popen(c, stdout=pipe, stderr=pipe, text=True) for c in started]
     try:
         for process in processes:
             output, errors = process.communicate(timeout=500)
             assert process.returncode == 0, errors[-2000:]
-            assert float(output.split()[-1]) <= most
+            outputs.append(output)
     finally:
         for process in processes:
             process.kill()
+    return outputs

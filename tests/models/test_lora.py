@@ -169,6 +169,25 @@ def test_fused_at_8_bits_is_close_to_not_fused(fine):
     assert all(is_quantized(m.weight) for m in find_layers(fine).values())
 
 
+@pytest.mark.parametrize("then", ["changed", "deleted"])
+def test_what_was_fused_stays_as_it_was(fine, then):
+    for name, seed in (("a", 5), ("b", 6)):
+        load(fine, adapter(seed=seed), name)
+    fine.set_adapters(["a", "b"])
+    together, apart = copy.deepcopy(fine), fine
+    together.fuse_lora()
+    apart.fuse_lora(adapter_names=["a"])
+    if then == "deleted":
+        apart.delete_adapters("a")
+    else:
+        with torch.no_grad():
+            for name, parameter in apart.named_parameters():
+                if ".a." in name:
+                    parameter.fill_(9.0)
+    apart.fuse_lora(adapter_names=["b"])
+    assert torch.equal(output(together), output(apart))
+
+
 def test_two_adapters_fused_one_after_the_other_are_the_two_at_once(fine):
     states = adapter(seed=5), adapter(seed=6)
     for name, state in zip("ab", states, strict=True):

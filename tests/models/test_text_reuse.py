@@ -12,7 +12,16 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from mixdq_ao import MixDQError, Plan, forget_text_projections, mixdq_config, quantize_, reuse_text_projections
+from mixdq_ao import (
+    MixDQError,
+    Plan,
+    TemporalPlan,
+    forget_text_projections,
+    mixdq_config,
+    prepare,
+    quantize_,
+    reuse_text_projections,
+)
 from mixdq_ao.layers import find_layers
 from tests.conftest import text_rows, unet_inputs
 
@@ -197,3 +206,24 @@ def test_models_whose_text_is_not_handed_on(unet):
     unet.encoder_hid_proj = nn.Linear(24, 24)
     with pytest.raises(MixDQError, match="encoder_hid_proj"):
         reuse_text_projections(SimpleNamespace(unet=unet))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", ["reuse", "prepare"])
+def test_a_model_of_several_levels_projects_the_text_at_each(unet, calibration, steps, first):
+    levels = {str(bits): Plan.uniform(unet, bits, 8).with_calibration(calibration) for bits in (4, 8)}
+    plan = TemporalPlan(levels, ("4", "8", "8"))
+    apart = prepare(copy.deepcopy(unet), plan)
+    expected = []
+    for step, apart.level in zip(steps, plan.steps, strict=True):
+        expected.append(apart.model(**step)[0])
+    scheduler = SimpleNamespace(timesteps=torch.stack([step["timestep"] for step in steps]), order=1)
+    pipe = SimpleNamespace(unet=unet, scheduler=scheduler)
+    if first == "reuse":
+        reuse_text_projections(pipe)
+    runtime = prepare(unet, plan)
+    reuse_text_projections(pipe)
+    runtime.follow(pipe)
+    for _ in range(2):
+        for step, y in zip(steps, expected, strict=True):
+            assert torch.equal(pipe.unet(**step)[0], y)

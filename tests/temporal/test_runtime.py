@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers.schedulers import (
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -21,7 +22,7 @@ from torch import nn
 
 from mixdq_ao import LayerPlan, Plan, PlanError, QuantizationError, ScheduleError, TemporalPlan, mixdq_config, prepare
 from mixdq_ao import quantize_ as quantize
-from mixdq_ao.temporal.follow import step_count, step_of
+from mixdq_ao.temporal.follow import Steps, step_count
 
 from ..conftest import unet_inputs
 from ..quantize.reference import assert_close
@@ -198,6 +199,26 @@ def test_timesteps_in_other_guises(transform):
     assert pipe.seen == list("abcdabcd")
 
 
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+@pytest.mark.parametrize("begin", [0, 1])
+def test_a_list_that_ends_at_a_thousandth_of_its_beginning(scale, begin):
+    """Without a shift, flow matching goes from 1000 to 1: 1.0 is the last timestep, or a thousandth of the first."""
+    _, pipe = followed(FlowMatchEulerDiscreteScheduler(), "abcd")
+    for _ in range(2):
+        pipe(4, begin=begin, transform=lambda t: t.clone() / scale)
+    assert pipe.seen == list("abcd"[begin:] * 2)
+
+
+def test_a_schedule_of_as_many_steps_is_not_resampled(recwarn):
+    """These sigmas give two steps one timestep, rounded to a whole number."""
+    scheduler = DPMSolverMultistepScheduler(use_exponential_sigmas=True)
+    runtime, pipe = followed(scheduler, "ab" * 25)
+    runtime.follow(pipe, resample=True)
+    pipe(50)
+    assert len(torch.unique_consecutive(scheduler.timesteps)) < 50
+    assert pipe.seen == list("ab" * 25) and not [w for w in recwarn if "resampled" in str(w.message)]
+
+
 def test_the_scheduler_may_be_exchanged():
     _, pipe = followed(DDIMScheduler(), "abcd")
     pipe.scheduler = EulerDiscreteScheduler()
@@ -223,9 +244,9 @@ def test_another_number_of_steps_is_an_error_or_resampled():
 def test_a_timestep_of_another_pipeline_is_an_error():
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(4)
-    assert step_of(scheduler.timesteps, scheduler.timesteps[2].item(), 4) == 2
+    assert Steps().step_of(scheduler.timesteps, scheduler.timesteps[2].item(), 4) == 2
     with pytest.raises(ScheduleError, match="timestep 432 is none of the scheduler's 4"):
-        step_of(scheduler.timesteps, torch.tensor(432), 4)
+        Steps().step_of(scheduler.timesteps, torch.tensor(432), 4)
     assert step_count(torch.tensor([9.0, 5.0, 5.0, 1.0, 1.0]), 2) == 3
     assert step_count(torch.tensor([9.0, 7.0, 5.0, 3.0, 1.0]), 2) == 3
 
