@@ -38,6 +38,9 @@ def server(pipe: Any, port: int) -> ThreadingHTTPServer:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if urlsplit(self.path).path != "/":
+                self.send_error(HTTPStatus.NOT_FOUND, "pictures are at /?prompt=...")
+                return
             try:
                 prompt, sampling = asked(self.path)
             except ValueError as e:

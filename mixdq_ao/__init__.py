@@ -28,10 +28,11 @@ if TYPE_CHECKING:
         TextEncoderError,
     )
     from .models.bos_encoder import BOSAwareTextEncoder, bos_aware
+    from .models.components import quantize_text_encoders, quantize_vae
     from .models.fused_projections import fuse_projections, unfuse_projections
     from .models.fused_text import fuse_text_projections, unfuse_text_projections
     from .models.pipelines import Sampling, generate
-    from .models.serialization import load_quantized, save_quantized
+    from .models.serialization import load_quantized, save_pipeline, save_quantized
     from .models.text_reuse import forget_text_projections, reuse_text_projections
     from .plan import LayerPlan, Plan, PlanSummary
     from .quantize.config import MixDQLayerConfig, mixdq_config, quantize_
@@ -72,6 +73,8 @@ _HOME = {
     "ScheduleError": "errors",
     "SensitivityError": "errors",
     "TextEncoderError": "errors",
+    "quantize_text_encoders": "models.components",
+    "quantize_vae": "models.components",
     "fuse_projections": "models.fused_projections",
     "unfuse_projections": "models.fused_projections",
     "fuse_text_projections": "models.fused_text",
@@ -79,6 +82,7 @@ _HOME = {
     "Sampling": "models.pipelines",
     "generate": "models.pipelines",
     "load_quantized": "models.serialization",
+    "save_pipeline": "models.serialization",
     "save_quantized": "models.serialization",
     "reuse_text_projections": "models.text_reuse",
     "forget_text_projections": "models.text_reuse",

@@ -37,6 +37,19 @@ class Document:
             return value
         raise self.ERROR(f"{where} is a {type(value).__name__}, expected what JSON can hold")
 
+    def __repr__(self) -> str:
+        """Short: layers are many, and hold ranges, scores and figures by the dozen."""
+        layers = getattr(self, "layers", None)
+        return f"{type(self).__name__}({'' if layers is None else f'{len(layers)} layers'})"
+
+    @classmethod
+    def expect(cls, value: object, name: str) -> Self:
+        """``value``, an argument of that name. Raises ``ERROR`` unless it is one of this class."""
+        if not isinstance(value, cls):
+            own = cls.__name__
+            raise cls.ERROR(f"{name} is {value!r:.60}, expected a {own}; {own}.load(path) reads its file")
+        return value
+
     def to_json(self) -> dict[str, Any]:
         """The whole file, header included."""
         raise NotImplementedError
@@ -67,5 +80,9 @@ class Document:
             raise cls.ERROR(f"{os.fspath(path)}: {e}") from e
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file as JSON, atomically."""
-        write_document(path, self.to_json())
+        """Writes the file as JSON, atomically. Raises the class's error where it cannot be written."""
+        document = self.to_json()
+        try:
+            write_document(path, document)
+        except OSError as e:
+            raise self.ERROR(f"{os.fspath(path)}: cannot be written: {e.strerror or e}") from e

@@ -12,6 +12,19 @@ from .atomicfile import replacing
 from .errors import MixDQError
 from .textfile import read_text
 
+WRITTEN_BY = {
+    "mixdq-plan": "mixdq allocate",
+    "mixdq-calibration": "mixdq calibrate",
+    "mixdq-sensitivity": "mixdq analyze",
+    "mixdq-orthogonality": "mixdq analyze --metric orthogonality",
+    "mixdq-temporal-plan": "mixdq schedule search",
+    "mixdq-schedule-results": "mixdq schedule search --results",
+    "mixdq-evaluation": "mixdq evaluate run",
+    "mixdq-evaluation-run": "mixdq evaluate run",
+    "mixdq-recovery": "mixdq recover --checkpoint",
+}
+"""What writes files of a format, for errors."""
+
 
 def parse(text: str | bytes) -> Any:
     """``json.loads`` for what others may have written. Raises ValueError also for NaN, infinity (a number with a point
@@ -74,15 +87,25 @@ def read_document(path: str | os.PathLike[str], kind: str, version: int, error: 
     Raises ``error``, naming the file, as ``read_object`` does, and for another header.
     """
     path = Path(path)
-    document = read_object(path, error, f"; expected a {kind} file written by mixdq_ao")
+    writer = WRITTEN_BY.get(kind, "mixdq_ao")
+    document = read_object(path, error, f"; expected a {kind} file, which {writer} writes")
     if document.get("format") != kind:
-        raise error(f"{path}: format is {document.get('format')!r}, expected {kind!r}")
+        raise error(f"{path}: {_format(document)}, expected {kind!r}; give a file that {writer} writes")
     if type(document.get("version")) is not int or document["version"] != version:
         raise error(
             f"{path}: version is {document.get('version')!r}, this release reads version {version}; "
             "upgrade mixdq-ao if the file is newer"
         )
     return document
+
+
+def _format(document: dict[str, Any]) -> str:
+    """What a file says it is, and where such files come from."""
+    if "format" not in document:
+        return "has no format"
+    found = document["format"]
+    writer = WRITTEN_BY.get(found) if isinstance(found, str) else None
+    return f"format is {found!r:.60}" + (f" (from {writer})" if writer else "")
 
 
 def write_document(path: str | os.PathLike[str], document: dict[str, Any]) -> None:

@@ -130,6 +130,8 @@ def check_plan(plan: Plan, model: nn.Module, *, need_ranges: bool = True) -> Non
     for name, layer in plan.layers.items():
         if advice := adapter_advice(name):
             raise PlanError(advice)
+        if f"{name}.base_layer" in layers:
+            raise PlanError(adapter_advice(f"{name}.base_layer"))
         if name not in layers:
             near = next((n for n in layers if n.endswith("." + name) or name.endswith("." + n)), None)
             hint = f"; did you mean {near!r}?" if near else "; is the plan for another model?"

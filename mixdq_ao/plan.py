@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .document import Document
-from .errors import PlanError
+from .errors import CalibrationError, PlanError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -201,7 +201,7 @@ class PlanSummary:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Plan(Document):
     """Bits and ranges of every layer of one model, keyed by the layer's name as ``named_modules`` gives it."""
 
@@ -272,6 +272,10 @@ class Plan(Document):
         ``bos=False`` takes the ranges with the BOS rows inside, as a quantizer that knows nothing of them
         would; ``split=False`` one range for a concatenated input.
         """
+        if not hasattr(calibration, "apply"):
+            raise CalibrationError(
+                f"calibration is {calibration!r:.60}, expected a Calibration, as Calibration.load gives"
+            )
         return calibration.apply(self, bos=bos, split=split)
 
     def validate(self, model: nn.Module) -> None:

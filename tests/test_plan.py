@@ -155,7 +155,7 @@ def test_saving_is_atomic(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(PlanError, match="plan.json: cannot be written: No space"):
         EXAMPLE.with_layers({"a": LayerPlan()}).save(tmp_path / "plan.json")
     assert (tmp_path / "plan.json").read_text() == before
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]

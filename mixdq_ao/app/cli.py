@@ -8,9 +8,10 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..errors import MixDQError
+from . import options
 from .inputs import first_line
 from .output import check_writable
 from .quiet import silence
@@ -39,34 +40,35 @@ STEPS = (
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors in one line."""
+    """argparse, with errors in one line that name the command they are of, and ``--traceback`` for every command."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how)
+        text = "show errors in full"
+        self.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help=text)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """What is not known is an error here, and not first at the top, which would refer to its own help."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
 def parser() -> argparse.ArgumentParser:
-    common = Parser(add_help=False)
-    common.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help="show errors in full")
     top: argparse.ArgumentParser = Parser(
         prog="mixdq",
         description="Mixed-precision quantization of few-step diffusion models.",
         epilog=STEPS,
-        parents=[common],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, module in COMMANDS.items():
         command = import_module(f".commands.{module}", __package__)
-        text = command.HELP[0].upper() + command.HELP[1:] + "."
-        sub = commands.add_parser(
-            name,
-            help=command.HELP,
-            description=text.replace("%", "%%"),
-            epilog=f"example:\n  {command.EXAMPLE}",
-            parents=[common],
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        sub = options.command(commands, name, command.HELP, command.EXAMPLE)
         command.arguments(sub)
         sub.set_defaults(run=command.run)
     return top

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MixDQError
+from ..jsonfile import read_object
 from ..textfile import prompts_of, read_text
 
 if TYPE_CHECKING:
@@ -58,9 +60,7 @@ def load_pipeline(
     Raises MixDQError naming the pipeline, or a number of steps that its scheduler does not have.
     """
     if looks_local(name) and not (Path(name) / "model_index.json").is_file():
-        raise MixDQError(
-            f"{name}: is no pipeline, expected a directory with a model_index.json or a name like org/model"
-        )
+        raise MixDQError(f"{name}: {_instead_of_a_pipeline(Path(name))}")
     import torch
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -83,6 +83,24 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     _check_steps(pipe, steps)
     return pipe
+
+
+def _instead_of_a_pipeline(path: Path) -> str:
+    """What a directory without a model_index.json is, and what to do with a denoiser."""
+    wanted = "expected a directory with a model_index.json or a name like org/model"
+    try:
+        config = read_object(path / "config.json", MixDQError)
+    except MixDQError:
+        return f"is no pipeline, {wanted}"
+    kind = str(config.get("_class_name", "model"))
+    part = "transformer" if "Transformer" in kind else "unet" if "UNet" in kind else None
+    if part is None:
+        return f"holds one model ({kind}), {wanted}"
+    load = "mixdq_ao.load_quantized" if "quantization_config" in config else f"diffusers.{kind}.from_pretrained"
+    return (
+        f"holds a denoiser ({kind}) without its pipeline, {wanted}; load the pipeline it was made from as pipe, put "
+        f"pipe.{part} = {load}({str(path)!r}) into it, and pipe.save_pretrained it to a directory for this command"
+    )
 
 
 def _check_steps(pipe: Any, steps: Iterable[int]) -> None:
@@ -165,6 +183,27 @@ def at_least(low: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def multiple_of(unit: int) -> Callable[[str], int]:
+    """A whole number of times ``unit``, at least once, for argparse."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < unit or int(text) % unit:
+            raise argparse.ArgumentTypeError(f"{text!r} is no multiple of {unit}, expected {unit}, {2 * unit}, ...")
+        return int(text)
+
+    return parse
+
+
+def part(text: str) -> str:
+    """ "2/8", the second of eight, as it is, for argparse: ``Part.parse`` takes it."""
+    match = re.fullmatch(r"(\d{1,6})/([1-9]\d{0,5})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"part is {text!r}, expected one such as 2/8, the second of eight")
+    if not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"part is {text}, expected one from 1/{match[2]} on to {match[2]}/{match[2]}")
+    return text
 
 
 def budget(text: str) -> float | dict[str, float]:

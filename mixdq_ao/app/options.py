@@ -6,11 +6,22 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .inputs import at_least, finite, integers
+from .inputs import at_least, finite, integers, multiple_of
 
 MACHINE = ("device", "dtype", "variant")
 SIZE = ("height", "width", "frames")
 SAMPLING = ("steps", "guidance_scale", "seed", "batch_size", *SIZE)
+
+
+def command(commands: argparse._SubParsersAction[Any], name: str, text: str, example: str) -> argparse.ArgumentParser:
+    """The parser of a command, or of one of the kinds of a command; its help ends with an example."""
+    return commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def pipeline(parser: argparse.ArgumentParser) -> None:
@@ -79,8 +90,9 @@ def sampling(
 
 def size(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, frames: bool = True) -> None:
     """Of what is drawn: the options of SIZE."""
+    text = "pixels, a multiple of 8 (default: the model's own)"
     for name in ("height", "width"):
-        parser.add_argument(f"--{name}", type=at_least(8), metavar="N", help="pixels (default: the model's own)")
+        parser.add_argument(f"--{name}", type=multiple_of(8), metavar="N", help=text)
     if frames:
         parser.add_argument("--frames", type=at_least(1), metavar="N", help="of a video (default: the pipeline's own)")
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CalibrationError
-from ..layers import find_layers
+from ..errors import CalibrationError, MixDQError, QuantizationError
+from ..layers import check_module, find_layers
 from ..plan import LayerPlan, Plan
 from ..quantize.config import MixDQLayerConfig, mixdq_config, quantize_, quantized_weight
 from .pipelines import text_encoders
@@ -24,9 +24,13 @@ def quantize_text_encoders(pipe: Any, *, weight_bits: int = 8) -> dict[str, Plan
 
     Text encoders run once per prompt, so bytes are what counts, and their activations have outliers of hundreds of
     times the usual (the BOS row). Returns the plans by attribute name; saving and loading the pipeline keeps them.
+
+    Raises MixDQError for what has no text encoder.
     """
-    plans = {}
-    for name, encoder in text_encoders(pipe).items():
+    plans, encoders = {}, text_encoders(pipe)
+    if not encoders:
+        raise MixDQError(f"pipe is a {type(pipe).__name__} without text encoders, expected a diffusers pipeline")
+    for name, encoder in encoders.items():
         plans[name] = Plan.uniform(encoder, weight_bits, 16)
         quantize_(encoder, mixdq_config(plans[name]))
     return plans
@@ -76,8 +80,10 @@ def quantize_vae(
         sensitivity: from ``vae_sensitivity``, where it is there already.
 
     Raises:
-        CalibrationError: no layer is above the floor.
+        CalibrationError: no layer is above the floor. QuantizationError: ``vae`` is none.
     """
+    if not hasattr(check_module(vae), "decode"):
+        raise QuantizationError(f"vae is a {type(vae).__name__}, which decodes nothing; expected pipe.vae")
     plan = _calibrated(vae, latents, 8, 8)
     found = sensitivity if sensitivity is not None else _measured(vae, latents, plan)
     kept = {n: v if found.get(n, -torch.inf) >= floor else LayerPlan() for n, v in plan.layers.items()}

@@ -23,7 +23,7 @@ from torch import nn
 from ..atomicfile import sync
 from ..errors import CheckpointError
 from ..jsonfile import write_document
-from ..layers import find_layers, uncompiled
+from ..layers import adapter_advice, find_layers, uncompiled
 from ..plan import Plan
 from ..quantize.fake import FakeQuantizer
 from ..quantize.tensor import is_quantized
@@ -75,6 +75,11 @@ def save_quantized(
 
 def _prepared(model: nn.Module, plan: Plan | None) -> tuple[Library, Flat, Plan]:
     """All that will be written, after every check that it can be read again."""
+    if any(adapter_advice(name) for name in find_layers(model)):
+        raise CheckpointError(
+            f"{type(model).__name__} has adapters; pipe.unload_lora_weights() before saving, after pipe.fuse_lora() "
+            "where they are to stay"
+        )
     check_saveable(model)
     library = saved_config(model)
     if any(isinstance(m, FakeQuantizer) for m in model.modules()):
@@ -83,7 +88,7 @@ def _prepared(model: nn.Module, plan: Plan | None) -> tuple[Library, Flat, Plan]
         raise CheckpointError(f"{type(model).__name__} holds no quantized layer; use its save_pretrained")
     state = without_joint(without_aliases(model))
     where = f"{type(model).__name__} in memory"
-    check_fit(f"{where} (fuse or unload adapters, then save)", empty_model(Path(where), library), state)
+    check_fit(where, empty_model(Path(where), library), state)
     return library, flatten(state), plan_of(model, plan or known_plan(model))
 
 

@@ -113,8 +113,7 @@ def mixdq_config(
     Raises:
         PlanError: a layer lacks its range or its moment, or cannot be quantized as asked.
     """
-    if not isinstance(plan, Plan):
-        raise PlanError(f"plan is {plan!r:.60}, expected a Plan, as Plan.load gives it")
+    plan = Plan.expect(plan, "plan")
     overrides = dict(overrides or {})
     decided = overridden(overrides)
     bos = None if plan.bos_embedding is None else torch.tensor(plan.bos_embedding, dtype=torch.float32)

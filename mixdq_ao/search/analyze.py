@@ -98,8 +98,8 @@ def analyze(
     prompts = check_prompts(prompts)
     size = {"height": height, "width": width, "frames": frames}
     sampling = Sampling(steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size, **size)
-    if calibration is None:
-        calibration = calibrate_as_drawn(pipe, prompts, sampling)
+    given = calibrate_as_drawn(pipe, prompts, sampling) if calibration is None else calibration
+    calibration = Calibration.expect(given, "calibration")
     foldings = foldings_of(calibration.layers)
     moments = None if moments is None else folded_moments(moments, foldings)
     with as_calibrated(denoiser_of(pipe), calibration) as calibration:

@@ -53,7 +53,7 @@ class LayerCalibration:
         return replace(layer, act_range=act_range if quantized else None, bos=aware)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Calibration(Document):
     """Ranges of a model's layers.
 

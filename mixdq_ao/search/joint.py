@@ -46,7 +46,7 @@ def allocate_jointly(
         if not bits or not set(bits) <= set(offered):
             raise AllocationError(f"{field} is {bits!r}, expected one or more of {', '.join(map(str, offered))}")
     positive("time_limit", time_limit)
-    protected = protected_names(sensitivity, protect)
+    protected = protected_names(Sensitivity.expect(sensitivity, "sensitivity"), protect)
     units = tied_units(sensitivity, protected, tie)
     weights, acts = sorted(set(weight_choices)), sorted(set(act_choices))
     alone = weights == [16]  # of activations alone; else there is no product of W16A8

@@ -206,7 +206,7 @@ def input_moments(
             or infinity.
     """
     model = model_of(pipe)
-    names = _names(model, calibration, layers)
+    names = _names(model, Calibration.expect(calibration, "calibration"), layers)
     size = {"height": height, "width": width, "frames": frames}
     options = {"guidance_scale": guidance_scale, "batch_size": batch_size, "seed": seed, **size}
     go, drawn = runs(pipe, prompts, run, title="collecting moments", steps=steps, **options)

@@ -39,7 +39,7 @@ DECAY = 1.0
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Orthogonality(Document):
     """Correlations between the layers of a model at sampled denoising steps.
 

@@ -60,6 +60,7 @@ def allocate_orthogonal(
     Raises AllocationError: an argument is wrong, or no plan within the budget. SensitivityError: beta or decay.
     """
     check_form(form)
+    orthogonality = Orthogonality.expect(orthogonality, "orthogonality")
     theta = orthogonality.importance(beta=beta, decay=decay) if importance is None else importance
     _check_importance(orthogonality, theta)
     request = check_request(

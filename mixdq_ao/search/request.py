@@ -69,7 +69,9 @@ def check_request(
     tie: Iterable[Iterable[str]],
     time_limit: float,
 ) -> Request:
-    """The request in normal form. Raises AllocationError naming argument, value and what was expected."""
+    """The request in normal form. Raises AllocationError naming argument, value and what was expected; SensitivityError
+    for what is no sensitivity."""
+    sensitivity = Sensitivity.expect(sensitivity, "sensitivity")
     if objective not in OBJECTIVES:
         raise AllocationError(f"objective is {objective!r}, expected one of {', '.join(OBJECTIVES)}")
     if not _number(time_limit) or time_limit <= 0:

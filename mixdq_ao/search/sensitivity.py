@@ -97,7 +97,7 @@ class LayerSensitivity:
         return {n: {str(b): x for b, x in v.items()} if isinstance(v, Mapping) else v for n, v in values.items()}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Sensitivity(Document):
     """The sensitivity of every layer of one model, by the layer's name, and how it was measured.
 

@@ -54,7 +54,7 @@ def prepare(
     """
     if storage not in get_args(Storage):
         raise ScheduleError(f"storage is {storage!r}, expected 'nested' or 'own'")
-    model = check_module(model)
+    model, plan = check_module(model), TemporalPlan.expect(plan, "plan")
     if any(isinstance(m, LevelLayer) for m in model.modules()):
         raise QuantizationError("the model is prepared for levels already; load the original model to prepare anew")
     plan = plan if calibration is None else plan.with_calibration(calibration)

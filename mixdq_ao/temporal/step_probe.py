@@ -78,8 +78,8 @@ def probe_steps(
     texts = check_prompts(prompts)
     size = {"height": height, "width": width, "frames": frames}
     sampling = Sampling(steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size, **size)
-    if calibration is None:
-        calibration = calibrate_as_drawn(pipe, texts, sampling)
+    given = calibrate_as_drawn(pipe, texts, sampling) if calibration is None else calibration
+    calibration = Calibration.expect(given, "calibration")
     with as_calibrated(denoiser_of(pipe), calibration) as calibration:
         analysis = Analysis(
             pipe=pipe,

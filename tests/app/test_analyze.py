@@ -37,7 +37,10 @@ def test_parts_and_their_whole(given, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--part", "1/2"], "--part needs a --store"),
+        (["--part", "1/2"], "--part needs a --store of its own; give --store too"),
+        (["--part", "5/4", "--store", "x"], "argument --part: part is 5/4, expected one from 1/4 on to 4/4; see mixdq"),
+        (["--part", "1", "--store", "x"], "argument --part: part is '1', expected one such as 2/8"),
+        (["--part", "1/0", "--store", "x"], "argument --part: part is '1/0', expected one such as 2/8"),
         (["--probes", 3], "--probes is of --method probe"),
         (["--metric", "orthogonality", "--merge", "x"], "--merge has no use with --metric orthogonality"),
     ],
@@ -45,3 +48,12 @@ def test_parts_and_their_whole(given, tmp_path, capsys):
 def test_options_that_need_others(given, capsys, options, message):
     code, _, err = run(capsys, "analyze", *given, *options)
     assert code == 2 and message in err
+
+
+def test_a_part_without_a_calibration(capsys, tmp_path):
+    """Only what is missing is named."""
+    (tmp_path / "p.txt").write_text("a circle")
+    arguments = ("--prompts", tmp_path / "p.txt", "--part", "1/2", "--store", tmp_path / "store")
+    code, _, err = run(capsys, "analyze", PIPELINE, *arguments)
+    assert code == 2 and "--part needs the same --calibration for all parts; give --calibration too" in err
+    assert "--store" not in err

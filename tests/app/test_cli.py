@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,71 @@ def test_help_is_instant_and_imports_no_torch():
 def test_each_command_shows_an_example(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0 and f"mixdq {command}" in out.partition("example:")[2]
+
+
+KINDS = [
+    *(("schedule", kind) for kind in ("search", "show", "export", "import")),
+    *(("evaluate", kind) for kind in ("run", "real", "table", "prompts")),
+    *(("import", kind) for kind in ("plan", "sensitivity")),
+]
+
+
+@pytest.mark.parametrize("words", [*((name,) for name in cli.COMMANDS if name != "completion"), *KINDS], ids=" ".join)
+def test_examples_are_of_their_command_and_accepted(capsys, words):
+    _, shown, _ = run(capsys, *words, "--help")
+    program, *arguments = shlex.split(shown.partition("example:\n")[2], comments=True)
+    assert program == "mixdq" and cli.parser().parse_args(arguments).command == words[0]
+    assert tuple(arguments[: len(words)]) == words
+
+
+@pytest.mark.parametrize("words", KINDS, ids=" ".join)
+def test_kinds_of_commands_have_their_own_errors(capsys, words):
+    """And --traceback, wherever it stands."""
+    _, shown, _ = run(capsys, *words, "--help")
+    assert "--traceback" in shown
+    code, out, err = run(capsys, *words)
+    assert code == 2 and f"see mixdq {' '.join(words)} --help" in err
+    arguments = shlex.split(shown.partition("example:\n")[2])[1:]
+    assert cli.parser().parse_args([*arguments, "--traceback"]).traceback
+    code, out, err = run(capsys, *arguments, "--nonsense")
+    said = f"mixdq {' '.join(words)}: error: unrecognized arguments: --nonsense; see mixdq {' '.join(words)} --help\n"
+    assert (code, out, err) == (2, "", said)
+
+
+def test_traceback_of_a_kind_of_command(capsys, tmp_path):
+    for where in (("--traceback", "schedule", "show", "none"), ("schedule", "show", "none", "--traceback")):
+        code, _, err = run(capsys, *where)
+        assert (
+            code == 2 and "Traceback" in err and err.splitlines()[-1].startswith("mixdq: error: none: cannot be read")
+        )
+
+
+SIZED = {
+    **{name: ("p", "--prompts", "f") for name in ("calibrate", "analyze")},
+    "moments": ("p", "--prompts", "f", "--calibration", "f"),
+    "allocate": ("s", "--weight-bits", "4"),
+    "generate": ("p", "--prompt", "t"),
+    "recover": ("p", "--prompts", "f", "--plan", "f"),
+    "compile": ("p",),
+    "schedule search": ("p", "--prompts", "f", "--level", "a", "none", "1", "--max-cost", "1"),
+    "evaluate run": ("p", "--prompts", "f"),
+}
+
+
+@pytest.mark.parametrize("command", SIZED)
+def test_sizes_are_multiples_of_8(capsys, command):
+    for option, value in (
+        ("--height", "100"),
+        ("--width", "4"),
+        ("--height", "0"),
+        ("--width", "-8"),
+        ("--width", "x"),
+    ):
+        code, out, err = run(capsys, *command.split(), *SIZED[command], option, value)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert f"argument {option}: {value!r} is no multiple of 8, expected 8, 16, ..." in err
+    args = cli.parser().parse_args([*command.split(), *SIZED[command], "--height", "1024", "--width", "8"])
+    assert (args.height, args.width) == (1024, 8)
 
 
 NO_FIGURES = {"report", "import", "completion"}
@@ -248,6 +314,9 @@ def test_import_plan_and_sensitivity(capsys, tmp_path):
     out = tmp_path / "plan.json"
     assert run(capsys, "import", "plan", "--weight", weights, "--protect", "conv_in", "--out", out)[0] == 0
     assert Plan.load(out).layers["mid_block.ff.net.2"] == LayerPlan(weight_bits=4)
+    weights.write_text("model.conv_in: 8\n")
+    _, _, err = run(capsys, "import", "plan", "--weight", weights, "--out", tmp_path / "one.json")
+    assert err.rstrip().endswith("bits of 1 layer")
     sqnr.write_text("model.conv_in: [10.0, 20.0, 30.0]\nmodel.mid_block.ff.net.2: [15.0, 25.0, 35.0]\n")
     ssim.write_text("model.mid_block.ff.net.2: [0.8, 0.9, 0.99]\n")
     ratio.write_text("model.conv_in: 1.0\nmodel.mid_block.ff.net.2: 2.0\n")
@@ -316,6 +385,26 @@ def test_load_pipeline_says_what_is_wrong(tmp_path):
     with pytest.raises(MixDQError, match="100000 denoising steps are more than DDIMScheduler takes: .*1000"):
         load_pipeline(str(PIPELINE), steps=[1, 100000])
     assert looks_local("./x") and looks_local("a/b/c") and looks_local("name") and not looks_local("org/model")
+
+
+def test_a_denoiser_alone_is_no_pipeline(capsys, bundled, tmp_path):
+    """It says what to do instead."""
+    from mixdq_ao import mixdq_config, quantize_, save_quantized
+
+    whole, packed, vae = (tmp_path / name for name in ("whole", "packed", "vae"))
+    unet = bundled.pipe.unet
+    unet.save_pretrained(whole)
+    quantize_(unet, mixdq_config(Plan({"conv_in": LayerPlan(weight_bits=8)})))
+    save_quantized(unet, packed)
+    shutil.copytree(PIPELINE / "vae", vae)
+    for path, words in (
+        (packed, f"pipe.unet = mixdq_ao.load_quantized('{packed}') into it, and pipe.save_pretrained"),
+        (whole, f"pipe.unet = diffusers.UNet2DConditionModel.from_pretrained('{whole}')"),
+        (vae, "holds one model (AutoencoderKL), expected a directory with a model_index.json"),
+    ):
+        code, out, err = run(capsys, "generate", path, "--prompt", "x", "--out", tmp_path / "pictures")
+        assert (code, out, err.count("\n")) == (2, "", 1) and words in err
+        assert ("holds a denoiser (UNet2DConditionModel) without its pipeline" in err) == (path != vae)
 
 
 def test_files_of_a_variant_are_read(tmp_path):

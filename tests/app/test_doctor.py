@@ -81,9 +81,14 @@ def test_the_stopwatch_overrules():
     ratios = speedups(times)
     assert ratios["linear"]["W8A8"] == 2.0 and ratios["conv"]["W8A8"] == 1.0  # of the faster floating point
     found = as_measured([said], ratios)[0]
-    assert not found.faster and "VNNI" not in found.because and "1.00 times the speed at conv" in found.because
+    assert not found.faster and found.because is None and found.measured == {"linear": 2.0, "conv": 1.0}
+    assert str(found) == "W8A8: faster than float32 at linear (2.00 times), not at conv (1.00 times); measured."
     again = as_measured([said], {"linear": ratios["linear"]})[0]
-    assert again.faster and again.because == "of VNNI (measured: 2.00 times the speed at linear)"
+    assert again.faster and again.because == "of VNNI"
+    assert str(again).endswith("here, because of VNNI; measured: 2.00 times the speed at linear.")
+    other = as_measured([said], {"conv": ratios["conv"]})[0]
+    assert str(other) == "W8A8: no faster than float32 here; measured: 1.00 times the speed at conv."
+    assert other.to_json()["measured"] == {"conv": 1.0}
 
 
 def test_what_is_timed_is_quantized():

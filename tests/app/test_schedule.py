@@ -115,6 +115,14 @@ def test_a_search_on_a_pipeline_that_continues_and_reports(capsys, tmp_path, sha
     assert len(results.measured) == figures["evaluations"]
 
 
+def test_help_says_what_level_16_holds(capsys):
+    _, out, _ = run(capsys, "schedule", "search", "--help")
+    said = " ".join(out.split())
+    assert "'none' for 16 bit: 8-bit weights and 16-bit activations, unless --keep-full" in said
+    _, out, _ = run(capsys, "schedule", "export", "--help")
+    assert "knows two levels: one of 16 bit" in " ".join(out.split())
+
+
 def test_errors_are_one_line(capsys, saved, tmp_path):
     (tmp_path / "p.txt").write_text("a circle\n")
     (tmp_path / "bad.json").write_text("{}")
@@ -128,7 +136,11 @@ def test_errors_are_one_line(capsys, saved, tmp_path):
         (("schedule", "show", tmp_path / "bad.json"), "expected 'mixdq-temporal-plan'"),
         (("schedule", "export", saved, "--config", tmp_path / "list.json"), "is a list, expected an object"),
         ((*imported, "--plan", tmp_path / "none.json", "--steps", "4"), "has no quantization_config.runtime"),
-        ((*generated, "--schedule", saved, "--steps", "4"), "the plan is for 6 steps, the scheduler runs 4"),
+        (
+            (*generated, "--schedule", saved, "--steps", "4"),
+            "schedule.json is for 6 steps; leave out --steps, or search",
+        ),
+        ((*generated, "--schedule", saved, "--steps", "1"), "search a schedule for 1 step\n"),
         ((*generated, "--schedule", saved, "--plan", saved), "--plan and --schedule are both given"),
         ((*generated, "--schedule", tmp_path / "bad.json"), "expected 'mixdq-temporal-plan'"),
         (("schedule", "export", saved, "--config", tmp_path / "bad.json", "--out", tmp_path / "x"), "no quantization"),

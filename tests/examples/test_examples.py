@@ -71,6 +71,9 @@ def test_pictures_over_http(quantized):
         ):
             with pytest.raises(urllib.error.HTTPError, match="400.*" + words):
                 get(query)
+        for query in ("other?prompt=x&steps=1", "favicon.ico"):
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                get(query)
         http.shutdown()
 
 

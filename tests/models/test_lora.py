@@ -15,7 +15,19 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch._dynamo.testing import CompileCounter
 
-from mixdq_ao import LayerPlan, Plan, QuantizationError, calibrate, mixdq_config, quantize_
+from mixdq_ao import (
+    CheckpointError,
+    LayerPlan,
+    Plan,
+    PlanError,
+    QuantizationError,
+    TemporalPlan,
+    calibrate,
+    mixdq_config,
+    prepare,
+    quantize_,
+    save_quantized,
+)
 from mixdq_ao.layers import find_layers
 from mixdq_ao.models.fused_projections import fuse_projections, unfuse_projections
 from mixdq_ao.models.fused_text import fuse_text_projections, unfuse_text_projections
@@ -394,3 +406,19 @@ def test_pipelines_without_quantized_models_are_as_diffusers_has_them():
     held = pipe.unet
     with unwrapped(pipe):
         assert pipe.unet is held
+
+
+def test_a_model_that_still_has_an_adapter_is_neither_planned_nor_saved(unet, calibration, fine, tmp_path):
+    plan = Plan.uniform(unet, 8, 8).with_calibration(calibration)
+    apart = small_unet()
+    load(apart, adapter())
+    with pytest.raises(PlanError, match=r"part of an adapter \(peft\); make it permanent"):
+        quantize_(apart, mixdq_config(plan))
+    load(fine, adapter())
+    fine.fuse_lora()
+    with pytest.raises(CheckpointError, match=r"has adapters; pipe.unload_lora_weights\(\) before saving"):
+        save_quantized(fine, tmp_path / "saved")
+    prepared = small_unet()
+    prepare(prepared, TemporalPlan({"8": plan}, ("8",)))
+    with pytest.raises(QuantizationError, match="prepared for a precision per step, whose layers take no adapters"):
+        load(prepared, adapter())

@@ -15,7 +15,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from mixdq_ao import (
     CalibrationError,
     CheckpointError,
+    MixDQError,
     Plan,
+    QuantizationError,
     Sampling,
     bos_aware,
     calibrate,
@@ -186,3 +188,12 @@ def test_the_config_says_the_plan(quantized, plan, tmp_path):
     quantized.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert Plan.from_json(stored["plan"]).layers == {n: v for n, v in plan.layers.items()}
+
+
+def test_the_wrong_part_of_a_pipeline_is_named(bundled):
+    with pytest.raises(MixDQError, match="pipe is a CLIPTextModel without text encoders, expected"):
+        quantize_text_encoders(bundled.pipe.text_encoder)
+    with pytest.raises(QuantizationError, match="model is a StableDiffusionXLPipeline, expected nn.Module"):
+        quantize_vae(bundled.pipe, torch.zeros(1, 4, 8, 8))
+    with pytest.raises(QuantizationError, match="vae is a UNet2DConditionModel, which decodes nothing"):
+        quantize_vae(bundled.pipe.unet, torch.zeros(1, 4, 8, 8))

@@ -251,6 +251,23 @@ def test_the_additive_program_is_exact():
     assert within is not None and shares[np.arange(6), list(within)].sum() <= best * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("unit", [1.0, 1e-8, 1e-14, 1e8])
+def test_the_additive_program_is_exact_in_any_unit_of_the_error(unit):
+    costs = np.array(list(COSTS.values()))[:4]
+    choices = np.array(list(itertools.product(range(4), repeat=6)))
+    for seed in range(5):
+        shares = unit * singles(seed, 6, 4)
+        errors, means = shares[np.arange(6), choices].sum(1), costs[choices].mean(1)
+        found = Goal(costs, max_cost=0.45).additive(shares, 0.0)
+        assert found is not None and shares[np.arange(6), list(found)].sum() == pytest.approx(
+            errors[means <= 0.45 * (1 + 1e-9)].min(), rel=1e-9, abs=0
+        )
+        limit = float(np.median(errors))
+        within = Goal(costs, max_error=limit).additive(shares, 0.0)
+        assert within is not None and costs[list(within)].mean() == pytest.approx(means[errors <= limit].min())
+        assert shares[np.arange(6), list(within)].sum() <= limit * (1 + 1e-8)
+
+
 def test_a_schedule_prints_without_its_history():
     assert "history" not in repr(Schedule(("a",), 0.1, 1.0, 2, {("a",): 0.1}))
 

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
         result, judged = (_by_orthogonality if orthogonal else _by_errors)(args), []
         plan = result.plan if calibration is None else result.plan.with_calibration(calibration)
     plan.save(args.out)
-    wrote(args.out, f"bits of {len(plan.layers)} layers" + ("" if calibration else ", without ranges yet"))
+    wrote(args.out, f"bits of {counted(len(plan.layers), 'layer')}" + ("" if calibration else ", without ranges yet"))
     fields = ("status", "objective", "average_bits", "predicted_error", "weight_bytes", "k", "seconds")
     figures = {name: _plain(getattr(result, name)) for name in fields}
     figures |= {name: plan.metadata[name] for name in MEASURED if name in plan.metadata}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import options
-from ..inputs import at_least, integers, load_pipeline, read_prompts
+from ..inputs import at_least, integers, load_pipeline, part, read_prompts
 from ..output import counted, show_json, wrote
 
 METHODS = ("one_at_a_time", "probe")
@@ -49,6 +49,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--part",
+        type=part,
         metavar="I/N",
         help=f"{only}: work on part I of N, such as 2/8, into --store, for machines that share nothing; give the "
         "same --calibration to all",
@@ -108,8 +109,9 @@ def _check(args: argparse.Namespace) -> None:
     for name in OWN["error" if args.metric == "orthogonality" else "orthogonality"]:
         if getattr(args, name) is not None:
             raise MixDQError(f"--{name} has no use with --metric {args.metric}; leave it out")
-    if args.part is not None and (args.store is None or args.calibration is None):
-        raise MixDQError("--part needs a --store of its own, and the same --calibration for all parts")
+    for name, needed in (("store", "a --store of its own"), ("calibration", "the same --calibration for all parts")):
+        if args.part is not None and getattr(args, name) is None:
+            raise MixDQError(f"--part needs {needed}; give --{name} too")
     if args.probes is not None and args.method != "probe":
         raise MixDQError("--probes is of --method probe")
     if args.moments is not None and args.roundings is None:
@@ -123,7 +125,7 @@ def _errors(args: argparse.Namespace, pipe: Any, prompts: list[str], common: dic
     result = analyze(pipe, prompts, store=args.store, merge=args.merge or (), **_how(args), **common)
     out = args.out or Path("sensitivity.json")
     result.save(out)
-    wrote(out, f"scores of {len(result.layers)} layers over {counted(len(prompts), 'prompt')}")
+    wrote(out, f"scores of {counted(len(result.layers), 'layer')} over {counted(len(prompts), 'prompt')}")
     return out, len(result.layers)
 
 
@@ -155,5 +157,6 @@ def _orthogonality(args: argparse.Namespace, pipe: Any, prompts: list[str], comm
     out = args.out or Path("orthogonality.json")
     result.save(out)
     sampled = f"{len(result.sampled)} of {counted(result.steps, 'step')}"
-    wrote(out, f"correlations of {len(result.layers)} layers over {counted(len(prompts), 'prompt')} at {sampled}")
+    layers = counted(len(result.layers), "layer")
+    wrote(out, f"correlations of {layers} over {counted(len(prompts), 'prompt')} at {sampled}")
     return out, len(result.layers)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import options
 from ..inputs import at_least
-from ..output import show_json, wrote
+from ..output import counted, show_json, wrote
 
 HELP = "run the repository's benchmarks, or those whose names match"
 EXAMPLE = "mixdq bench serialization --json"
@@ -39,4 +39,4 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         show_json(figures)
     if args.out:
-        wrote(args.out, f"figures of {len(figures)} benchmarks")
+        wrote(args.out, f"figures of {counted(len(figures), 'benchmark')}")

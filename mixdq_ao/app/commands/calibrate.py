@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     bos = f"BOS kept apart in {aware}" if result.bos_embedding else "no BOS row stands out"
     folded = sum(map(bool, map(Folding.of, result.layers.values())))
     bos += f", {folded} smoothed or rotated" if folded else ""
-    wrote(args.out, f"ranges of {len(result.layers)} layers from {counted(len(prompts), 'prompt')}, {bos}")
+    wrote(args.out, f"ranges of {counted(len(result.layers), 'layer')} from {counted(len(prompts), 'prompt')}, {bos}")
     if args.json:
         figures = {
             "layers": len(result.layers),

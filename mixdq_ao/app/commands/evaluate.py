@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import options
-from ..inputs import at_least, load_pipeline, plan_of
+from ..inputs import at_least, load_pipeline, part, plan_of
 from ..output import counted, show_json, show_table, wrote
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ EXAMPLE = (
     "mixdq evaluate run examples/shapes/pipeline --plan plan.json --prompts prompts.txt --reference out/fp32 "
     "--metrics ssim,psnr --out out/w8a8"
 )
+REAL = "mixdq evaluate real coco/val2014 --inception inception.safetensors --out real.safetensors"
+TABLE = "mixdq evaluate table out/fp32 out/w8a8 out/w4a8 --markdown out/table.md"
+PROMPTS = "mixdq evaluate prompts captions_val2014.json --last 1024 --out prompts.txt"
 METRICS = "fid,clip,imagereward,lpips,ssim,psnr"
 SOURCES = "COCO's captions_*.json, MJHQ-30K's meta_data.json, one prompt a line, or org/dataset[:file] on the hub"
 PACKAGES = ("pillow", "torch-fidelity", "torchmetrics", "torchvision")
@@ -29,13 +32,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(
         dest="kind", required=True, metavar="run|real|table|prompts", parser_class=type(parser)
     )
-    for name, text, add in (
-        ("run", "draw and judge; a stopped run continues, shards meet in one directory", _run_arguments),
-        ("real", "features of real pictures, for FID", _real_arguments),
-        ("table", "runs side by side, with intervals of the differences", _table_arguments),
-        ("prompts", "write prompts one a line, for calibrate and analyze", _prompts_arguments),
+    for name, text, example, add in (
+        ("run", "draw and judge; a stopped run continues, shards meet in one directory", EXAMPLE, _run_arguments),
+        ("real", "features of real pictures, for FID", REAL, _real_arguments),
+        ("table", "runs side by side, with intervals of the differences", TABLE, _table_arguments),
+        ("prompts", "write prompts one a line, for calibrate and analyze", PROMPTS, _prompts_arguments),
     ):
-        add(kinds.add_parser(name, help=text, description=text[0].upper() + text[1:] + "."))
+        add(options.command(kinds, name, text, example))
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +58,9 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
         "--bert", metavar="NAME", help="ImageReward's tokenizer (default google-bert/bert-base-uncased)"
     )
     parser.add_argument("--lpips", choices=("alex", "vgg", "squeeze"), default="alex", help="default alex")
-    parser.add_argument("--shard", default="1/1", metavar="K/N", help="only part K of N; others may run elsewhere")
+    parser.add_argument(
+        "--shard", type=part, default="1/1", metavar="K/N", help="only part K of N; others may run elsewhere"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the denoiser first; pays with many pictures")
     options.sampling(parser, "1", 16, sized=False)
     options.size(parser, frames=False)
@@ -187,7 +192,7 @@ def _real(args: argparse.Namespace) -> None:
     features, identity = features_of(_sources(args, _device(args.device)))
     sizes: dict[str, Any] = {"crop": args.crop, "batch_size": args.batch_size}
     found = measure_real(files, features, args.out, identity=identity, **sizes)
-    wrote(args.out, f"{len(found.mean)} features of {counted(len(files), 'picture')}")
+    wrote(args.out, f"{counted(len(found.mean), 'feature')} of {counted(len(files), 'picture')}")
 
 
 def _write_prompts(args: argparse.Namespace) -> None:

@@ -96,5 +96,9 @@ def _schedule(args: argparse.Namespace) -> TemporalPlan | None:
     from ...temporal.plan import TemporalPlan
 
     schedule = TemporalPlan.load(args.schedule)
-    schedule.validate(args.steps or len(schedule.steps))
+    if args.steps not in (None, len(schedule.steps)):
+        raise MixDQError(
+            f"--steps is {args.steps}, but {args.schedule} is for {counted(len(schedule.steps), 'step')}; leave out "
+            f"--steps, or search a schedule for {counted(args.steps, 'step')}"
+        )
     return schedule if args.calibration is None else schedule.with_calibration(Calibration.load(args.calibration))

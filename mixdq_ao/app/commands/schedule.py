@@ -18,9 +18,10 @@ EXAMPLE = (
     "mixdq schedule search examples/shapes/pipeline --prompts prompts.txt --calibration calibration.json --steps 8 "
     "--level 16 none 1 --level W8A8 plan_w8a8.json 0.5 --level W4A8 plan_w4a8.json 0.25 --max-cost 0.4"
 )
-
-
 SHOWN = ("metric", "error", "evaluations", "evaluation_limit", "r_squared", "measured_over_predicted")
+SHOW = "mixdq schedule show schedule.json"
+EXPORT = "mixdq schedule export schedule.json --config quantized/unet/config.json --scope unet --out config.json"
+IMPORT = "mixdq schedule import policy.json --plan plan.json --steps 8 --out schedule.json"
 METRICS = {"ssim": "1 - SSIM of pictures", "mse": "mean squared error of latents"}
 
 
@@ -28,7 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(
         dest="kind", required=True, metavar="search|show|export|import", parser_class=type(parser)
     )
-    search = kinds.add_parser("search", help="find a schedule", description="Find a schedule by measuring pictures.")
+    search = options.command(kinds, "search", "find a schedule by measuring pictures", EXAMPLE)
     options.pipeline(search)
     options.prompts(search)
     options.calibration(search, "ranges for plans without them")
@@ -38,7 +39,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         nargs=3,
         required=True,
         metavar=("NAME", "PLAN", "COST"),
-        help="a level: its name, plan file ('none' for 16 bit) and relative cost of a step; precise first, repeat",
+        help="a level: its name, plan file ('none' for 16 bit: 8-bit weights and 16-bit activations, unless "
+        "--keep-full) and relative cost of a step; precise first, repeat",
     )
     goal = search.add_mutually_exclusive_group(required=True)
     goal.add_argument("--max-cost", type=float, metavar="X", help="least error within this mean cost of a step")
@@ -59,8 +61,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.sampling(search, "8", 16)
     options.out(search, "schedule.json", "file to write")
     options.as_json(search)
-    for name, text in (("show", "print a schedule"), ("export", "write a diffusion_step_policy")):
-        sub = kinds.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    policy = "write a diffusion_step_policy, which knows two levels: one of 16 bit, at the first and last steps"
+    for name, text, example in (("show", "print a schedule", SHOW), ("export", policy, EXPORT)):
+        sub = options.command(kinds, name, text, example)
         sub.add_argument("schedule", type=Path, metavar="SCHEDULE", help="from mixdq schedule search")
         if name == "show":
             options.as_json(sub)
@@ -68,8 +71,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
             sub.add_argument("--config", type=Path, metavar="FILE", help="a denoiser's config.json to put it into")
             sub.add_argument("--scope", nargs="+", default=["transformer"], metavar="NAME", help="default transformer")
             options.out(sub, "policy.json", "file to write")
-    text = "make a schedule of a diffusion_step_policy"
-    sub = kinds.add_parser("import", help=text, description=text[0].upper() + text[1:] + ".")
+    sub = options.command(kinds, "import", "make a schedule of a diffusion_step_policy", IMPORT)
     sub.add_argument("policy", type=Path, metavar="POLICY", help="the policy, or a denoiser's config.json that has one")
     options.plan(sub, required=True)
     options.calibration(sub, "ranges for a plan without them")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ...plan import LayerPlan, Plan
+from ..output import counted
 from .html import Html, section, tag
 from .inputs import Inputs
 from .metric import metrics
@@ -110,9 +111,9 @@ def _summary(inputs: Inputs, plan: Plan) -> str:
     sized = inputs.sensitivity.layers if inputs.sensitivity else {}
     known = {n: sized[n].weight_size for n in plan.layers if n in sized}
     if len(known) < len(plan.layers) or not known:
-        return f"{len(plan.layers)} layers: {parts}."
+        return f"{counted(len(plan.layers), 'layer')}: {parts}."
     mean = sum(plan.layers[n].weight_bits * w for n, w in known.items()) / sum(known.values())
-    return f"{len(plan.layers)} layers, {mean:.2f} bits per weight on average: {parts}."
+    return f"{counted(len(plan.layers), 'layer')}, {mean:.2f} bits per weight on average: {parts}."
 
 
 def _legend() -> Html:

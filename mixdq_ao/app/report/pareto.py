@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..output import counted
 from .chart import Scale, axes, marker
 from .html import Html, join, section, tag
 from .inputs import Point
@@ -78,7 +79,7 @@ def _chart(placed: list[Placed], y_title: str) -> Html:
         for k, name in enumerate(objectives)
     ]
     ordered = [mark for _, mark in sorted(marks, key=lambda m: not m[0])]
-    label = f"{len(placed)} plans: {y_title} against weights in MiB; the table below holds the figures"
+    label = f"{counted(len(placed), 'plan')}: {y_title} against weights in MiB; the table below holds the figures"
     drawn = join(axes(x, y, "weights, MiB", y_title), *lines, *ordered)
     svg = tag("svg", drawn, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=label, class_="chart")
     return tag("figure", tag("div", svg, class_="scroll"), tag("figcaption", legend, class_="legend"))

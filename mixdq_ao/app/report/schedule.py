@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ...temporal.plan import TemporalPlan
 from ...temporal.results import ScheduleResults
+from ..output import counted
 from .html import Html, join, section, tag
 from .names import significant
 from .schedule_charts import added_chart, kind_of, pareto_chart, step_chart
@@ -41,7 +42,7 @@ def _strips(schedules: Mapping[str, TemporalPlan]) -> Html | None:
             shown = list(plan.levels)
             parts.append(levels_legend(plan.costs or dict.fromkeys(shown)))
         error = plan.metadata.get("error")
-        facts = [f"{len(plan.steps)} steps"]
+        facts = [counted(len(plan.steps), "step")]
         facts += [f"cost {plan.cost:.3g}"] if plan.cost is not None else []
         facts += [f"error {significant(error)}"] if isinstance(error, float) else []
         title = tag("h4", tag("b", name.replace("_", " ")), tag("small", ", ".join(facts)))
@@ -50,7 +51,7 @@ def _strips(schedules: Mapping[str, TemporalPlan]) -> Html | None:
 
 
 def _measured(results: ScheduleResults, *, many: bool) -> Html:
-    title = f"{results.steps} steps: {results.metric}" if many else f"Measured: {results.metric}"
+    title = f"{counted(results.steps, 'step')}: {results.metric}" if many else f"Measured: {results.metric}"
     checks = [added_chart(name, added) for name, added in results.additivity.items()]
     return join(
         tag("h3", title),
