@@ -1,17 +1,19 @@
-"""What code generation needs of torch that is not public, in one place; torch 2.11 and 2.13 both work.
+"""What code generation needs of torch that is not public, in one place; torch 2.11, 2.13 and 2.15 all work.
 
 :mod:`inductor_kernels.pretend` replaces more of them, for tests.
 """
 
+import contextlib
 import logging
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.utils._triton
-from torch._inductor import config, ir
+from torch._inductor import config, ir, select_algorithm
 from torch._inductor.choices import InductorChoices
 from torch._inductor.fx_passes import joint_graph, mkldnn_fusion
 from torch._inductor.fx_passes.post_grad import pass_patterns
@@ -63,6 +65,7 @@ __all__ = [
     "tag_caches",
     "triton_device",
     "view",
+    "without_precompiling",
     "zero",
     "zero_points",
 ]
@@ -110,6 +113,14 @@ def triton_device(device: torch.device) -> int | None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
+
+
+@contextlib.contextmanager
+def without_precompiling() -> Iterator[None]:
+    """From Python 3.11.9 on torch compiles the choices of a tile in threads before it times them. What Triton interprets
+    has nothing to compile."""
+    with mock.patch.object(select_algorithm, "get_num_workers", lambda: 0):
+        yield
 
 
 def select(name: str, choices: list, inputs: list, layout):

@@ -70,7 +70,8 @@ def interpreter():
     assert lowering
     options = {"cpu_backend": "triton", "compile_threads": 1, "force_disable_caches": True}
     with contextlib.ExitStack() as stack:
-        for context in (pretend.driver(90, "cpu"), *interpreted.repairs(), compat.config.patch(options)):
+        stack.enter_context(pretend.driver(90, "cpu"))
+        for context in (*interpreted.repairs(), compat.config.patch(options), compat.without_precompiling()):
             stack.enter_context(context)
         torch._dynamo.reset()
         try:

@@ -16,10 +16,10 @@ from typing import Any
 
 from ..errors import AllocationError
 from ..plan import Plan
-from .allocation import Allocation, Assembler, Part
+from .allocation import Allocation, Assembler, KindBits
 from .infeasible import Unreachable
+from .kinds import quantized_units, solve_kind
 from .objectives import Objective
-from .parts import quantized_units, solve_parts
 from .request import Budget, Offer, Request, check_request
 from .sensitivity import Kind, Sensitivity
 
@@ -81,7 +81,7 @@ def allocate(
         time_limit=time_limit,
     )
     assemble = Assembler(request)
-    weights, acts = solve_parts(request, "weight"), _acts_beside([request])
+    weights, acts = solve_kind(request, "weight"), _acts_beside([request])
     neutral = lambda part: acts(part)[0] if len(acts(part)) == 1 else _constant(request, 16)  # noqa: E731
     weight = _pick(weights, assemble, judge, lambda part: assemble(part, neutral(part)).plan)
     act = _pick(acts(weight), assemble, judge, lambda part: assemble(weight, part).plan)
@@ -109,20 +109,20 @@ def sweep(
     return [assemble(weight, act) for weight in weights for act in acts(weight)]
 
 
-def _acts_beside(requests: list[Request]) -> Callable[[Part], list[Part]]:
+def _acts_beside(requests: list[Request]) -> Callable[[KindBits], list[KindBits]]:
     """Gives the candidates for the activations beside a weight part: found once for all parts that quantize the same
     layers."""
     solved = cache(lambda units: _reachable([replace(r, units=units) for r in requests], "act"))
     return lambda weight: solved(quantized_units(requests[0], weight))
 
 
-def _reachable(requests: list[Request], kind: Kind) -> list[Part]:
+def _reachable(requests: list[Request], kind: Kind) -> list[KindBits]:
     """The candidates of all budgets that can be met; the last reason where none can."""
-    parts: list[Part] = []
+    parts: list[KindBits] = []
     reason: Unreachable | None = None
     for request in requests:
         try:
-            parts += solve_parts(request, kind)
+            parts += solve_kind(request, kind)
         except Unreachable as e:
             reason = e
     if not parts:
@@ -154,11 +154,13 @@ def _request(sensitivity: Sensitivity, weight: Any, act: Any, options: dict[str,
     return check_request(sensitivity, weight_bits=weight, weight_bytes=None, act_bits=act, **defaults | options)
 
 
-def _constant(request: Request, bits: int) -> Part:
-    return Part("act", {n: bits for unit in request.units for n in unit})
+def _constant(request: Request, bits: int) -> KindBits:
+    return KindBits("act", {n: bits for unit in request.units for n in unit})
 
 
-def _pick(parts: list[Part], assemble: Assembler, judge: Judge | None, plan: Callable[[Part], Plan]) -> Part:
+def _pick(
+    parts: list[KindBits], assemble: Assembler, judge: Judge | None, plan: Callable[[KindBits], Plan]
+) -> KindBits:
     """The candidate with the best judgement, else the smallest predicted error, else the k nearest 1."""
     if len(parts) == 1:
         return parts[0]

@@ -51,7 +51,7 @@ class Allocation:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class KindBits:
     """Bits of one kind, from one or two programs, for every layer that is not protected; of activations for those whose
     weight has less than 16 bits."""
 
@@ -78,14 +78,14 @@ class Assembler:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.errors: dict[Kind, Errors] = {}
-        self._figures: dict[int, tuple[Part, Figures]] = {}
+        self._figures: dict[int, tuple[KindBits, Figures]] = {}
         repaired: set[str] = set()
         for kind in ("weight", "act"):
             self.errors[kind], names = additive_errors(request.sensitivity, kind)
             repaired.update(names)
         self.repaired = tuple(n for n in request.sensitivity.layers if n in repaired)
 
-    def __call__(self, weight: Part, act: Part) -> Allocation:
+    def __call__(self, weight: KindBits, act: KindBits) -> Allocation:
         w, a, gap = self.figures(weight), self.figures(act), max(weight.gap, act.gap)
         status = "optimal" if gap == 0 else f"feasible, gap {100 * gap:.2g} %"
         k = {part.kind: part.k for part in (weight, act) if part.k is not None}
@@ -110,7 +110,7 @@ class Assembler:
             seconds=weight.seconds + act.seconds,
         )
 
-    def figures(self, part: Part) -> Figures:
+    def figures(self, part: KindBits) -> Figures:
         """The key keeps the part alive, so its id stays its own."""
         if id(part) not in self._figures:
             figures = Figures(
@@ -122,20 +122,20 @@ class Assembler:
             self._figures[id(part)] = part, figures
         return self._figures[id(part)][1]
 
-    def _layers(self, weight: Part, act: Part) -> dict[str, LayerPlan]:
+    def _layers(self, weight: KindBits, act: KindBits) -> dict[str, LayerPlan]:
         kept, layers = LayerPlan(), self.request.sensitivity.layers
         return {
             name: _layer(bits, act.bits[name], layers[name].rounding(bits)) if name in act.bits else kept
             for name, bits in {**dict.fromkeys(layers, 16), **weight.bits}.items()
         }
 
-    def _groups(self, part: Part) -> dict[str, list[str]]:
+    def _groups(self, part: KindBits) -> dict[str, list[str]]:
         """{"weight/content": layers, ...}; groups without layers are absent."""
         layers = self.request.sensitivity.layers
         groups = {f"{part.kind}/{g}": [n for n in part.bits if layers[n].group == g] for g in GROUPS}
         return {key: names for key, names in groups.items() if names}
 
-    def _averages(self, part: Part) -> dict[str, float]:
+    def _averages(self, part: KindBits) -> dict[str, float]:
         layers = self.request.sensitivity.layers
         return {
             key: sum(part.bits[n] * layers[n].size(part.kind) for n in names)
@@ -143,7 +143,7 @@ class Assembler:
             for key, names in self._groups(part).items()
         }
 
-    def _objectives(self, part: Part) -> dict[str, float]:
+    def _objectives(self, part: KindBits) -> dict[str, float]:
         """Groups in which the optimised figure is not known of every layer are left out."""
         sums: dict[str, float] = {}
         for key, names in self._groups(part).items():
@@ -159,14 +159,14 @@ class Assembler:
             return self.errors[kind].get(name, {})
         return layer.sqnr(kind) if self.request.objective == "sqnr" else layer.scores(kind)
 
-    def _predicted(self, part: Part) -> float | None:
+    def _predicted(self, part: KindBits) -> float | None:
         """Summed error power; 16 bits have none; None where a layer's error was not measured."""
         errors = self.errors[part.kind]
         values = [0.0 if bits == 16 else errors.get(name, {}).get(bits) for name, bits in part.bits.items()]
         known = [v for v in values if v is not None]
         return sum(known) if len(known) == len(values) else None
 
-    def _bytes(self, weight: Part) -> int:
+    def _bytes(self, weight: KindBits) -> int:
         layers = self.request.sensitivity.layers
         recorded = all(bits == 16 or bits in layers[n].weight_bytes for n, bits in weight.bits.items())
         total = 0

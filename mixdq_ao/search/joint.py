@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..errors import AllocationError
 from ..plan import ACT_BITS, WEIGHT_BITS
 from .additive import Errors, additive_errors
-from .allocation import Allocation, Assembler, Part
+from .allocation import Allocation, Assembler, KindBits
 from .limits import Limits, Pair
 from .program import InfeasibleProgram, OutOfTime, Solution, solve
 from .request import Demand, Request, positive, protected_names, tied_units
@@ -139,8 +139,8 @@ def _allocation(
 ) -> Allocation:
     weight_demand, act_demand = Demand("weight", None, {}, ()), Demand("act", None, {}, ())
     request = Request(sensitivity, "additive", weight_demand, act_demand, protected, units, time_limit)
-    weight = Part("weight", {n: pair[0] for n, pair in chosen.items()}, solution.gap, None, solution.seconds)
-    act = Part("act", {n: pair[1] for n, pair in chosen.items() if pair[0] < 16 or pair[1] < 16})
+    weight = KindBits("weight", {n: pair[0] for n, pair in chosen.items()}, solution.gap, None, solution.seconds)
+    act = KindBits("act", {n: pair[1] for n, pair in chosen.items() if pair[0] < 16 or pair[1] < 16})
     every = {**chosen, **dict.fromkeys(protected, (16, 16))}
     totals = {m: sum(limits.amount(m, n, sensitivity, p) or 0.0 for n, p in every.items()) for m in limits.summed()}
     totals["act_bytes"] = max(limits.amount("act_bytes", n, sensitivity, p) or 0.0 for n, p in every.items())

@@ -15,10 +15,10 @@ from typing import Literal, get_args
 import numpy as np
 
 from ..errors import AllocationError
-from .allocation import Allocation, Assembler, Part
+from .allocation import Allocation, Assembler, KindBits
 from .highs import Array, Choices, relax
+from .kinds import quantized_units
 from .orthogonality import DECAY, Orthogonality
-from .parts import quantized_units
 from .program import ROUNDING, InfeasibleProgram, OutOfTime, Solution, solve
 from .request import Demand, Request, check_request
 from .sensitivity import Sensitivity
@@ -132,12 +132,12 @@ def _check_importance(orthogonality: Orthogonality, theta: Mapping[str, float]) 
             raise AllocationError(f"layer {name!r}: importance is {value!r}, expected a finite number > 0")
 
 
-def _part(request: Request, demand: Demand, theta: Mapping[str, float], form: Form) -> Part:
+def _part(request: Request, demand: Demand, theta: Mapping[str, float], form: Form) -> KindBits:
     kind, layers = demand.kind, request.sensitivity.layers
     if not request.units:
-        return Part(kind, {})
+        return KindBits(kind, {})
     if demand.fixed is not None:
-        return Part(kind, {n: demand.fixed for unit in request.units for n in unit})
+        return KindBits(kind, {n: demand.fixed for unit in request.units for n in unit})
     if not isinstance(demand.budget, float):
         raise AllocationError(f"{demand.field} is {demand.budget!r}, expected one number")
     bits = sorted({b for offered in demand.choices.values() for b in offered})
@@ -148,7 +148,7 @@ def _part(request: Request, demand: Demand, theta: Mapping[str, float], form: Fo
     limit = demand.budget - kept if demand.in_bytes else demand.budget * size
     solution = choose(form, value, cost, limit, field=demand.field, time_limit=request.time_limit)
     chosen = zip(request.units, solution.choice, strict=True)
-    return Part(kind, {n: bits[c] for unit, c in chosen for n in unit}, solution.gap, None, solution.seconds)
+    return KindBits(kind, {n: bits[c] for unit, c in chosen for n in unit}, solution.gap, None, solution.seconds)
 
 
 def _cost(request: Request, demand: Demand, name: str, bits: int) -> float:
@@ -156,7 +156,9 @@ def _cost(request: Request, demand: Demand, name: str, bits: int) -> float:
     return float(stored(name, layer, bits)) if demand.in_bytes else float(bits * layer.size(demand.kind))
 
 
-def _labelled(allocation: Allocation, theta: Mapping[str, float], form: Form, weight: Part, act: Part) -> Allocation:
+def _labelled(
+    allocation: Allocation, theta: Mapping[str, float], form: Form, weight: KindBits, act: KindBits
+) -> Allocation:
     """What was optimised, and how, instead of what an allocation by errors says."""
     sums = {p.kind: sum(theta[n] * abs(worth(form, b)) for n, b in p.bits.items()) for p in (weight, act)}
     status = "linear program, rounded down" if form == "linear" else allocation.status

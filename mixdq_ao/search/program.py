@@ -2,7 +2,9 @@
 
 Minimise the summed value of one column per item with every summed cost within its limit. The multipliers of HiGHS'
 linear relaxation rule out most columns (a column whose Lagrangian bound is above a known solution's value is in no
-better one). What is left is searched exactly: with one limit by ``knapsack``, else by HiGHS' branch and bound.
+better one). What is left is searched: with one limit by ``knapsack``, exactly; else by HiGHS' branch and bound, which
+takes no notice of what is better by less than a millionth of its unit of value. The unit is the value of a known
+solution, at most twice that of the one found.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class OutOfTime(Exception):
 @dataclass(frozen=True, slots=True)
 class Solution:
     """choice: [n] columns; value: their sum; gap: proven relative distance to the optimum, of the value above
-    what the limits do not force (0: optimal)."""
+    what the limits do not force (0: optimal; with several limits to two millionths)."""
 
     choice: NDArray[np.int64]
     value: float
@@ -63,17 +65,36 @@ def solve(value: Array, cost: Array, limit: Array, *, time_limit: float = 60.0) 
 
 
 def _search(problem: Choices, deadline: float) -> tuple[NDArray[np.int64], float]:
+    """Searched again in a finer unit while the solution is less than half of the unit that HiGHS was given.
+
+    HiGHS' tolerances are absolute and error powers span twelve decades: of a value far below the unit, neither the
+    choice nor the bound that HiGHS calls optimal means anything.
+    """
     ideal = np.lexsort((problem.cost.sum(axis=0), problem.value), axis=-1)[:, 0]
     if problem.fits(ideal):
         return ideal, 0.0
-    cheapest = _cheapest(problem)
-    if any(problem.spent(c)[m] > problem.limit[m] for m, c in enumerate(cheapest)):
+    if any(problem.spent(c)[m] > problem.limit[m] for m, c in enumerate(_cheapest(problem))):
         raise InfeasibleProgram
-    scale, relaxed, bound = _relax(problem, cheapest, deadline)
-    problem, factors = replace(problem, value=problem.value / scale), relaxed.factors
-    best = _first(problem, relaxed, cheapest)
-    if best is not None and _gap(problem.total(best), bound) <= PROVEN:
-        return best, 0.0
+    best = None
+    while True:
+        best, gap, unit = _attempt(problem, best, deadline)
+        total = problem.total(best)
+        if total >= unit / 2 or total == 0:
+            return best, gap
+        problem = replace(problem, value=np.where(problem.value <= total, problem.value / total, np.inf))
+
+
+def _attempt(
+    problem: Choices, known: NDArray[np.int64] | None, deadline: float
+) -> tuple[NDArray[np.int64], float, float]:
+    """A choice at least as good as ``known``, its gap, and the unit of value that both were found in."""
+    cheapest = _cheapest(problem)
+    relaxed, bound, scale = _relax(problem, cheapest, deadline)
+    best = _better(problem, known, _first(problem, relaxed, cheapest))
+    unit = scale if best is None else problem.total(best)
+    if best is not None and _gap(unit, bound) <= PROVEN:
+        return best, 0.0, unit
+    problem, bound, factors = replace(problem, value=problem.value / unit), bound / unit, relaxed.factors / unit
     core = _core(problem, factors, bound, best)
     if len(problem.limit) == 1 and best is not None:
         base = _lagrangian(core, factors).argmin(axis=1)
@@ -81,10 +102,10 @@ def _search(problem: Choices, deadline: float) -> tuple[NDArray[np.int64], float
             better = knapsack.improve(
                 core.value, core.cost[0], core.limit[0], float(factors[0]), base, problem.total(best), deadline
             )
-            return (best if better is None else better), 0.0
+            return (best if better is None else better), 0.0, unit
         except TimeoutError:
             pass
-    return _branch(problem, core, best, bound, deadline)
+    return *_branch(problem, core, best, bound, deadline), unit
 
 
 def _cheapest(problem: Choices) -> list[NDArray[np.int64]]:
@@ -93,31 +114,39 @@ def _cheapest(problem: Choices) -> list[NDArray[np.int64]]:
     return [np.lexsort((problem.value, cost), axis=-1)[:, 0] for cost in costs]
 
 
-def _relax(problem: Choices, cheapest: list[NDArray[np.int64]], deadline: float) -> tuple[float, Relaxation, float]:
-    """A scale for the values, the relaxation of the scaled problem, and the Lagrangian bound it proves.
+def _relax(problem: Choices, cheapest: list[NDArray[np.int64]], deadline: float) -> tuple[Relaxation, float, float]:
+    """The relaxation, the Lagrangian bound it proves, and the unit of value it was solved in.
 
-    HiGHS' tolerances are absolute while error powers span twelve decades, so values are scaled until the optimum
-    is of the order of one. The bound holds for any multipliers, whatever the solver's tolerance.
+    The unit is lowered until the bound is of the order of one, if it is positive. The bound holds for any multipliers,
+    whatever the solver's tolerance. It may be negative where they are poor; what it says of single columns
+    (``_core``) holds for the bound as it is, not for the 0 that is known without it.
     """
-    scale = max(problem.total(c) for c in cheapest) or 1.0
-    result = scale, Relaxation(np.zeros(len(problem.limit)), cheapest[0]), 0.0
+    unit = max(problem.total(c) for c in cheapest) or 1.0
+    result = Relaxation(np.zeros(len(problem.limit)), cheapest[0]), 0.0, unit
     for _ in range(4):
-        scaled = replace(problem, value=problem.value / scale)
+        scaled = replace(problem, value=problem.value / unit)
         relaxed = relax(scaled, deadline - time.perf_counter())
         if relaxed is None:
             break
         prices = _lagrangian(scaled, relaxed.factors).min(axis=1).sum()
         bound = float(prices - relaxed.factors @ problem.limit)
-        result = scale, relaxed, max(bound, 0.0)
+        result = replace(relaxed, factors=relaxed.factors * unit), bound * unit, unit
         if bound > 0.01 or bound <= 0:
             break
-        scale *= bound
+        unit *= bound
     return result
 
 
 def _lagrangian(problem: Choices, factors: Array) -> Array:
     """[n, c] value plus priced costs; inf where not offered."""
     return problem.value + np.tensordot(factors, problem.cost, axes=1)
+
+
+def _better(
+    problem: Choices, one: NDArray[np.int64] | None, other: NDArray[np.int64] | None
+) -> NDArray[np.int64] | None:
+    """The choice of the smaller total, if there is one."""
+    return min((c for c in (one, other) if c is not None), key=problem.total, default=None)
 
 
 def _first(problem: Choices, relaxed: Relaxation, cheapest: list[NDArray[np.int64]]) -> NDArray[np.int64] | None:
@@ -157,7 +186,7 @@ def _core(problem: Choices, factors: Array, bound: float, best: NDArray[np.int64
     lagrangian = _lagrangian(problem, factors)
     regret = lagrangian - lagrangian.min(axis=1, keepdims=True)
     total = problem.total(best)
-    keep = regret <= total - bound + PROVEN * total
+    keep = (regret <= total - bound + PROVEN * total) & (problem.value <= total)
     keep[np.arange(len(best)), best] = True
     return replace(problem, value=np.where(keep, problem.value, np.inf))
 
@@ -172,10 +201,8 @@ def _branch(
         found = branch_and_bound(tight, best, deadline - time.perf_counter())
         if exact:
             bound = max(bound, found.bound) if np.isfinite(found.bound) else bound
-        if found.infeasible and exact:
-            if best is None:
-                raise InfeasibleProgram
-            return best, 0.0
+        if found.infeasible and exact and best is None:
+            raise InfeasibleProgram
         if found.choice is None:
             break
         if problem.fits(found.choice):
@@ -191,4 +218,4 @@ def _branch(
 
 
 def _gap(total: float, bound: float) -> float:
-    return max(total - bound, 0.0) / total if total > 0 else 0.0
+    return max(total - max(bound, 0.0), 0.0) / total if total > 0 else 0.0

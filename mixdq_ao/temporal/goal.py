@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..search.highs import Choices, branch_and_bound
+from ..search.program import InfeasibleProgram, OutOfTime, solve
 from .correlation import ErrorModel
 from .evaluations import Choice
 
@@ -47,15 +47,17 @@ class Goal:
         return bool(self.key(error, cost) < OUTSIDE)
 
     def additive(self, shares: Array, base: float) -> Choice | None:
-        """The optimal choice if errors simply added up (HiGHS); None where none fits."""
+        """The optimal choice if errors simply added up, in any unit; None where none fits."""
         costs = np.broadcast_to(self.costs / len(shares), shares.shape)
-        if self.max_cost is not None:
-            problem = Choices(shares, costs[None], np.array([self.max_cost * (1 + TIE)]))
-        else:
-            limit = max((self.max_error or 0.0) * (1 + TIE) - base, 0.0)
-            problem = Choices(costs, shares[None], np.array([limit]))
-        found = branch_and_bound(problem, None, SECONDS).choice
-        return None if found is None else tuple(int(level) for level in found)
+        try:
+            if self.max_cost is not None:
+                found = solve(shares, costs[None], np.array([self.max_cost]), time_limit=SECONDS)
+            else:
+                limit = max((self.max_error or 0.0) * (1 + TIE) - base, 0.0)
+                found = solve(costs, shares[None], np.array([limit]), time_limit=SECONDS)
+        except (InfeasibleProgram, OutOfTime):
+            return None
+        return tuple(int(level) for level in found.choice)
 
     def improve(self, model: ErrorModel, choice: Choice) -> Choice:
         """Changes one or two steps at a time while the model says it is better."""

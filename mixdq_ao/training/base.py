@@ -35,8 +35,8 @@ class MemoryEfficientOptimizer(Optimizer):
 
     Parameters are bfloat16, float16 or float32 (these have no remainder) and dense; the model may be sharded by FSDP2.
     A parameter that someone else writes to (its version counter moved since the last step) has from then on the
-    written value: its remainder is dropped. Writes through ``.data`` are not seen; the remainder then stays, which is
-    at most half a step of the visible value.
+    written value: its remainder is dropped. Writes through ``.data``, and those between ``load_state_dict`` and the
+    next step, are not seen; the remainder then stays, which is at most half a step of the visible value.
 
     Attributes:
         skipped: steps (attached: steps of single parameters) that were left out for a NaN or infinite gradient.
@@ -55,11 +55,18 @@ class MemoryEfficientOptimizer(Optimizer):
         super().__init__(params, defaults)
         self.defaults.update(nonfinite=nonfinite, compile=bool(compile))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, or a pickle."""
+        self._drop_stale()
+        return super().__getstate__()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """From a checkpoint (``Ready`` states), a copy, or a pickle."""
+        """From a checkpoint (``Ready`` states), a copy, or a pickle; these two bring their parameters along."""
         own = defaultdict(dict, {k: v.tensors if isinstance(v, Ready) else v for k, v in state["state"].items()})
         super().__setstate__({**state, "state": own})
         self._versions, self._places = {}, {}
+        if "defaults" in state:
+            self._versions = {p: version(p) for p in own}
 
     @classmethod
     @torch.no_grad()
@@ -133,9 +140,10 @@ class MemoryEfficientOptimizer(Optimizer):
         """The exact value of a parameter: a new float32 tensor of its shape (sharded like it)."""
         self._group_of(param)
         visible, state = local(param), self.state.get(param, {})
-        if "step" not in state or param.dtype not in REMAINDER or self._was_overwritten(param):
+        name = REMAINDER.get(param.dtype)
+        if name not in state or self._was_overwritten(param):
             return sharded_like(visible.to(torch.float32, copy=True), param)
-        remainder = laid_out_like(local(state[REMAINDER[param.dtype]]), visible)
+        remainder = laid_out_like(local(state[name]), visible)
         return sharded_like(join(visible, remainder), param)
 
     @torch.no_grad()
@@ -346,11 +354,30 @@ class MemoryEfficientOptimizer(Optimizer):
         now = version(p)
         return self._versions.get(p, now) != now
 
+    @torch.no_grad()
+    def _drop_stale(self) -> None:
+        """Drops the remainders of parameters that someone else wrote, before their state is handed out."""
+        for p, state in self.state.items():
+            if self._was_overwritten(p):
+                for name in REMAINDER.values():
+                    if name in state:
+                        local(state[name]).zero_()
+                self._versions[p] = version(p)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch: the state itself, not a copy. What ``fp32`` says now is what a checkpoint of it brings back."""
+        last = self.register_state_dict_pre_hook(lambda _: self._drop_stale())  # after the user's own
+        try:
+            return super().state_dict()
+        finally:
+            last.remove()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave: the next steps are bit for bit those of the run that was saved.
 
-        The model's own parameters belong to it (load them before or after). Hyperparameters come from the checkpoint,
-        as in torch.
+        The model's own parameters belong to it (load them before or after). So what is written to a parameter between
+        this and the next step counts as its loading and keeps the remainder: load both first, then change values with
+        ``set_fp32``. Hyperparameters come from the checkpoint, as in torch.
 
         Raises:
             OptimizerError: other parameters, shapes, dtypes or options; nothing is changed then.

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mixdq_ao.errors import AllocationError
 from mixdq_ao.plan import LayerPlan
+from mixdq_ao.search.additive import additive_errors
 from mixdq_ao.search.joint import allocate_jointly
 from mixdq_ao.search.limits import Limits
 from mixdq_ao.search.sensitivity import LayerSensitivity, Sensitivity
@@ -68,6 +69,41 @@ def test_against_brute_force(seed: int, tightness: float, which: int) -> None:
     assert found.status == "optimal"
     assert found.predicted_error == pytest.approx(min(map(error, fits)), rel=1e-6, abs=1e-10)
     assert all(found.totals[n] <= b * (1 + 1e-8) for n, b in bounds.items())
+
+
+def test_an_optimum_twelve_decades_below_the_largest_error() -> None:
+    """HiGHS' tolerances are absolute: it once stopped at 2.1e-8 here and called it optimal."""
+
+    def layer(size: int, weights: dict[int, float], act: float) -> LayerSensitivity:
+        return LayerSensitivity(
+            group="content", weight_size=size, act_size=10, weight_errors=weights, act_errors={8: act}
+        )
+
+    s = Sensitivity(
+        {
+            "l0": layer(400, {2: 0.05, 4: 0.003, 8: 4e-05}, 8e-05),
+            "l1": layer(100, {2: 5e-09, 4: 7e-11, 8: 2e-12}, 6e-4),
+            "l2": layer(200, {2: 2e-08, 4: 4e-10, 8: 7e-13}, 8e-10),
+        }
+    )
+    seconds = {"l0": (1, 9, 6, 8, 9, 5, 7), "l1": (7, 7, 7, 8, 2, 5, 2), "l2": (3, 6, 9, 9, 5, 8, 6)}
+    pairs = [(w, a) for w in (2, 4, 8) for a in (8, 16)] + [(16, 16)]
+    latency = {(n, *pair): float(x) for n, row in seconds.items() for pair, x in zip(pairs, row, strict=True)}
+    limits = Limits(seconds=20.0, bit_operations=1824, latency=latency, macs={"l0": 2, "l1": 5, "l2": 2})
+
+    def fits(plan: tuple[tuple[int, int], ...]) -> bool:
+        chosen = list(zip(s.layers, plan, strict=True))
+        totals = {m: sum(limits.amount(m, n, s, p) or 0.0 for n, p in chosen) for m in limits.summed()}
+        return all(totals[m] <= bound for m, bound in limits.summed().items())
+
+    def error(plan: tuple[tuple[int, int], ...]) -> float:
+        chosen = zip(s.layers, plan, strict=True)
+        return sum(weights[n].get(w, 0.0) + acts[n].get(a, 0.0) for n, (w, a) in chosen)
+
+    weights, acts = additive_errors(s, "weight")[0], additive_errors(s, "act")[0]
+    least = min(error(plan) for plan in itertools.product(pairs, repeat=3) if fits(plan))
+    found = allocate_jointly(s, limits)
+    assert found.status == "optimal" and found.predicted_error == pytest.approx(least, rel=1e-6, abs=0)
 
 
 def test_protected_and_tied_layers() -> None:

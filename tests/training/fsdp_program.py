@@ -193,6 +193,9 @@ def check_written_by_others() -> None:
         p.mul_(0.5)
         q.to_local().mul_(0.5)
     assert all(torch.equal(whole(optimizer.fp32(w)), whole(w).float()) for w in (p, q))
+    state = optimizer.state_dict()["state"]
+    remainders = {w: state[i]["bfloat16_remainder"].to_local() for i, w in enumerate(model.parameters())}
+    assert [bool(remainders[w].any()) for w in (p, q, model[2].weight)] == [False, False, True]
 
 
 def check_refusals() -> None:

@@ -609,6 +609,73 @@ def test_copies_and_pickles_go_on_alike():
         assert all(same_bits(optimizer.fp32(p), o.fp32(q)) for p, q in pairs)
 
 
+def saved_and_loaded(p: nn.Parameter, optimizer: Any) -> tuple[nn.Parameter, Any]:
+    q = nn.Parameter(p.detach().clone())
+    fresh = MemoryEfficientAdamW([q], lr=0.5)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return q, fresh
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(
+    "again",
+    [
+        saved_and_loaded,
+        lambda *both: copy.deepcopy(both),
+        lambda *both: copy.deepcopy(both[::-1])[::-1],
+        lambda *both: pickle.loads(pickle.dumps(both)),
+    ],
+    ids=["state_dict", "copy", "copy, optimizer first", "pickle"],
+)
+def test_what_was_written_stays_written_in_checkpoints_copies_and_pickles(again, dtype):
+    """The remainder that a write makes stale is in none of them."""
+
+    def write_after_step(p: nn.Parameter, optimizer: Any, step: int) -> None:
+        p.grad = torch.randn(1000, generator=torch.Generator().manual_seed(step)).to(dtype)
+        optimizer.step()
+        with torch.no_grad():
+            p.clamp_(-0.5, 0.5)
+
+    p = nn.Parameter(torch.linspace(-1, 1, 1000).to(dtype))
+    optimizer = MemoryEfficientAdamW([p], lr=1e-3)
+    for step in range(3):
+        write_after_step(p, optimizer, step)
+    q, other = again(p, optimizer)
+    assert torch.equal(optimizer.fp32(p), p.float()) and torch.equal(other.fp32(q), p.float())
+    for step in range(3, 6):
+        write_after_step(p, optimizer, step)
+        write_after_step(q, other, step)
+    p.grad = q.grad = torch.ones_like(p)
+    optimizer.step()
+    other.step()
+    assert same_bits(optimizer.fp32(p), other.fp32(q)) and not torch.equal(optimizer.fp32(p), p.float())
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copy_sees_writes_before_its_first_step(again):
+    p = nn.Parameter(torch.linspace(-1, 1, 100).to(BF16))
+    optimizer = MemoryEfficientAdamW([p], lr=1e-3)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    q, other = again((p, optimizer))
+    assert same_bits(other.fp32(q), optimizer.fp32(p)) and not torch.equal(other.fp32(q), q.float())
+    with torch.no_grad():
+        q.clamp_(-0.5, 0.5)
+    assert torch.equal(other.fp32(q), q.float()) and not torch.equal(optimizer.fp32(p), p.float())
+
+
+def test_asking_for_the_state_changes_nothing_that_was_not_written():
+    model, optimizer, _ = trained(2)
+    before = snapshot(optimizer)
+    optimizer.state_dict()
+    assert unchanged(before, optimizer)
+    p = model.embed.weight
+    optimizer.register_state_dict_pre_hook(lambda _: p.detach().mul_(0.5))
+    state = optimizer.state_dict()["state"]
+    index = [q is p for q in optimizer.param_groups[0]["params"]].index(True)
+    assert not state[index]["bfloat16_remainder"].any() and torch.equal(optimizer.fp32(p), p.float())
+
+
 def test_closure_and_added_groups():
     model = tied()
     optimizer = MemoryEfficientAdamW(model.embed.parameters(), lr=1e-2)
@@ -738,6 +805,8 @@ def test_a_model_may_change_its_type(later):
         for p in model.parameters():
             p.grad = torch.randn_like(p)
         before = [p.detach().float() for p in model.parameters()]
+        if dtype is not torch.bfloat16:
+            assert all(map(torch.equal, map(optimizer.fp32, model.parameters()), before))
         optimizer.step()
     for p, value in zip(model.parameters(), before, strict=True):
         assert (optimizer.fp32(p) - value).abs().max() < 0.05

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,16 +41,20 @@ def test_merged_parts_are_the_whole(tmp_path, method):
     assert lines[0] == lines[1]
 
 
+def works(pipe: Pipe, store: Path, settings: dict[str, Any]) -> None:
+    analyze_part(pipe, PROMPTS, Part(1, 2), store=store, **settings)
+
+
 def test_a_killed_part_goes_on_where_it_was(tmp_path):
     """A process that dies in its part loses what it had in hand; nothing is done twice, and nothing is missing."""
     settings = options(Pipe())
     local = analyze(Pipe(), PROMPTS, **settings)
-    pipe, store = Pipe(deadly=6), tmp_path / "part1"
-    child = os.fork()
-    if child == 0:
-        analyze_part(pipe, PROMPTS, Part(1, 2), store=store, **settings)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    store = tmp_path / "part1"
+    given = Pipe(deadly=6), store, settings
+    child = multiprocessing.get_context("spawn").Process(target=works, args=given)  # a fork would share torch's threads
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     done = store.read_bytes().splitlines()
     assert 1 < len(done) < 4
     assert analyze_part(Pipe(), PROMPTS, Part(1, 2), store=store, **settings) == (3, 6)

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import AllocationError
 from . import infeasible
-from .allocation import Part
+from .allocation import KindBits
 from .program import InfeasibleProgram, OutOfTime, Solution, solve
 from .request import Demand, Request
 from .sensitivity import Kind
@@ -18,13 +18,13 @@ from .split import split_budgets
 from .tables import Array, Table, build_table, stored
 
 
-def solve_parts(request: Request, kind: Kind) -> list[Part]:
+def solve_kind(request: Request, kind: Kind) -> list[KindBits]:
     """Every candidate of one kind: one, or one per split. Raises AllocationError where there is none."""
     demand = request.weight if kind == "weight" else request.act
     if not request.units:
-        return [Part(kind, {})]
+        return [KindBits(kind, {})]
     if demand.fixed is not None:
-        return [Part(kind, {n: demand.fixed for unit in request.units for n in unit})]
+        return [KindBits(kind, {n: demand.fixed for unit in request.units for n in unit})]
     demand = _without_protected(request, demand)
     table = build_table(request, demand)
     deadline = time.perf_counter() + request.time_limit
@@ -33,7 +33,7 @@ def solve_parts(request: Request, kind: Kind) -> list[Part]:
     return [_decoupled(request, demand, table, k, budgets, deadline) for k, budgets in _splits(request, demand, table)]
 
 
-def quantized_units(request: Request, weight: Part) -> tuple[tuple[str, ...], ...]:
+def quantized_units(request: Request, weight: KindBits) -> tuple[tuple[str, ...], ...]:
     """Units whose activations are chosen: those whose weights get less than 16 bits. Others keep both, as protected
     layers do: no integer product takes a 16-bit weight. Where all weights are to be kept the plan is of activations
     alone, and its units are all."""
@@ -77,7 +77,7 @@ def _average(demand: Demand, table: Table) -> float:
 
 def _decoupled(
     request: Request, demand: Demand, table: Table, k: float | None, budgets: dict[str, float], deadline: float
-) -> Part:
+) -> KindBits:
     """Two independent programs, one per group."""
     bits: dict[str, int] = {}
     gap = seconds = 0.0
@@ -89,10 +89,10 @@ def _decoupled(
         )
         bits |= _bits(request, table, np.flatnonzero(rows), solution)
         gap, seconds = max(gap, solution.gap), seconds + solution.seconds
-    return Part(demand.kind, bits, gap, k, seconds)
+    return KindBits(demand.kind, bits, gap, k, seconds)
 
 
-def _joint(request: Request, demand: Demand, table: Table, deadline: float) -> Part:
+def _joint(request: Request, demand: Demand, table: Table, deadline: float) -> KindBits:
     """One program over all layers; a budget per group is one constraint each."""
     groups = list(table.size)
     if isinstance(demand.budget, dict):
@@ -103,7 +103,7 @@ def _joint(request: Request, demand: Demand, table: Table, deadline: float) -> P
         limit = np.array([_average(demand, table) * sum(table.size.values())])
     solution = _solve(request, demand, table, groups, table.value, cost, limit, deadline)
     bits = _bits(request, table, np.arange(len(table.value)), solution)
-    return Part(demand.kind, bits, solution.gap, None, solution.seconds)
+    return KindBits(demand.kind, bits, solution.gap, None, solution.seconds)
 
 
 def _solve(
