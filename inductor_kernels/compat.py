@@ -117,8 +117,8 @@ def triton_device(device: torch.device) -> int | None:
 
 @contextlib.contextmanager
 def without_precompiling() -> Iterator[None]:
-    """From Python 3.11.9 on torch compiles the choices of a tile in threads before it times them. What Triton interprets
-    has nothing to compile."""
+    """From Python 3.11.9 on torch compiles the choices of a tile in threads before it times them. What Triton
+    interprets has nothing to compile."""
     with mock.patch.object(select_algorithm, "get_num_workers", lambda: 0):
         yield
 
