@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MixDQError
+from ..errors import MixDQError, SensitivityError
 from ..jsonfile import read_object
+from ..search.part import Part
 from ..textfile import prompts_of, read_text
 
 if TYPE_CHECKING:
@@ -198,11 +198,10 @@ def multiple_of(unit: int) -> Callable[[str], int]:
 
 def part(text: str) -> str:
     """ "2/8", the second of eight, as it is, for argparse: ``Part.parse`` takes it."""
-    match = re.fullmatch(r"(\d{1,6})/([1-9]\d{0,5})", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"part is {text!r}, expected one such as 2/8, the second of eight")
-    if not 1 <= int(match[1]) <= int(match[2]):
-        raise argparse.ArgumentTypeError(f"part is {text}, expected one from 1/{match[2]} on to {match[2]}/{match[2]}")
+    try:
+        Part.parse(text)
+    except SensitivityError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
     return text
 
 

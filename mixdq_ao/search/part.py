@@ -30,12 +30,13 @@ class Part:
 
     def __post_init__(self) -> None:
         if not 1 <= self.index <= self.of:
-            raise SensitivityError(f"part is {self.index}/{self.of}, expected one from 1/{self.of} on")
+            of = max(self.of, 1)
+            raise SensitivityError(f"part is {self.index}/{self.of}, expected one from 1/{of} to {of}/{of}")
 
     @classmethod
     def parse(cls, text: str) -> Part:
         """ "2/8", the second of eight. Raises SensitivityError where that is no part."""
-        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        match = re.fullmatch(r"(\d{1,6})/([1-9]\d{0,5})", text)
         if match is None:
             raise SensitivityError(f"part is {text!r}, expected one such as 2/8, the second of eight")
         return cls(int(match[1]), int(match[2]))

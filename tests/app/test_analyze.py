@@ -38,7 +38,7 @@ def test_parts_and_their_whole(given, tmp_path, capsys):
     "options, message",
     [
         (["--part", "1/2"], "--part needs a --store of its own; give --store too"),
-        (["--part", "5/4", "--store", "x"], "argument --part: part is 5/4, expected one from 1/4 on to 4/4; see mixdq"),
+        (["--part", "5/4", "--store", "x"], "argument --part: part is 5/4, expected one from 1/4 to 4/4; see mixdq"),
         (["--part", "1", "--store", "x"], "argument --part: part is '1', expected one such as 2/8"),
         (["--part", "1/0", "--store", "x"], "argument --part: part is '1/0', expected one such as 2/8"),
         (["--probes", 3], "--probes is of --method probe"),

@@ -27,7 +27,7 @@ def test_errors_are_one_line(capsys, shapes, tmp_path):
     real = ("--real", tmp_path / "real.safetensors")
     own = ("--features", f"{__name__}:flat")
     cases = [
-        ((*start, "--shard", "3/2"), "part is 3/2, expected one from 1/2 on"),
+        ((*start, "--shard", "3/2"), "part is 3/2, expected one from 1/2 to 2/2"),
         ((*start, "--count", "3"), "count is 3, expected 1 to 2"),
         ((*start,), "ssim compares with full precision"),
         ((*start, "--metrics", "beauty"), "metric 'beauty' is unknown, expected some of fid, clip"),
