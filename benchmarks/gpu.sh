@@ -14,6 +14,7 @@
 #                                     beside torch and triton: diffusers and what it imports, torchao; for the tests
 #                                     pytest, accelerate
 #   OUT=folder  PYTHON=python3  LIMIT=seconds per step (580); rows measured before it are kept
+case "${1:-}" in -h | --help) sed -n 's/^# \{0,1\}//p' "$0" | sed 1d; exit ;; esac
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
