@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .document import Document
-from .errors import CalibrationError, PlanError
+from .errors import PlanError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -272,11 +272,9 @@ class Plan(Document):
         ``bos=False`` takes the ranges with the BOS rows inside, as a quantizer that knows nothing of them
         would; ``split=False`` one range for a concatenated input.
         """
-        if not hasattr(calibration, "apply"):
-            raise CalibrationError(
-                f"calibration is {calibration!r:.60}, expected a Calibration, as Calibration.load gives"
-            )
-        return calibration.apply(self, bos=bos, split=split)
+        from .search.calibration import Calibration
+
+        return Calibration.expect(calibration, "calibration").apply(self, bos=bos, split=split)
 
     def validate(self, model: nn.Module) -> None:
         """Raises PlanError, before anything is changed, unless every planned layer exists in ``model``, is a

@@ -57,9 +57,9 @@ def sampling(
     batch_size: int,
     *,
     several: bool = False,
-    sized: bool = True,
+    frames: bool = True,
 ) -> None:
-    """Steps (a list where ``several``), guidance, batch size, seed and, where ``sized``, size: those of SAMPLING."""
+    """Steps (a list where ``several``), guidance, batch size, seed and size: those of SAMPLING."""
     text = "denoising steps, separated by commas where several" if several else "denoising steps"
     kind: Any = integers if several else at_least(1)
     parser.add_argument("--steps", type=kind, default=kind(steps), metavar="N", help=f"{text} (default {steps})")
@@ -84,8 +84,7 @@ def sampling(
         metavar="N",
         help="prompt i starts from the noise of seed N + i (default 0)",
     )
-    if sized:
-        size(parser)
+    size(parser, frames=frames)
 
 
 def size(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, frames: bool = True) -> None:
@@ -95,6 +94,11 @@ def size(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, frames: b
         parser.add_argument(f"--{name}", type=multiple_of(8), metavar="N", help=text)
     if frames:
         parser.add_argument("--frames", type=at_least(1), metavar="N", help="of a video (default: the pipeline's own)")
+
+
+def sized(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``size`` says, as fields of Sampling."""
+    return {name: getattr(args, name) for name in SIZE}
 
 
 def drawn(args: argparse.Namespace) -> dict[str, Any]:

@@ -28,10 +28,17 @@ class TextReuse:
     """
 
     def __init__(self, unet: nn.Module, inner: UNet2DConditionModel) -> None:
-        self.inner, self.projections = inner, text_projections(inner)
+        self.inner = inner
+        self._find()
         self.project = self._products if unet is inner else torch.compile(self._products, fullgraph=True)
         self.known: tuple[Tensor, int, bool, str | None] | None = None
         self.hook = unet.register_forward_pre_hook(self, with_kwargs=True)
+
+    def _find(self) -> None:
+        """The projections as they are now, and one that has a level, of a model prepared for a schedule: all are at the
+        same one."""
+        self.projections = text_projections(self.inner)
+        self.leveled: Any = next((p for p in self.projections if hasattr(p, "level")), None)
 
     def _products(self, text: Tensor) -> list[Tensor]:
         return project(self.inner, self.projections, text)
@@ -45,7 +52,7 @@ class TextReuse:
         if offload is not None:  # accelerate brings the weights when the UNet's own forward is called
             offload.pre_forward(unet, *args, **kwargs)
         self.known = None  # should storing be interrupted
-        self.projections = text_projections(self.inner)
+        self._find()
         values = self.project(text)
         for projection, value in zip(self.projections, values, strict=True):
             projection.store(value)
@@ -64,8 +71,7 @@ class TextReuse:
 
     def _level(self) -> str | None:
         """Of a model prepared for a schedule, whose projections give something else at each level."""
-        prepared: list[Any] = [projection for projection in self.projections if hasattr(projection, "level")]
-        return prepared[0].level if prepared else None
+        return None if self.leveled is None else self.leveled.level
 
     def end(self) -> None:
         """The projections compute at every call again."""

@@ -69,7 +69,7 @@ def _call(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
     from mixdq_ao.models.pipelines import Sampling, denoiser, generate_all
     from mixdq_ao.models.portable import captured_call
 
-    size = Sampling(batch_size=args.batch_size, **{name: getattr(args, name) for name in options.SIZE})
+    size = Sampling(batch_size=args.batch_size, **options.sized(args))
     prompts = ["a picture"] * args.batch_size
     call = captured_call(denoiser(pipe), lambda: generate_all(pipe, prompts, size, "latent"))
     return {name: value for name, value in call.items() if value is not None}

@@ -62,8 +62,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
         "--shard", type=part, default="1/1", metavar="K/N", help="only part K of N; others may run elsewhere"
     )
     parser.add_argument("--compile", action="store_true", help="compile the denoiser first; pays with many pictures")
-    options.sampling(parser, "1", 16, sized=False)
-    options.size(parser, frames=False)
+    options.sampling(parser, "1", 16, frames=False)
     options.out(parser, "evaluation", "directory of the run; give the same to continue")
     options.as_json(parser)
 

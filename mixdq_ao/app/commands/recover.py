@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> None:
 
     plan.validate(denoiser(pipe))
     names = ("block_steps", "batch_size", "trajectory", "train", "learn_scales", "learn_ranges")
-    names += ("block_weight", "refresh", "evaluate_every", "guidance_scale", "seed", *options.SIZE)
-    chosen: dict[str, Any] = {name: getattr(args, name) for name in names}
+    names += ("block_weight", "refresh", "evaluate_every", "guidance_scale", "seed")
+    chosen: dict[str, Any] = {name: getattr(args, name) for name in names} | options.sized(args)
     chosen |= {name: getattr(args, name) for name in ("lr", "rank") if getattr(args, name) is not None}
     chosen |= {"held_out": held_out, "checkpoint": args.checkpoint, "moments": _moments(args, pipe, plan, prompts)}
     found = recover(pipe, plan, prompts, steps=args.steps, **chosen)
@@ -101,7 +101,5 @@ def _moments(args: argparse.Namespace, pipe: Any, plan: Any, prompts: list[str])
         raise MixDQError(f"layer {layers[0]!r} is rounded by second moments, which need --calibration")
     calibration = Calibration.load(args.calibration)
     few = prompts[:32]
-    size = {name: getattr(args, name) for name in options.SIZE}
-    return input_moments(
-        pipe, few, calibration=calibration, steps=args.trajectory, layers=layers, seed=args.seed, **size
-    )
+    drawn: dict[str, Any] = {"steps": args.trajectory, "seed": args.seed, **options.sized(args)}
+    return input_moments(pipe, few, calibration=calibration, layers=layers, **drawn)
