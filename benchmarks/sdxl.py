@@ -163,7 +163,7 @@ def from_disk(disk: Path) -> dict[str, Any]:
     config, base = MixDQConfig(disk / "plan.json"), anonymous()
     with Peak() as peak:
         model: Any = UNet2DConditionModel.from_pretrained(
-            disk / "full", torch_dtype=torch.bfloat16, quantization_config=config
+            disk / "full", dtype=torch.bfloat16, quantization_config=config
         )
     settled, mapped = anonymous() - base, resident() - anonymous()
     with tempfile.TemporaryDirectory(dir=disk) as folder, Peak(base) as saving:

@@ -46,10 +46,10 @@ start = time.perf_counter()
 if what == "load_quantized":
     model = load_quantized(directory)
 elif what == "from_pretrained":
-    model = UNet2DConditionModel.from_pretrained(directory, torch_dtype=torch.float16)
+    model = UNet2DConditionModel.from_pretrained(directory, dtype=torch.float16)
 else:
     config = MixDQConfig(plan)
-    model = UNet2DConditionModel.from_pretrained(directory, torch_dtype=torch.float16, quantization_config=config)
+    model = UNet2DConditionModel.from_pretrained(directory, dtype=torch.float16, quantization_config=config)
 seconds = time.perf_counter() - start
 done.set()
 watcher.join()

@@ -28,6 +28,7 @@ from torch._inductor.select_algorithm import (
 )
 from torch._inductor.virtualized import V, ops
 from torch.torch_version import TorchVersion
+from torch.utils._sympy.functions import FloorDiv
 
 from .nodes import is_ours
 
@@ -49,6 +50,7 @@ __all__ = [
     "contiguous",
     "cudagraph_reasons",
     "fallback",
+    "floor_div",
     "hint",
     "ir",
     "multiple_of",
@@ -234,6 +236,12 @@ def hint(size) -> int:
 
 def multiple_of(size, divisor: int) -> bool:
     return V.graph.sizevars.statically_known_multiple_of(size, divisor)
+
+
+def floor_div(size, divisor: int):
+    """``size // divisor`` of a size: of symbols Python's own makes a fraction, whose floor kernels compute in floating
+    point."""
+    return FloorDiv(size, divisor)
 
 
 def passed_as_number(node) -> bool:

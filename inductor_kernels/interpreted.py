@@ -1,4 +1,4 @@
-"""What Triton's interpreter lacks: device functions, inline PTX, and bfloat16 in products and conversions."""
+"""What Triton's interpreter lacks: device functions, inline PTX, one rounding of fma, and bfloat16 in products and conversions."""
 
 import contextlib
 import math
@@ -96,6 +96,28 @@ def bfloat16():
         yield
 
 
+@contextlib.contextmanager
+def fma():
+    """Give the interpreter of Triton before 3.9, which rounds the product as well, one rounding (of float32 by way of
+    float64: it differs in about one case in 2^29)."""
+    from triton._C.libtriton import interpreter
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    if hasattr(interpreter, "fma_fp32"):
+        yield
+        return
+    twice = InterpreterBuilder.create_fma
+
+    def create_fma(self, x, y, z):
+        if z.data.dtype != np.float32:
+            return twice(self, x, y, z)
+        wide = [value.data.astype(np.float64) for value in (x, y, z)]
+        return TensorHandle((wide[0] * wide[1] + wide[2]).astype(z.data.dtype), z.dtype.scalar)
+
+    with mock.patch.object(InterpreterBuilder, "create_fma", create_fma):
+        yield
+
+
 class _Results(list):
     def get_result(self, index: int):
         return self[index]
@@ -121,4 +143,4 @@ def inline_asm():
 
 def repairs() -> tuple[contextlib.AbstractContextManager, ...]:
     """All of them, to be entered one after the other."""
-    return libdevice(), bfloat16(), inline_asm()
+    return libdevice(), bfloat16(), fma(), inline_asm()

@@ -11,6 +11,7 @@ import torch
 
 from . import alike, compat, gelu, glu, post_ops, roofline, split_k, tuned
 from .compat import V, ir, log
+from .packing import run_length
 from .roofline import Product
 from .templates import conv2d, gemm
 from .tiles import Tile
@@ -118,6 +119,7 @@ def _options(request: _Request, tile: Tile, shares: int, given: Mapping[str, Any
         **({"PARTS": max(2, tile.parts)} if gated else {}),
         **request.window,
         "BITS": request.bits,
+        "RUN": run_length(V.graph.sizevars.guard_int(request.k), request.bits) if request.bits < 8 else 0,
         "GROUP_M": GROUP_M,
         "SPLIT_K": shares,
         "EVEN_K": compat.multiple_of(request.k, tile.k),
@@ -188,8 +190,8 @@ def _convolution(capability: int, x, weight, operands: Mapping[str, Any], dtype,
     x, weight = compat.contiguous(x), compat.contiguous(weight)
     if (kernel_h, kernel_w, *stride, *padding) == (1, 1, 1, 1, 0, 0):
         return _product(capability, x, compat.view(weight, [n, last]), operands, dtype, bits)
-    out_h = (high + 2 * padding[0] - dilation[0] * (kernel_h - 1) - 1) // stride[0] + 1
-    out_w = (wide + 2 * padding[1] - dilation[1] * (kernel_w - 1) - 1) // stride[1] + 1
+    out_h = compat.floor_div(high + 2 * padding[0] - dilation[0] * (kernel_h - 1) - 1, stride[0]) + 1
+    out_w = compat.floor_div(wide + 2 * padding[1] - dilation[1] * (kernel_w - 1) - 1, stride[1]) + 1
     window = {
         "KH": kernel_h, "KW": kernel_w, "STRIDE_H": stride[0], "STRIDE_W": stride[1], "PAD_H": padding[0],
         "PAD_W": padding[1], "DILATION_H": dilation[0], "DILATION_W": dilation[1],

@@ -1,14 +1,19 @@
-"""Storage of 2- and 4-bit codes: packed along the last dimension, little end first.
+"""Storage of 2- and 4-bit codes: packed along the last dimension, in runs of neighbours.
 
-4 bit: byte ``j`` holds code ``2j`` in its low and ``2j + 1`` in its high half.
-2 bit: byte ``j`` holds codes ``4j .. 4j + 3`` at bits 0, 2, 4 and 6.
-The last byte of a row is filled up with zero codes.
+The bytes of a row come in runs of :func:`run_length`, 16 where the row has as many. Byte ``j`` of a run holds code
+``j`` of the codes in its run, lowest bits first, then code ``run + j``, and at 2 bits ``2 run + j`` and ``3 run + j``.
+So four bytes hold four neighbours in every field, which is what a lane of an integer tensor core reads; with
+neighbours in one byte, each would have to be moved.
+A row is filled up with zero codes to whole bytes.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
 PACKED_BITS = (2, 4)
+LONGEST_RUN = 16  # bytes, as many as are copied and loaded at once
 
 
 def _check_bits(bits: int) -> None:
@@ -22,6 +27,11 @@ def packed_length(length: int, bits: int) -> int:
     return (length + per_byte - 1) // per_byte
 
 
+def run_length(length: int, bits: int) -> int:
+    """Bytes of a run in rows of ``length`` codes: the largest power of two up to 16 that divides the bytes of a row."""
+    return math.gcd(packed_length(length, bits), LONGEST_RUN)
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes ``[..., K]`` in ``[0, 2**bits)`` to uint8 ``[..., ceil(K * bits / 8)]``.
 
@@ -31,14 +41,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if codes.dtype != torch.uint8 or codes.ndim == 0:
         raise TypeError(f"codes: {codes.dtype} of shape {list(codes.shape)}; expected uint8 [..., K]")
     per_byte = 8 // bits
-    padding = -codes.shape[-1] % per_byte
+    run, padding = run_length(codes.shape[-1], bits), -codes.shape[-1] % per_byte
     if padding:
         codes = torch.nn.functional.pad(codes, (0, padding))
-    groups = (codes & (2**bits - 1)).unflatten(-1, (-1, per_byte)).unbind(-1)
-    packed = groups[0]
-    for position, group in enumerate(groups[1:], 1):
-        packed = packed | (group << (bits * position))
-    return packed
+    fields = (codes & (2**bits - 1)).unflatten(-1, (-1, per_byte, run)).unbind(-2)
+    packed = fields[0]
+    for position, field in enumerate(fields[1:], 1):
+        packed = packed | (field << (bits * position))
+    return packed.flatten(-2)
 
 
 def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
@@ -49,9 +59,8 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
             f"packed: {packed.dtype} of shape {list(packed.shape)}; expected uint8 with a last dimension of "
             f"{packed_length(length, bits)} bytes for length={length}, bits={bits}"
         )
-    mask = 2**bits - 1
-    groups = [(packed >> shift) & mask for shift in range(0, 8, bits)]
-    codes = torch.stack(groups, -1).flatten(-2)
+    mask, runs = 2**bits - 1, packed.unflatten(-1, (-1, run_length(length, bits)))
+    codes = torch.stack([(runs >> shift) & mask for shift in range(0, 8, bits)], -2).flatten(-3)
     return codes if codes.shape[-1] == length else codes[..., :length].contiguous()
 
 

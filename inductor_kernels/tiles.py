@@ -5,6 +5,8 @@ All that suit a shape are timed when max-autotune is on; :mod:`inductor_kernels.
 
 from dataclasses import dataclass
 
+from .packing import run_length
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:
@@ -90,10 +92,12 @@ def fitting(capability: int, m: int, n: int, *, bytes_per_code: int = 1) -> list
     return [tile for tile in listed if tile.m <= rows and tile.n <= columns] or listed[:1]
 
 
-def narrowed(tile: Tile, k: int, bytes_per_code: int = 1) -> Tile:
-    """As many bytes per step as with 8-bit activations, and not much deeper than ``k``, the last dimension of a weight.
+def narrowed(tile: Tile, k: int, bytes_per_code: int = 1, bits: int = 8) -> Tile:
+    """As many bytes per step as with 8-bit activations, and not much deeper than ``k``, the last dimension of a weight,
+    but no less than a run of packed codes.
 
-    bytes_per_code: 2 for 16-bit and 4 for 32-bit activations, which take as much more room.
+    bytes_per_code: 2 for 16-bit and 4 for 32-bit activations, which take as much more room. bits: of a weight.
     """
     depth = max(32, 1 << (k - 1).bit_length()) if k > 1 else 32
-    return Tile(tile.m, tile.n, min(depth, max(16, tile.k // bytes_per_code)), tile.stages, tile.warps)
+    run = 16 if bits == 8 else run_length(k, bits) * 8 // bits
+    return Tile(tile.m, tile.n, max(run, min(depth, tile.k // bytes_per_code)), tile.stages, tile.warps)

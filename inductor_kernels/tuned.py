@@ -84,7 +84,7 @@ def _numbers(way: Way) -> list[int]:
 
 def expected(capability: int, product: Product, way: Way) -> float:
     """Seconds that the model expects, with the tile no deeper than the product is long."""
-    tile = tiles.narrowed(way.tile, product.k // product.taps)
+    tile = tiles.narrowed(way.tile, product.k // product.taps, bits=product.bits)
     return roofline.seconds(product, tile, capability, way.shares)
 
 
@@ -127,4 +127,4 @@ def candidates(capability: int, product: Product, *, shares: int = 1, bytes_per_
     known = shares == default.shares and default.tile in fitting
     best = default.tile if known else modelled(capability, product, fitting, shares)
     ordered = [best, *(tile for tile in fitting if tile != best)]
-    return list(dict.fromkeys(tiles.narrowed(tile, length, bytes_per_code) for tile in ordered))
+    return list(dict.fromkeys(tiles.narrowed(tile, length, bytes_per_code, product.bits) for tile in ordered))

@@ -23,7 +23,7 @@ from ..quantize.tensor import MixDQTensor, SplitMixDQTensor
 from .safetensors_io import SAVE_AGAIN, Header
 from .torchao_safetensors import MIXDQ_ATTRIBUTES, PLAIN, Record, known, part_key, rebuild, record_of
 
-FORMAT, VERSION, MARK = "mixdq-checkpoint", 1, "mixdq"
+FORMAT, VERSION, MARK = "mixdq-checkpoint", 2, "mixdq"
 HALVES = ("first", "second")
 Shape = tuple[int, ...]
 
@@ -167,7 +167,7 @@ def check_version(path: object, document: Any) -> None:
     if type(document.get("version")) is not int or document["version"] != VERSION:
         raise CheckpointError(
             f"{path}: version is {document.get('version')!r}, this release reads version {VERSION}; "
-            "upgrade mixdq-ao if the file is newer"
+            "upgrade mixdq-ao for a newer file, quantize the model again for an older one"
         )
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from inductor_kernels import weights
-from inductor_kernels.packing import pack
+from inductor_kernels.packing import LONGEST_RUN, pack
 
 from .bos import bos_mask
 from .eager import is_eager, reused
@@ -151,7 +151,8 @@ def sliced(weight: MixDQTensor, dim: int, start: int, end: int) -> MixDQTensor:
             f"dividing the input features of {weight}: its BOS row is one sum; divide it by rows (ColwiseParallel)"
         )
     per_byte = 8 // weight.bits
-    if start % per_byte == 0 and end % per_byte == 0:
+    aligned = LONGEST_RUN * per_byte if weight.bits < 8 else 1  # there runs of packed codes begin, whatever the length
+    if start % aligned == 0 and end % aligned == 0 and weight.length % aligned == 0:
         changed = {"qdata": weight.qdata[..., start // per_byte : end // per_byte]}
     else:
         changed = {"qdata": pack(weight.codes()[..., start:end].contiguous(), weight.bits)}

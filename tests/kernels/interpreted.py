@@ -133,6 +133,18 @@ def test_dynamic_shapes_compile_once():
         cases.assert_right("linear", arguments, compiled(*arguments))
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolutions_of_any_size_compile_once(stride):
+    """Sizes are computed in integers."""
+    compiled = torch.compile(lambda *a: OPS.conv2d(*a), fullgraph=True, dynamic=True)
+    for size in ((9, 7), (6, 12), (5, 5)):
+        arguments = cases.conv2d(bits=4, size=size, stride=(stride, stride), dtype=torch.int8)
+        y, code = run_and_get_code(compiled, *arguments)
+        assert all("tem" in name for name in testing.kernels("".join(code)))
+        assert "floor(" not in "".join(code)
+        cases.assert_right("conv2d", arguments, y)
+
+
 def quantize(x, zero_point, dtype):
     low = -128 if dtype == torch.int8 else 0
     return (torch.round(x.float() * 20) + (zero_point + low)).clamp(low, low + 255).to(dtype)

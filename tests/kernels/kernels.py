@@ -72,7 +72,7 @@ OF_FEW_TILES = {"weight_only_float32": (weight_only_float32, 1)}
 def compiled(kind, bits, capability, tile):
     """What the assembler says of the one template kernel that ``tile`` gives."""
     builder, shares = OF_FEW_TILES.get(kind) or KINDS[kind]
-    tile = tiles.narrowed(tile, LENGTH, {"weight_only": 2, "weight_only_float32": 4}.get(kind, 1))
+    tile = tiles.narrowed(tile, LENGTH, {"weight_only": 2, "weight_only_float32": 4}.get(kind, 1), bits)
     fn, inputs = builder(bits)
     only = mock.patch.object(tuned, "candidates", lambda *a, **k: [tile])
     with only, mock.patch.object(tuned, "way", lambda *a: tuned.Way(tile, shares)):

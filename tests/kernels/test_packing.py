@@ -16,10 +16,21 @@ def test_round_trip(bits, dims, rows, length, seed):
     assert torch.equal(packing.unpack(packed, bits, length), codes)
 
 
-def test_layout_is_little_end_first():
+def test_short_rows_are_little_end_first():
     codes = torch.tensor([1, 2, 3], dtype=torch.uint8)
-    assert packing.pack(codes, 4).tolist() == [0x21, 0x03]
+    assert packing.pack(codes[:2], 4).tolist() == [0x21]
     assert packing.pack(codes, 2).tolist() == [0b00111001]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bytes_, run", [(1, 1), (3, 1), (6, 2), (20, 4), (24, 8), (16, 16), (48, 16), (80, 16)])
+def test_every_byte_of_a_run_holds_codes_a_run_apart(bits, bytes_, run):
+    fields = 8 // bits
+    codes = torch.randint(0, 2**bits, (bytes_ * fields,), dtype=torch.uint8)
+    assert packing.run_length(len(codes), bits) == run
+    for at, byte in enumerate(packing.pack(codes, bits).tolist()):
+        first = at // run * run * fields + at % run
+        assert byte == sum(codes[first + run * f].item() << (bits * f) for f in range(fields))
 
 
 @pytest.mark.parametrize("bits", [2, 4])

@@ -63,7 +63,7 @@ def full(_unet, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("source", ["one", "shards"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_quantizing_while_loading_is_loading_and_quantizing(full, plan, source, dtype):
-    kwargs = {} if dtype is None else {"torch_dtype": dtype}
+    kwargs = {} if dtype is None else {"dtype": dtype}
     streamed = UNet2DConditionModel.from_pretrained(full / source, quantization_config=MixDQConfig(plan), **kwargs)
     whole = UNet2DConditionModel.from_pretrained(full / source, **kwargs)
     quantize_(whole, mixdq_config(plan))
@@ -154,7 +154,7 @@ def test_saving_and_loading_by_diffusers(request, tmp_path, kind):
 
 def test_another_type_is_what_to_gives(tmp_path, quantized):
     save_quantized(quantized, tmp_path / "m")
-    loaded = UNet2DConditionModel.from_pretrained(tmp_path / "m", torch_dtype=torch.bfloat16)
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
     assert_same(load_quantized(tmp_path / "m").to(torch.bfloat16), loaded)
 
 
@@ -201,7 +201,7 @@ def test_damaged_files_are_errors_for_diffusers_too(tmp_path, quantized):
         UNet2DConditionModel.from_pretrained(tmp_path / "m")
     shard.write_bytes(whole)
     config = json.loads((tmp_path / "m" / "config.json").read_text())
-    changed = {**config, "quantization_config": {**config["quantization_config"], "version": 2}}
+    changed = {**config, "quantization_config": {**config["quantization_config"], "version": 3}}
     (tmp_path / "m" / "config.json").write_text(json.dumps(changed))
     with pytest.raises(CheckpointError, match="upgrade mixdq-ao"):
         UNet2DConditionModel.from_pretrained(tmp_path / "m")
@@ -263,7 +263,7 @@ def test_quantizing_while_loading_never_holds_the_full_model(bundled_plan, tmp_p
 
     source = PIPELINE / "unet"
     load = lambda: UNet2DConditionModel.from_pretrained(  # noqa: E731
-        source, quantization_config=MixDQConfig(bundled_plan), torch_dtype=torch.float16
+        source, quantization_config=MixDQConfig(bundled_plan), dtype=torch.float16
     )
     model, peak = peak_allocated(load)
     peak -= (source / WEIGHTS).stat().st_size  # mapped, not allocated

@@ -368,14 +368,14 @@ def rewrite_header(path: Path, change) -> None:
 
 
 def test_newer_files_say_so(damaged):
-    rewritten(damaged / "config.json", lambda d: d["quantization_config"].update(version=2))
-    error_of(damaged, "config.json", "version is 2", "upgrade mixdq-ao")
+    rewritten(damaged / "config.json", lambda d: d["quantization_config"].update(version=3))
+    error_of(damaged, "config.json", "version is 3", "upgrade mixdq-ao")
 
 
 def test_a_newer_weight_file_says_so(damaged):
-    newer = json.dumps({"format": "mixdq-checkpoint", "version": 2, "split": []})
+    newer = json.dumps({"format": "mixdq-checkpoint", "version": 3, "split": []})
     rewrite_header(damaged / WEIGHTS, lambda h: h["__metadata__"].update(mixdq=newer))
-    error_of(damaged, WEIGHTS, "version is 2", "upgrade mixdq-ao")
+    error_of(damaged, WEIGHTS, "version is 3", "upgrade mixdq-ao")
 
 
 @pytest.mark.parametrize(
