@@ -1,6 +1,7 @@
 """The operators in plain torch: their specification, and what runs wherever no kernel serves.
 
-Integer sums are formed in float64, where they are exact (below 2**53), on every device that has it. Products take
+Integer sums are formed in float64, where they are exact (below 2**53), on every device that has it; on CUDA, which may
+have little of that, by its integer units (:mod:`inductor_kernels.int_mm`), grouped convolutions apart. Products take
 another type as ``sums``: in float32 they are exact below 2**24, then rounded, and some times as fast.
 """
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import checks
+from . import checks, int_mm
 from .packing import unpack_weight
+
+INTEGER_UNITS = ("cuda",)  # kinds of devices that have them
 
 
 def code_dtype(device: torch.device) -> torch.dtype:
@@ -50,6 +53,11 @@ def _centered(x_q: Tensor, zero_point: Tensor, sums: torch.dtype | None) -> Tens
     return x_q.to(dtype) - (zero_point.to(dtype) - shift)
 
 
+def _by_integers(x_q: Tensor, w: Tensor, sums: torch.dtype | None) -> bool:
+    """Whether integer units form the sums over all but the first dimension of ``w``."""
+    return sums is None and x_q.device.type in INTEGER_UNITS and w.shape[1:].numel() <= int_mm.LONGEST
+
+
 def _finish(total: Tensor, scale: Tensor, row_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Scales and bias in float32, then one rounding to the output type."""
     y = total.to(torch.float32) * scale
@@ -76,8 +84,12 @@ def linear(
         x_q, weight, weight_zero_point, weight_sum, scale, zero_point, bias, row_scale, weight_bits, out_dtype
     )
     w = unpack_weight(weight, weight_zero_point, weight_bits, x_q.shape[-1])
-    x = _centered(x_q, zero_point, sums)
-    return _finish(x @ w.to(x.dtype).t(), scale, row_scale, bias, out_dtype)
+    if _by_integers(x_q, w, sums):
+        total = int_mm.linear(x_q, w, weight_sum, zero_point)
+    else:
+        x = _centered(x_q, zero_point, sums)
+        total = x @ w.to(x.dtype).t()
+    return _finish(total, scale, row_scale, bias, out_dtype)
 
 
 def linear_post(
@@ -138,7 +150,10 @@ def conv2d(
         stride, padding, dilation, groups, out_dtype,
     )  # fmt: skip
     w = unpack_weight(weight, weight_zero_point, weight_bits, x_q.shape[-1] // groups)
-    total = _conv(_centered(x_q, zero_point, sums), w, stride, padding, dilation, groups)
+    if groups == 1 and _by_integers(x_q, w, sums):
+        total = int_mm.conv2d(x_q, w, weight_sum, zero_point, stride, padding, dilation)
+    else:
+        total = _conv(_centered(x_q, zero_point, sums), w, stride, padding, dilation, groups)
     return _finish(total, scale, None, bias, out_dtype)
 
 

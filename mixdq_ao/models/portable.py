@@ -6,14 +6,16 @@
 The weights in a package are the packed integers. On a GPU our Triton kernels are compiled into it. On a CPU our kernels
 are Python and C that only a Python process with ``inductor_kernels`` has, so by default a package for a CPU holds plain
 torch operators instead: weights are unpacked and multiplied in float32, which costs the speed of integer products (not
-the memory, nor more accuracy than float32 sums have). ``use="ours"`` keeps the calls: faster, and the process must
-``import inductor_kernels`` before it loads the package.
+the memory, nor more accuracy than float32 sums have). ``use="ours"`` keeps the calls, which is faster. Calls also stay
+where our Triton kernels do not serve: a grouped convolution, a weight without its sum. For either, the process must
+``import inductor_kernels`` before it loads the package; ``package`` says whether.
 """
 
 from __future__ import annotations
 
 import copy
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -59,7 +61,8 @@ def package(
     use: Kernels = "auto",
     dynamic_shapes: Any = None,
 ) -> bool:
-    """Compiles a quantized model ahead of time into one file. Returns whether a process needs ``inductor_kernels``.
+    """Compiles a quantized model ahead of time into one file. Returns whether it calls our operators, so that a process
+    needs ``inductor_kernels``.
 
     Args:
         model, kwargs, dynamic_shapes: as for ``export``.
@@ -75,11 +78,17 @@ def package(
     layers = [m for m in find_layers(model).values() if is_quantized(m.weight)]
     if not layers:
         raise CheckpointError(f"{type(model).__name__} holds no quantized layer; quantize it first")
-    on_cpu = layers[0].weight.device.type == "cpu"
-    plain = use == "plain" or (use == "auto" and on_cpu)
+    plain = use == "plain" or (use == "auto" and layers[0].weight.device.type == "cpu")
     program = export(model, kwargs, plain=plain, dynamic_shapes=dynamic_shapes)
     torch._inductor.aoti_compile_and_package(program, package_path=path)
-    return on_cpu and not plain
+    return _calls_ours(path)
+
+
+def _calls_ours(path: str) -> bool:
+    """Whether a package does: beside the code, torch lists as JSON what it calls by name, if there is any."""
+    with zipfile.ZipFile(path) as file:
+        lists = [name for name in file.namelist() if name.endswith(".json")]
+        return any(b'"inductor_kernels::' in file.read(name) for name in lists)
 
 
 def captured_call(model: nn.Module, run: Callable[[], object]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -117,6 +118,54 @@ def test_a_package_runs_in_a_process_without_us(small, tmp_path, use, imports):
     with inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):  # the same code sooner
         assert package(model, {"x": x}, path, use=use) is bool(imports)
     in_another_process(RUN, path, (x, expected), *imports)
+
+
+def calls_on_a_gpu(groups: int, summed: bool) -> str:
+    """The list of calls in a package for a GPU, of a convolution that no kernel of ours serves."""
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.extern_node_serializer import extern_node_json_serializer
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from inductor_kernels import lowering, pretend
+
+    assert lowering
+    integers = [((2, 8, 8, 16), torch.int8), ((16, 3, 3, 16 // groups), torch.int8), ((16,), torch.int32)]
+
+    def convolution(x, w, sums, scale, z):
+        arguments = (x, w, None, sums if summed else None, scale, z, None, 8, [1, 1], [1, 1], [1, 1], groups)
+        return torch.ops.inductor_kernels.conv2d(*arguments, torch.float32)
+
+    with pretend.cuda(90), torch._subclasses.FakeTensorMode() as mode, torch.no_grad():
+        kinds = [*integers, ((16,), torch.float32), ((), torch.int32)]
+        fakes = [torch.empty(shape, dtype=dtype, device="cuda") for shape, dtype in kinds]
+        traced = make_fx(convolution)(*fakes)
+        graph = GraphLowering(traced, example_inputs=fakes, is_inference=True, cpp_wrapper=True, aot_mode=True)
+        with (
+            inductor.config.patch(cpp_wrapper=True), V.set_fake_mode(mode), V.set_graph_handler(graph),
+            V.set_extern_kernel_nodes([]), V.set_debug_handler(DebugContext()),
+        ):  # fmt: skip
+            graph.run(*fakes)
+            graph.codegen()
+            return extern_node_json_serializer(V.extern_kernel_nodes)
+
+
+def test_a_call_that_is_left_in_a_package_for_a_gpu_is_said(small, tmp_path, monkeypatch):
+    """What the file says decides; its code would need a GPU."""
+    pytest.importorskip("triton")
+    model, x, _ = small
+    other = '{"nodes": [{"node": {"target": "aten::sort"}}]}'
+
+    def fake(program, package_path):
+        with zipfile.ZipFile(package_path, "w") as file:
+            file.writestr("m/data/aotinductor/model/a.wrapper.cpp", "// [inductor_kernels.conv2d]")
+            file.writestr("m/data/aotinductor/model/a.wrapper.json", listed.pop())
+
+    monkeypatch.setattr(inductor, "aoti_compile_and_package", fake)
+    for calls, needed in ((calls_on_a_gpu(2, True), True), (calls_on_a_gpu(1, False), True), (other, False)):
+        listed = [calls]
+        assert package(model, {"x": x}, tmp_path / "m.pt2", use="ours") is needed
 
 
 def test_what_cannot_be_packaged_is_said(small, tmp_path):
