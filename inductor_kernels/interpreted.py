@@ -11,12 +11,12 @@ from . import ptx
 
 _UNARY = {
     "abs": np.abs, "ceil": np.ceil, "cos": np.cos, "exp": np.exp, "exp2": np.exp2, "expm1": np.expm1,
-    "erf": np.vectorize(math.erf, otypes=[np.float64]), "floor": np.floor, "isinf": np.isinf, "isnan": np.isnan,
-    "log": np.log, "log1p": np.log1p, "log2": np.log2, "nearbyint": np.rint, "rint": np.rint,
+    "erf": np.vectorize(math.erf, otypes=[np.float64]), "fast_expf": np.exp, "floor": np.floor, "isinf": np.isinf,
+    "isnan": np.isnan, "log": np.log, "log1p": np.log1p, "log2": np.log2, "nearbyint": np.rint, "rint": np.rint,
     "round": lambda v: np.trunc(v + np.copysign(0.5, v)), "rsqrt": lambda v: 1 / np.sqrt(v),
     "sigmoid": lambda v: 1 / (1 + np.exp(-v)), "sin": np.sin, "sqrt": np.sqrt, "tanh": np.tanh, "trunc": np.trunc,
 }  # fmt: skip
-_BINARY = {"atan2": np.arctan2, "copysign": np.copysign, "fmod": np.fmod, "pow": np.power}
+_BINARY = {"atan2": np.arctan2, "copysign": np.copysign, "fast_dividef": np.divide, "fmod": np.fmod, "pow": np.power}
 
 
 def _on_tensors(function, predicate: bool):

@@ -69,7 +69,8 @@ class _Request:
         """In numbers, of dynamic sizes those it was compiled with."""
         taps = self.window.get("KH", 1) * self.window.get("KW", 1)
         rows, columns, depth = compat.hint(self.m), compat.hint(self.n), compat.hint(self.k) * taps
-        return Product(rows, columns, depth, self.bits, self.dtype.itemsize, taps)
+        finish = roofline.FINISH if self.gate == "none" else roofline.FINISH_GATED
+        return Product(rows, columns, depth, self.bits, self.dtype.itemsize, taps, finish)
 
 
 class _Choice(NamedTuple):

@@ -42,6 +42,7 @@ LAUNCH = 2e-6  # seconds from one kernel of a CUDA graph to the next
 CACHE = 60e9  # bytes per second that the second-level cache delivers to each processor
 LATENCY = 0.7e-6  # seconds from asking memory for the first bytes of a tile to having them
 BETWEEN = 0.1e-6  # seconds from one step's products to the next step's in the same program: a barrier, fences, copies
+FINISH, FINISH_GATED = 12, 27  # instructions for each sum behind its reduction, as assembled; activations add to it
 REGISTERS = 65536  # per processor
 THREADS = 1536  # that a processor holds at least
 
@@ -55,7 +56,8 @@ def machine(device_name: str) -> Machine | None:
 class Product:
     """[m, k] times [k, n] with integer activations; for a convolution m is pixels and k runs over taps and channels.
 
-    bits: of a weight; out: bytes of a result; taps: of a convolution, which need not read its input once for each.
+    bits: of a weight; out: bytes of a result; taps: of a convolution, which need not read its input once for each;
+    finish: instructions from a sum to what is written of it.
     """
 
     m: int
@@ -64,6 +66,7 @@ class Product:
     bits: int = 8
     out: int = 2
     taps: int = 1
+    finish: int = FINISH
 
     @property
     def operations(self) -> int:
@@ -82,7 +85,8 @@ def least(product: Product, limits: Machine) -> float:
 
 def seconds(product: Product, tile: Tile, capability: int, split_k: int = 1) -> float:
     """What a product is expected to take with a tile: programs come in waves over the processors, each limited by its
-    products, by what the cache delivers, by the steps it takes one after the other, or by waiting for memory.
+    products, by what the cache delivers, by the steps it takes one after the other and the work behind them, or by
+    waiting for memory. Steps are whole ones: what a tile is deeper than a tap's channels is multiplied too.
 
     split_k: programs that share the reduction of a tile. Their sums, 4 bytes each, are added by what reads them.
     """
@@ -91,15 +95,16 @@ def seconds(product: Product, tile: Tile, capability: int, split_k: int = 1) -> 
     programs = math.ceil(product.m / tile.m) * math.ceil(product.n / tile.n) * split_k
     resident = max(1, min(resident_programs(tile), SHARED_BYTES[architecture] // shared_bytes(tile)))
     waves, last = divmod(programs, processors * resident)
-    steps = math.ceil(math.ceil(product.k / tile.k) / split_k)
-    depth = min(product.k, steps * tile.k)
+    steps = math.ceil(product.taps * math.ceil(product.k / product.taps / tile.k) / split_k)
+    depth = steps * tile.k
+    finish = tile.m * tile.n * product.finish / (limits.vector / processors)
     waiting = LATENCY * (1 + steps / max(1, tile.stages - 1) / 4)  # with copies in flight, a quarter of a round trip
 
     def wave(each: int) -> float:
         """Seconds with ``each`` programs on a processor."""
         alone = 2 * tile.m * tile.n * depth / (limits.int8 / processors)
-        loads = each * (tile.m + tile.n * product.bits / 8) * depth
-        return max(each * alone, alone + steps * BETWEEN, loads / CACHE, waiting)
+        loads = each * (tile.m + tile.n * product.bits / 8) * min(product.k, depth)
+        return max(each * alone, each * finish, alone + steps * BETWEEN + finish, loads / CACHE, waiting)
 
     total = waves * wave(resident) + (wave(math.ceil(last / processors)) if last else 0)
     total = LAUNCH + max(total, product.bytes / limits.bandwidth)
