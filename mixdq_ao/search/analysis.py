@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -79,6 +79,8 @@ class Analysis:
         """
         settings = {"prompts": self.prompts, "sampling": asdict(self.sampling)}
         settings["calibration"] = _calibration_key(self.calibration)
+        if any(layer.split is not None for layer in self.calibration.layers.values()):
+            settings["split"] = "weight and act"  # activations once were tried with one range for both halves
         if self.roundings != (PLAIN,):
             settings["roundings"] = list(self.roundings)
             if self.moments is not None:
@@ -119,6 +121,16 @@ def of_same_model(build: Build[Item, Result], settings: Mapping[str, Any], expec
         return build(pipe)
 
     return checked
+
+
+def check_covered(called: Iterable[str], calibrated: Container[str]) -> None:
+    """Raises SensitivityError where a layer is called that was not calibrated. Those never called need not be."""
+    for name in called:
+        if name not in calibrated:
+            raise SensitivityError(
+                f"layer {name!r}: is called and not in the calibration, expected every layer that these prompts and "
+                "steps call; calibrate with them"
+            )
 
 
 def _calibration_key(calibration: Calibration) -> dict[str, Any]:

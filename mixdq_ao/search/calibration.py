@@ -45,7 +45,7 @@ class LayerCalibration:
             return layer
         layer = replace(layer, smoothing=self.smoothing, rotation=self.rotation)
         quantized = layer.act_bits < 16
-        if split and self.split is not None and layer.weight_bits < 16:
+        if split and self.split is not None:
             first, second = (self.first_range, self.second_range) if quantized else (None, None)
             return replace(layer, act_range=first, split=self.split, split_act_range=second)
         aware = bos and self.prompt_range is not None

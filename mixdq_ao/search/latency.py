@@ -118,7 +118,8 @@ def _quantized(module: nn.Linear | nn.Conv2d, name: str, calibration: Calibratio
     if pair != (16, 16):
         plan = calibration.layers[name].plan(LayerPlan(weight_bits=pair[0], act_bits=pair[1]), bos=True, split=True)
         embedding = calibration.bos_embedding
-        bos = None if embedding is None or not plan.bos else torch.tensor(embedding, device=module.weight.device)
+        device = module.weight.device
+        bos = torch.tensor(embedding, dtype=torch.float32, device=device) if embedding and plan.bos else None
         quantize_(layer, MixDQLayerConfig(plan, "real", bos, name), filter_fn=lambda m, _: m is layer)
     return layer
 

@@ -93,7 +93,7 @@ class Collector:
         self.model, self.layers, self.share = model, list(layers), share
         self.apart = {n for n in self.layers if calibration.layers[n].prompt_range is not None}
         bos = calibration.bos_embedding
-        self.bos = None if bos is None else torch.tensor(bos)
+        self.bos = None if bos is None else torch.tensor(bos, dtype=torch.float32)
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.calls: dict[str, int] = {}
@@ -135,7 +135,7 @@ class Collector:
                 rows = rows[~bos_mask(rows, self.bos.to(rows.device))[:, 0]]
             rows = rows.float()
             if name not in self.sums:
-                self.sums[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+                self.sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
             self.sums[name].addmm_(rows.T, rows)
             self.counts[name] = self.counts.get(name, 0) + len(rows)
 

@@ -12,6 +12,8 @@ from ..errors import CalibrationError
 
 RangeMethod = Literal["minmax", "percentile", "mse"]
 BINS = 4096
+EXACT = 1 << 24
+"""How far float32, in which ``torch.histc`` counts, counts exactly."""
 
 
 def check_method(method: object) -> None:
@@ -24,7 +26,7 @@ class RangeObserver:
     """Running range of a stream of tensors.
 
     Keeps the exact minimum and maximum and, where the method needs it, a histogram of BINS bins over [-m, m]; m
-    doubles when a value falls outside, and pairs of bins are merged.
+    doubles when a value falls outside, and pairs of bins are merged. Zeros are counted apart: they round exactly.
 
     Raises CalibrationError for an unknown method.
     """
@@ -35,23 +37,36 @@ class RangeObserver:
         self.lo, self.hi = float("inf"), float("-inf")
         self.limit = 0.0
         self.counts = torch.zeros(BINS, dtype=torch.float64)
+        self.zeros = 0.0
 
     def update(self, x: Tensor) -> None:
         """Takes in a tensor of any shape (empty ones change nothing)."""
         if x.numel() == 0:
             return
         x = x.detach().float()
-        lo, hi = (v.item() for v in torch.aminmax(x))
+        lo, hi = torch.stack(torch.aminmax(x)).tolist()
         if lo != lo:  # NaN, which min and max would pass over
             lo, hi = float("-inf"), float("inf")
         self.lo, self.hi = min(self.lo, lo), max(self.hi, hi)
         if self.method != "minmax" and hi - lo < float("inf"):
             self._widen(max(abs(lo), abs(hi)))
-            self.counts += torch.histc(x, BINS, -self.limit, self.limit).double().cpu()
+            self._count(x.flatten())
+
+    def _count(self, x: Tensor) -> None:
+        """Takes in [n]. Zeros leave the bin that holds them, whichever rounding makes that."""
+        if self.limit == 0.0:
+            self.zeros += len(x)
+            return
+        bins = lambda values: torch.histc(values, BINS, -self.limit, self.limit).double()  # noqa: E731
+        zeros = torch.count_nonzero(x == 0).double()
+        counts = torch.stack([bins(part) for part in x.split(EXACT)]).sum(0) - zeros * bins(x.new_zeros(1))
+        found = torch.cat([counts, zeros[None]]).cpu()
+        self.counts += found[:BINS]
+        self.zeros += found[BINS].item()
 
     def _widen(self, needed: float) -> None:
         if self.limit == 0.0:
-            self.limit = needed or 1.0
+            self.limit = needed
         while self.limit < needed:
             merged = self.counts.view(-1, 2).sum(1)
             self.counts = torch.zeros_like(self.counts)
@@ -70,10 +85,12 @@ class RangeObserver:
             return self.lo, self.hi
         centres = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (2 * self.limit / BINS) - self.limit
         if self.method == "percentile":
-            share = self.counts.cumsum(0) / self.counts.sum()
-            ends = int(torch.searchsorted(share, 1e-4)), min(int(torch.searchsorted(share, 1 - 1e-4)), BINS - 1)
+            middle, zeros = BINS // 2, self.counts.new_tensor([self.zeros])
+            share = torch.cat([self.counts[:middle], zeros, self.counts[middle:]]).cumsum(0)
+            share, values = share / share[-1], torch.cat([centres[:middle], torch.zeros_like(zeros), centres[middle:]])
+            ends = int(torch.searchsorted(share, 1e-4)), min(int(torch.searchsorted(share, 1 - 1e-4)), BINS)
             # The middle of the bin that holds an extreme may lie beyond it, at either end.
-            lo, hi = (min(max(centres[end].item(), self.lo), self.hi) for end in ends)
+            lo, hi = (min(max(values[end].item(), self.lo), self.hi) for end in ends)
             return lo, hi
         shrink = torch.linspace(0.01, 1, 100, dtype=torch.float64)[:, None]
         lo, hi = min(self.lo, 0.0) * shrink, max(self.hi, 0.0) * shrink

@@ -11,7 +11,7 @@ import torch
 
 from ..layers import check_layer
 from ..progress import progress
-from .analysis import Analysis
+from .analysis import Analysis, check_covered
 from .distributed import Build
 from .evaluation import Evaluation
 from .layer_sensitivity import layer_sensitivity
@@ -50,6 +50,7 @@ def _trials(analysis: Analysis, replay: bool) -> Trials:
 
 def _evaluations(trials: Trials, analysis: Analysis) -> list[Evaluation]:
     """All there are, in the order of the layers' first calls; each can be made of its layer."""
+    check_covered(trials.called(), analysis.calibration.layers)
     found: list[Evaluation] = []
     for name in trials.called():
         for bits in analysis.weight_bits:
@@ -64,7 +65,8 @@ def _evaluations(trials: Trials, analysis: Analysis) -> list[Evaluation]:
 def _evaluator(trials: Trials, analysis: Analysis) -> Callable[[Evaluation], Result]:
     """What makes an evaluation's figures, here."""
     calibration, moments = analysis.calibration, analysis.moments
-    embedding = None if calibration.bos_embedding is None else torch.tensor(calibration.bos_embedding)
+    given = calibration.bos_embedding
+    embedding = None if given is None else torch.tensor(given, dtype=torch.float32)
 
     @torch.no_grad()
     def evaluate(e: Evaluation) -> Result:

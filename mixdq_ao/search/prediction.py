@@ -25,8 +25,9 @@ from ..quantize.config import MixDQLayerConfig, folded_as_planned, mixdq_config
 from .additive import additive_errors
 from .batches import batches
 from .probe_stats import rank_correlation
+from .roundings import rounded_as
 from .sensitivity import Sensitivity
-from .trial import rounding, run
+from .trial import rounding, run, signal_power
 from .watch import denoiser_of
 
 
@@ -55,11 +56,12 @@ def measured_errors(
     """Relative error power of the denoiser's output, over all prompts and steps, of each plan (with its ranges).
 
     What ``Allocation.predicted_error`` predicts. In fake mode, in place: the model is never copied, and full precision
-    again afterwards. Raises PlanError where a plan does not fit the model.
+    again afterwards. Raises PlanError where a plan does not fit the model, SensitivityError where the model's output is
+    zero or not finite.
     """
     model, parts = denoiser_of(pipe), list(batches(check_prompts(prompts), sampling or Sampling()))
     references = [run(pipe, part, drawn, images=False).denoised for part, drawn in parts]
-    power = sum(r.double().square().sum().item() for r in references)
+    power = signal_power(references)
     errors = []
     with progress("measuring plans", len(plans)) as bar:
         for plan in plans:
@@ -90,14 +92,18 @@ def check_prediction(
         ranges: gives a plan its activation ranges (``lambda p: p.with_calibration(calibration)``).
         count: random plans measured too, with the plan's layers, whose agreement with their predictions says how far
             predictions can be trusted on this model; at least 2, or 0 for none.
+
+    Raises:
+        SensitivityError: count is 1, or there are no errors or no moments for the random plans; before any is measured.
     """
     if count == 1 or count < 0:
         raise SensitivityError(f"count is {count}, expected 0 or at least 2 random plans")
-    others = [_within(other, plan) for other in random_plans(sensitivity, count)]
+    others = [_within(other, plan) for other in random_plans(sensitivity, count)] if count else []
+    predicted = [predicted_error(sensitivity, other) for other in others]
+    _check_moments(others, moments)
     measured = measured_errors(pipe, [ranges(p) for p in (plan, *others)], prompts, sampling=sampling, moments=moments)
     if not count:
         return with_measured(plan, measured[0])
-    predicted = [predicted_error(sensitivity, other) for other in others]
     return with_measured(plan, measured[0], agreement=Agreement.of(predicted, measured[1:]))
 
 
@@ -108,6 +114,15 @@ def _within(other: Plan, plan: Plan) -> Plan:
         for n, layer in plan.layers.items()
     }
     return replace(other, layers=layers)
+
+
+def _check_moments(plans: Sequence[Plan], moments: Mapping[str, Tensor] | None) -> None:
+    for name, layer in (item for plan in plans for item in plan.layers.items()):
+        if layer.needs_moment and moments is None:
+            raise SensitivityError(
+                f"layer {name!r}: random plans round it as it was analyzed, {layer.weight_range!r} and "
+                f"{layer.rounding!r}, which needs second moments; pass moments=input_moments(...), or count=0"
+            )
 
 
 def predicted_error(sensitivity: Sensitivity, plan: Plan) -> float:
@@ -128,17 +143,36 @@ def predicted_error(sensitivity: Sensitivity, plan: Plan) -> float:
 
 
 def random_plans(
-    sensitivity: Sensitivity, count: int, *, seed: int = 0, weight_bits: Sequence[int] = (2, 4, 8), act_bits: int = 8
+    sensitivity: Sensitivity, count: int, *, seed: int = 0, weight_bits: Sequence[int] | None = None, act_bits: int = 8
 ) -> list[Plan]:
-    """Plans without ranges: each draws how often it takes each width, then every layer's width by that."""
-    generator, names = np.random.default_rng(seed), list(sensitivity.layers)
+    """Plans without ranges: each draws how often it takes each width, then every layer's width by that. Layers are
+    rounded as their errors were measured.
+
+    ``weight_bits``: None for those that every layer has errors at. Raises SensitivityError where these are less than 2.
+    """
+    weight_bits = _common_widths(sensitivity) if weight_bits is None else weight_bits
+    generator, layers = np.random.default_rng(seed), sensitivity.layers
     plans = []
     for _ in range(count):
         shares = generator.dirichlet(np.full(len(weight_bits), 0.7))
-        drawn = generator.choice(weight_bits, size=len(names), p=shares).tolist()
-        pairs = zip(names, drawn, strict=True)
-        plans.append(Plan({n: LayerPlan(weight_bits=b, act_bits=act_bits) for n, b in pairs}, {"source": "random"}))
+        drawn = generator.choice(weight_bits, size=len(layers), p=shares).tolist()
+        pairs = zip(layers, drawn, strict=True)
+        planned = {n: LayerPlan(weight_bits=b, act_bits=act_bits) for n, b in pairs}
+        rounded = {n: rounded_as(p, layers[n].rounding(p.weight_bits)) for n, p in planned.items()}
+        plans.append(Plan(rounded, {"source": "random"}))
     return plans
+
+
+def _common_widths(sensitivity: Sensitivity) -> list[int]:
+    """Weight bits below 16 that all layers with errors have them at, rising."""
+    tables = [set(layer.weight_errors) for layer in sensitivity.layers.values() if layer.weight_errors]
+    widths = sorted(set.intersection(*tables) - {16}) if tables else []
+    if len(widths) < 2:
+        raise SensitivityError(
+            f"all layers have weight_errors at {widths} bits, expected 2 widths at least to draw random plans from; "
+            "analyze all layers with the same weight_bits, or give count=0"
+        )
+    return widths
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +182,9 @@ class Agreement:
     Attributes:
         plans: their number.
         rank: Spearman's correlation.
-        log_correlation: Pearson's of the logarithms; None where a prediction is not positive.
-        ratio: median of measured / predicted; spread: standard deviation of its natural logarithm; None likewise.
+        log_correlation: Pearson's of the logarithms; None where a value is not positive, or all of one kind are equal.
+        ratio: median of measured / predicted; spread: standard deviation of its natural logarithm; None where a value
+            is not positive.
     """
 
     plans: int
@@ -170,7 +205,8 @@ class Agreement:
             return found
         logs = np.log(p), np.log(m)
         gap = logs[1] - logs[0]
-        correlation = float(np.corrcoef(*logs)[0, 1])
+        constant = any(values.min() == values.max() for values in logs)
+        correlation = None if constant else float(np.corrcoef(*logs)[0, 1])
         return replace(found, log_correlation=correlation, ratio=float(np.exp(np.median(gap))), spread=float(gap.std()))
 
 

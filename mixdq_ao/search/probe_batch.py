@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SensitivityError
+from ..layers import find_layers
 from ..models.pipelines import Sampling
+from .analysis import check_covered
 from .metrics import OVERFLOW
 from .probe_delta import LayerDeltas
 from .probe_tape import Contract, Tape, add
 from .probe_trace import Trace, frozen_pipeline, trace
-from .watch import denoiser_of
+from .trial import signal_power
+from .watch import denoiser_of, watched
 
 Record = dict[str, float]
 
@@ -77,6 +79,8 @@ class BatchProbe:
         index: number of the batch; makes its signs its own.
         content: layers to judge in the pictures as well.
         budget: bytes for deltas, see Tape.
+
+    Raises SensitivityError where a layer without deltas is called, or the denoiser's output is zero or not finite.
     """
 
     def __init__(
@@ -91,14 +95,13 @@ class BatchProbe:
     ) -> None:
         self.pipe, self.deltas, self.content, self.budget = pipe, deltas, content, budget
         self.key = (sampling.seed, index)
-        with frozen_pipeline(pipe):
+        refuse = lambda name, *_: check_covered([name], deltas)  # noqa: E731
+        with frozen_pipeline(pipe), watched(denoiser_of(pipe), find_layers(denoiser_of(pipe)).keys() - deltas, refuse):
             self.trace: Trace = trace(pipe, prompts, sampling, pictures=bool(content))
         self._tape: tuple[int, Tape] | None = None
         self.changes: dict[int, dict[str, Tensor]] = {}
         self.order: dict[str, None] = {}
-        self.power = sum(s.output.detach().double().square().sum().item() for s in self.trace.steps)
-        if not (math.isfinite(self.power) and self.power > 0):
-            raise SensitivityError(f"the denoiser's output has power {self.power}, expected finite and above 0")
+        self.power = signal_power(s.output for s in self.trace.steps)
 
     def run(self, probes: Sequence[int]) -> list[Record]:
         """One record per probe number: {"layer|kind|bits|output": sum of p^2, "...|output|4th": sum of p^4,

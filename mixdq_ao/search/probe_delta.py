@@ -108,7 +108,7 @@ def deltas_of(
     if not weight_bits and not act_bits:
         raise SensitivityError("weight_bits and act_bits are both empty, expected at least one bit width")
     device, embedding = next(model.parameters()).device, calibration.bos_embedding
-    bos = None if embedding is None else torch.tensor(embedding, device=device)
+    bos = None if embedding is None else torch.tensor(embedding, dtype=torch.float32, device=device)
     layers = {name: module for name, module in find_layers(model).items() if name in calibration.layers}
     deltas = {}
     with progress("rounding weights", len(layers)) if tuple(roundings) != (PLAIN,) else nullcontext() as bar:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import SensitivityError
 from ..layers import find_layers
 from ..models.pipelines import Sampling, check_prompts, each_frame, first_output, generate_all, text_encoders
 from ..plan import LayerPlan
 from ..quantize.config import MixDQLayerConfig, fake_quantizer
 from ..quantize.fake import become, with_fake_quantizer, without_fake_quantizer
 from .batches import batches
-from .metrics import error_power, ssim
+from .metrics import ssim
 from .replay import Recorder, replayable
 from .watch import denoiser_of, eager
 
@@ -44,6 +46,15 @@ def run(pipe: Any, prompts: list[str], sampling: Sampling, *, images: bool) -> O
     finally:
         handle.remove()
     return Output(torch.stack(outputs), result if images else None)
+
+
+def signal_power(outputs: Iterable[Tensor]) -> float:
+    """Sum of squares of what the denoiser gave, which errors are relative to. Raises SensitivityError unless it is
+    finite and above 0."""
+    power = sum(y.detach().double().square().sum().item() for y in outputs)
+    if not (math.isfinite(power) and power > 0):
+        raise SensitivityError(f"the denoiser's output has power {power}, expected finite and above 0")
+    return power
 
 
 @contextmanager
@@ -75,6 +86,8 @@ class Trials:
 
     Prompts run in batches; of each batch the reference is recorded once, and a trial of a layer computes only what
     comes after that layer's first call.
+
+    Raises SensitivityError where the denoiser's output is zero or not finite.
     """
 
     def __init__(
@@ -90,6 +103,7 @@ class Trials:
             with recorder.record():
                 reference = self._run(part, seeded, images=True)
             self.batches.append(_Batch(part, seeded, recorder, reference))
+        self.power = signal_power(batch.reference.denoised for batch in self.batches)
 
     def _run(self, prompts: list[str], sampling: Sampling, images: bool) -> Output:
         return run(self.pipe, prompts, sampling, images=images)
@@ -109,18 +123,16 @@ class Trials:
             "error": relative error power of the denoiser's output, sum (y - yq)^2 / sum y^2 over all prompts and
             steps; "ssim": mean SSIM of the decoded pictures, where ``images`` is asked for.
         """
-        noise = power = similarity = 0.0
+        noise = similarity = 0.0
         with self._changed(name, layer, bos_embedding, moment):
             for batch in self.batches:
                 with batch.recorder.replay(name) if self.use_replay else nullcontext():
                     output = self._run(batch.prompts, batch.sampling, images)
-                signal = batch.reference.denoised.double().square().sum().item()
-                noise += error_power(batch.reference.denoised, output.denoised) * signal
-                power += signal
+                noise += (output.denoised.double() - batch.reference.denoised.double()).square().sum().item()
                 if output.images is not None and batch.reference.images is not None:
                     alike = ssim(each_frame(output.images), each_frame(batch.reference.images))
                     similarity += alike.sum().item() * (len(batch.prompts) / len(alike))
-        result = {"error": noise / power}
+        result = {"error": noise / self.power}
         if images:
             result["ssim"] = similarity / sum(len(b.prompts) for b in self.batches)
         return result

@@ -60,7 +60,7 @@ class Growth(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.logarithms = nn.Parameter(torch.zeros(0))
+        self.logarithms = nn.Parameter(torch.zeros(0, dtype=torch.float32))
 
     def add(self, count: int) -> slice:
         """Place for ``count`` more, before training."""
@@ -90,7 +90,7 @@ class InputRange(nn.Module):
 
     def _grown(self, growth: Growth) -> Tensor:
         stretch = growth.logarithms[self._place].exp()
-        return torch.tensor(self._ends, device=stretch.device) * stretch
+        return torch.tensor(self._ends, dtype=torch.float32, device=stretch.device) * stretch
 
     def act(self) -> ActQuant:
         return act_params(*self.ends(), bits=self.bits)
@@ -144,7 +144,7 @@ class Student(nn.Module):
             zeros = [torch.zeros_like(q.scale) if q.zero_point is None else q.zero_point.float() for q in quants]
             self.register_buffer("scale", scale, persistent=False)
             self.register_buffer("zero", torch.stack(zeros), persistent=False)
-            ends = minmax_grid(torch.zeros(1, 1), layer.weight_bits, bool(layer.symmetric))
+            ends = minmax_grid(torch.zeros(1, 1, dtype=torch.float32), layer.weight_bits, bool(layer.symmetric))
             self.lowest, self.highest = ends.lowest, ends.highest
             self._place = slice(0) if growth is None else growth.add(scale.numel())
 
@@ -311,8 +311,9 @@ def _thin(weight: Tensor, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
     inner, size = weight[0].numel(), weight.float().square().mean().sqrt().item()
     rank = min(rank, inner, len(weight))
     generator = torch.Generator().manual_seed(inner * 1009 + len(weight))
-    down = torch.randn(rank, inner, generator=generator) * (size / rank**0.5)
-    return nn.Parameter(down.to(weight.device)), nn.Parameter(torch.zeros(len(weight), rank, device=weight.device))
+    down = torch.randn(rank, inner, generator=generator, dtype=torch.float32) * (size / rank**0.5)
+    up = torch.zeros(len(weight), rank, dtype=torch.float32, device=weight.device)
+    return nn.Parameter(down.to(weight.device)), nn.Parameter(up)
 
 
 def _rows(x: Tensor, weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Path = tuple[Any, ...]
 """Where an argument stands: a position or a name, then the keys of nested dicts."""
 LARGEST_HALF = 65504.0
+AT_ONCE = 1 << 20
+"""Values of the outputs in float64 at a time."""
 
 
 @dataclass(slots=True)
@@ -47,17 +49,18 @@ class Targets:
         constants: {path: value} of arguments that are no tensors.
         outputs: [n, ...], what full precision gives.
         spans: (first, end) of the samples of each number of denoising steps.
+        power: mean square of the outputs.
     """
 
     fields: dict[Path, Field]
     constants: dict[Path, Any]
     outputs: Tensor
     spans: list[tuple[int, int]]
+    power: float = field(init=False)
 
-    @property
-    def power(self) -> float:
-        """Mean square of the outputs."""
-        return self.outputs.double().square().mean().item()
+    def __post_init__(self) -> None:
+        parts = self.outputs.flatten().split(AT_ONCE)
+        self.power = sum(part.double().square().sum().item() for part in parts) / max(self.outputs.numel(), 1)
 
     @property
     def bytes(self) -> int:

@@ -105,7 +105,14 @@ def test_plans_that_were_measured(folder):
     change(folder, "plan_w4a8.json", lambda d: d["metadata"].update(measured))
     text = page_of(folder)
     assert "Measured over predicted, one plan: 1.5." in text
-    assert "12 random plans, measured too: rank correlation 0.987" in text
+    said = "12 random plans, measured too: rank correlation {} with their predictions; measured over predicted 1.1 in "
+    assert said.format("0.987") + "the middle, spread 20 %." in text
+    for rank, shown in ((0, "0.000"), (-0.25, "-0.250")):
+        change(folder, "plan_w4a8.json", lambda d, r=rank: d["metadata"]["prediction_agreement"].update(rank=r))
+        assert said.format(shown) in page_of(folder)
+    few = {"ratio": None, "spread": None}
+    change(folder, "plan_w4a8.json", lambda d: d["metadata"]["prediction_agreement"].update(few))
+    assert "rank correlation -0.250 with their predictions." in page_of(folder)
     change(folder, "plan_w4a8.json", lambda d: d["metadata"].update(measured_error="much", prediction_agreement=[1]))
     assert 'id="prediction"' not in page_of(folder)
 

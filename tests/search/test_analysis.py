@@ -49,6 +49,15 @@ def test_settings_are_those_of_stores_on_disk():
     assert own == known | {"method": "probe 2", "bits": [[2, 4], [8]], "content": ["conv"]}
 
 
+def test_halves_of_a_split_count():
+    """Stores of models with split inputs hold activations tried with one range, unless they say otherwise."""
+    plain = analysis(Pipe())
+    halves = {"split": 1, "first_range": (0.0, 1.0), "second_range": (0.0, 2.0)}
+    layers = {n: replace(v, **halves) for n, v in plain.calibration.layers.items()}
+    split = replace(plain, calibration=replace(plain.calibration, layers=layers))
+    assert split.settings() == as_on_disk(split) | {"split": "weight and act"}
+
+
 def test_a_store_made_with_them_continues(tmp_path):
     pipe = Pipe()
     asked = analysis(pipe, store=tmp_path / "store")

@@ -8,12 +8,24 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from mixdq_ao import LayerPlan, MixDQError, Plan, Sampling, SensitivityError, analyze, mixdq_config, quantize_
+from mixdq_ao import (
+    LayerPlan,
+    MixDQError,
+    Plan,
+    Sampling,
+    SensitivityError,
+    analyze,
+    calibrate,
+    mixdq_config,
+    quantize_,
+)
 from mixdq_ao.models.pipelines import generate_all
 from mixdq_ao.search.metrics import error_power, ssim
 from mixdq_ao.search.trial import Trials
@@ -118,6 +130,39 @@ def test_a_store_of_another_rule(tmp_path):
     analyze(pipe, ["a", "b"], rule=lambda name: "quality", **options)
     with pytest.raises(SensitivityError, match="other settings"):
         analyze(pipe, ["a", "b"], rule=lambda name: "content", **options)
+
+
+@pytest.mark.parametrize("options", [{"method": "one_at_a_time"}, {"method": "probe", "probes": 1}])
+def test_a_layer_that_was_not_calibrated(options, tmp_path):
+    """Of those that are called, all have to be; what is never called is left out."""
+    pipe, prompts = Pipe(), ["a", "b"]
+    pipe.unet.spare = nn.Linear(3, 3)
+    calibration, layers = calibrate(pipe, prompts), ["conv", "linear"]
+    shared = {"weight_bits": (4,), "act_bits": (), "store": tmp_path / "store", "rule": lambda name: "quality"}
+    less = replace(calibration, layers={"conv": calibration.layers["conv"]})
+    with pytest.raises(SensitivityError, match="layer 'linear': is called and not in the calibration"):
+        analyze(pipe, prompts, calibration=less, **shared, **options)
+    assert (tmp_path / "store").read_bytes().count(b"\n") == 1
+    (tmp_path / "store").unlink()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.unet.modules())
+    assert list(analyze(pipe, prompts, calibration=calibration, **shared, **options).layers) == layers
+
+
+@pytest.mark.parametrize("options", [{"method": "one_at_a_time"}, {"method": "probe", "probes": 1}])
+def test_a_model_that_gives_zero_has_no_relative_error(options):
+    pipe = Pipe()
+    for parameter in pipe.unet.linear.parameters():
+        parameter.data.zero_()
+    with pytest.raises(SensitivityError, match="output has power 0.0, expected finite and above 0"):
+        analyze(pipe, ["a", "b"], weight_bits=(4,), act_bits=(), rule=lambda name: "quality", **options)
+
+
+def test_a_batch_of_zeros_counts_like_any_other():
+    """Errors are relative to the power of all batches together."""
+    trials = Trials(Pipe(), ["a", "b"], Sampling(batch_size=1))
+    whole = trials.measure("linear", LayerPlan(weight_bits=4), None, images=False)["error"]
+    trials.batches[1].reference.denoised.zero_()
+    assert whole < trials.measure("linear", LayerPlan(weight_bits=4), None, images=False)["error"] < float("inf")
 
 
 def test_bad_input(bundled):

@@ -15,6 +15,7 @@ from torch import nn
 from mixdq_ao import (
     Calibration,
     CalibrationError,
+    LayerPlan,
     MixDQError,
     Plan,
     PlanError,
@@ -24,8 +25,9 @@ from mixdq_ao import (
     quantize_,
     unfuse_projections,
 )
+from mixdq_ao.quantize.config import MixDQLayerConfig
 from mixdq_ao.quantize.quantizer import act_params, fake_quantize_act
-from mixdq_ao.search.observe import RangeObserver
+from mixdq_ao.search.observe import EXACT, RangeObserver
 
 from ..conftest import bos_row, text_rows, unet_inputs
 
@@ -133,6 +135,11 @@ def test_split_halves_have_ranges_of_their_own(calibration):
     for layer in split.values():
         lows, highs = zip(layer.first_range, layer.second_range, strict=True)
         assert (min(lows), max(highs)) == layer.act_range
+        for bits in (4, 16):
+            plan = layer.plan(LayerPlan(weight_bits=bits, act_bits=8), bos=True, split=True)
+            assert (plan.act_range, plan.split_act_range) == (layer.first_range, layer.second_range)
+        with pytest.raises(PlanError, match="16-bit weights with 8-bit activations have no integer product"):
+            MixDQLayerConfig(plan)
 
 
 def test_files(calibration, tmp_path):
@@ -217,6 +224,51 @@ def test_percentile_and_mse_clip_an_outlier():
     exact = RangeObserver("minmax")
     exact.update(torch.tensor([-1.5, 400.0]))
     assert exact.range() == (-1.5, 400.0)
+
+
+def test_a_large_call_is_counted_exactly():
+    """``torch.histc`` counts in float32, which stops at 2^24."""
+    observer = RangeObserver("percentile")
+    observer.update(torch.full((EXACT + 1001,), 0.5))
+    observer.update(torch.tensor([-3.0, 0.0]))
+    assert observer.counts.sum() == EXACT + 1002 and observer.counts.max() == EXACT + 1001 and observer.zeros == 1
+
+
+@pytest.mark.parametrize("method", ["percentile", "mse"])
+def test_zeros_that_come_first_change_no_range(method):
+    ranges = []
+    for zeros in ([torch.zeros(1)], []):
+        observer = RangeObserver(method)
+        for x in (*zeros, torch.randn(205_000, generator=torch.Generator().manual_seed(0)) * 1e-4):
+            observer.update(x)
+        ranges.append(observer.range())
+    assert ranges[0] == pytest.approx(ranges[1], rel=0.01)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeros", [0.5, 0.99])
+def test_zeros_have_no_part_in_the_rounding_error(bits, zeros):
+    """They round exactly in every range."""
+    x = torch.randn(400_000) * (torch.rand(400_000) > zeros)
+    observer = RangeObserver("mse")
+    observer.update(x)
+
+    def error(lo: float, hi: float) -> float:
+        return (fake_quantize_act(x, act_params(lo, hi, bits)) - x).double().square().mean().item()
+
+    shrunk = [(observer.lo * s, observer.hi * s) for s in torch.linspace(0.01, 1, 100).tolist()]
+    assert error(*observer.range(bits)) <= 1.1 * min(error(*ends) for ends in shrunk)
+
+
+@pytest.mark.parametrize("zeros", [9_000, 99_999])
+def test_zeros_count_in_a_quantile(zeros):
+    x = torch.cat([torch.zeros(zeros), torch.linspace(0.1, 1.0, 100_000 - zeros)])
+    observer = RangeObserver("percentile")
+    for part in x.split(50_000):
+        observer.update(part)
+    lo, hi = observer.range()
+    ends = x.double().quantile(torch.tensor([1e-4, 1 - 1e-4], dtype=torch.float64), interpolation="lower")
+    assert lo == ends[0] == 0 and hi == pytest.approx(ends[1].item(), abs=2 / 4096)
 
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])

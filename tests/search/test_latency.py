@@ -9,11 +9,12 @@ from torch import nn
 from mixdq_ao import AllocationError, CalibrationError, LayerPlan, Plan, calibrate, pareto
 from mixdq_ao.layers import find_layers
 from mixdq_ao.search.joint import allocate_jointly
-from mixdq_ao.search.latency import layer_latencies
+from mixdq_ao.search.latency import _quantized, layer_latencies
 from mixdq_ao.search.limits import Limits
 from mixdq_ao.search.pareto import pareto_jointly, seconds, undominated
 from mixdq_ao.search.sensitivity import LayerSensitivity, Sensitivity
 from tests.conftest import unet_inputs
+from tests.default_dtype import default_dtype
 
 
 class Repeated(nn.Module):
@@ -55,6 +56,13 @@ def test_calls_add_up_and_equal_ones_are_measured_once():
         assert table["small", *pair] == pytest.approx(3 * table["large", *pair])
     with pytest.raises(CalibrationError, match="no calibrated linear"):
         layer_latencies(model, calibration, lambda: None)
+
+
+def test_rows_are_compared_in_float32_whatever_the_default_type(unet, calibration):
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    with default_dtype(torch.bfloat16):
+        layer = _quantized(unet.get_submodule(name), name, calibration, (4, 8))
+    assert torch.equal(layer.weight.bos_embedding, torch.tensor(calibration.bos_embedding))
 
 
 def example() -> tuple[Sensitivity, dict[tuple[str, int, int], float]]:

@@ -19,6 +19,7 @@ from mixdq_ao.search import moments as module_under_test
 from mixdq_ao.search.moments import Moments, input_moments
 
 from ..conftest import unet_inputs
+from ..default_dtype import default_dtype
 
 
 class Net(nn.Module):
@@ -74,6 +75,16 @@ def test_it_is_the_mean_of_outer_products(net, windows, monkeypatch):
     hidden = [F.unfold(net.model.conv(image), 2, 2).transpose(1, 2).flatten(0, 1) for _, image in net.inputs]
     assert_is(moments["wide"], mean(torch.cat(hidden).detach()))
     assert not any(m._forward_hooks for m in net.model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_type_changes_nothing(unet, calibration, dtype):
+    inputs, names = unet_inputs(), ["conv_in", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"]
+    options = {"run": lambda: unet(**inputs), "calibration": calibration, "layers": names}
+    found = input_moments(unet, **options)
+    with default_dtype(dtype):
+        again = input_moments(unet, **options)
+    assert all(torch.equal(found[n], again[n]) for n in names)
 
 
 def test_a_moment_tells_the_output_error(net):

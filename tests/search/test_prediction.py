@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +14,11 @@ from torch import nn
 
 from mixdq_ao import LayerPlan, Plan, PlanError, Sampling, SensitivityError, allocate, mixdq_config, quantize_
 from mixdq_ao.layers import find_layers
+from mixdq_ao.search import prediction as module_under_test
 from mixdq_ao.search.metrics import error_power
 from mixdq_ao.search.prediction import (
     Agreement,
+    check_prediction,
     faked,
     measured_errors,
     predicted_error,
@@ -79,7 +83,8 @@ def test_layers_stay_of_their_class_and_in_fake_mode():
     before = {n: (type(m), m._modules.get("quantizer")) for n, m in pipe.unet.named_modules()}
     assert before["linear"][1] is not None
     with faked(pipe.unet, Plan.uniform(pipe.unet, 4, 16)):
-        assert {type(m).__name__ for m in find_layers(pipe.unet).values()} == {"FakeQuantLinear", "FakeQuantConv2d"}
+        assert all(type(m).__name__.startswith("FakeQuant") for m in find_layers(pipe.unet).values())
+        assert isinstance(pipe.unet.other, Own)
         assert pipe.unet.linear.quantizer.layer.weight_bits == 4
     assert {n: (type(m), m._modules.get("quantizer")) for n, m in pipe.unet.named_modules()} == before
     Trials(pipe, PROMPTS, Sampling()).measure("linear", LayerPlan(weight_bits=8), None, images=False)
@@ -103,6 +108,55 @@ def test_random_plans_repeat_and_differ():
     assert min(means) < 4 < max(means)
 
 
+def analyzed(**fields: Any) -> Sensitivity:
+    layer = replace(sensitivity().layers["a"], **fields)
+    return Sensitivity({f"layer{i}": layer for i in range(9)})
+
+
+def test_random_plans_are_rounded_as_they_were_analyzed():
+    s = analyzed(weight_roundings={2: "output compensated", 4: "mse nearest"})
+    known = {2: ("output", "compensated"), 4: ("mse", "nearest"), 8: ("minmax", "nearest")}
+    layers = [layer for plan in random_plans(s, 9) for layer in plan.layers.values()]
+    assert {layer.weight_bits for layer in layers} == set(known)
+    assert all((layer.weight_range, layer.rounding) == known[layer.weight_bits] for layer in layers)
+
+
+def test_a_check_measures_what_it_can_predict(monkeypatch):
+    """Widths that were analyzed, and nothing measured where something is missing."""
+    measured: list[Plan] = []
+
+    def measure(pipe: Any, plans: list[Plan], *args: Any, **kwargs: Any) -> list[float]:
+        measured.extend(plans)
+        return [float(i + 1) for i in range(len(plans))]
+
+    monkeypatch.setattr(module_under_test, "measured_errors", measure)
+    s, kept = analyzed(weight_errors={4: 1e-2, 8: 1e-4}), LayerPlan()
+    plan = allocate(s, weight_bits=6, act_bits=8, objective="additive", weight_choices=(4, 8)).plan
+    plan = plan.with_layers({"layer0": kept})
+    check = lambda s, plan=plan, **more: check_prediction(None, s, plan, PROMPTS, ranges=lambda p: p, count=5, **more)  # noqa: E731
+    assert check(s).metadata["prediction_agreement"]["plans"] == 5
+    assert len(measured) == 6 and all(p.layers["layer0"] == kept for p in measured)
+    assert {layer.weight_bits for p in measured for layer in p.layers.values()} == {4, 8, 16}
+    measured.clear()
+    with pytest.raises(SensitivityError, match=r"weight_errors at \[4\] bits, expected 2 widths at least"):
+        check(analyzed(weight_errors={4: 1e-2}))
+    with pytest.raises(SensitivityError, match="layer 'layer1': no act_errors at 4 bits"):
+        check(s, plan.with_layers({"layer1": LayerPlan(weight_bits=4, act_bits=4)}))
+    with pytest.raises(SensitivityError, match="as it was analyzed, 'output' and 'compensated', which needs"):
+        check(analyzed(weight_roundings=dict.fromkeys((2, 4, 8), "output compensated")))
+    assert not measured
+    check_prediction(None, analyzed(weight_errors={}), plan, PROMPTS, ranges=lambda p: p)
+    assert measured == [plan]
+
+
+def test_a_model_that_gives_zero_has_no_relative_error():
+    pipe = Pipe()
+    for parameter in pipe.unet.linear.parameters():
+        parameter.data.zero_()
+    with pytest.raises(SensitivityError, match="output has power 0.0, expected finite and above 0"):
+        measured_errors(pipe, [Plan({"conv": LayerPlan(weight_bits=4)})], PROMPTS)
+
+
 def test_agreement():
     predicted = np.exp(np.random.default_rng(0).normal(size=40))
     measured = 1.5 * predicted * np.exp(np.random.default_rng(1).normal(scale=0.1, size=40))
@@ -112,6 +166,8 @@ def test_agreement():
     assert found.log_correlation is not None and found.log_correlation > 0.98
     negative = Agreement.of((-predicted).tolist(), measured.tolist())
     assert negative.rank == -found.rank and negative.ratio is None
+    equal = Agreement.of([1.0, 1.0], [2.0, 3.0])
+    assert equal.log_correlation is None and equal.ratio == pytest.approx(6**0.5)
     with pytest.raises(SensitivityError, match="1 predictions and 2 errors"):
         Agreement.of([1.0], [1.0, 2.0])
 

@@ -19,11 +19,12 @@ from mixdq_ao.quantize.fake import with_fake_quantizer
 from mixdq_ao.search import probe as probe_module
 from mixdq_ao.search.analyze import Evaluation
 from mixdq_ao.search.probe_baseline import gradient_scores
-from mixdq_ao.search.probe_delta import LayerDeltas
+from mixdq_ao.search.probe_delta import LayerDeltas, deltas_of
 from mixdq_ao.search.probe_stats import rank_correlation
 from mixdq_ao.search.store import Store
 from mixdq_ao.search.trial import Trials
 from tests.conftest import small_unet, text_rows, unet_inputs
+from tests.default_dtype import default_dtype
 
 PROMPTS = ["one", "two", "three"]
 
@@ -185,12 +186,23 @@ def test_deltas_are_what_fake_mode_changes(unet, calibration, name):
     stack = LayerDeltas(module, choices, calibration, embedding).stack(inputs[0], 2)
     for choice, delta in zip(choices, stack.unbind(1), strict=True):
         plan = choice.layer(calibration)
-        assert (plan.split is not None) == (name.endswith("shortcut") and choice.kind == "weight")
+        assert (plan.split is not None) == name.endswith("shortcut")
         config = MixDQLayerConfig(plan, "fake", embedding if plan.bos else None, name)
         with torch.no_grad():
             changed = with_fake_quantizer(copy.deepcopy(module), fake_quantizer(config))(inputs[0])
             expected = (changed - module(inputs[0])).flatten(1)
         torch.testing.assert_close(delta, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_another_default_type_changes_nothing(small):
+    pipe, calibration = small
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+    shared: dict[str, Any] = {"calibration": calibration, "weight_bits": (4,), "act_bits": (), "rule": quality}
+    found = analyze(pipe, PROMPTS, **shared)
+    with default_dtype(torch.bfloat16):
+        assert analyze(pipe, PROMPTS, **shared).layers[name] == found.layers[name]
+        bos = deltas_of(pipe.unet, calibration, (4,), ())[name].bos
+    assert bos is not None and torch.equal(bos, torch.tensor(calibration.bos_embedding))
 
 
 def test_bos_rows_are_not_counted(unet, calibration):

@@ -33,16 +33,17 @@ from mixdq_ao.models.flatten import flatten
 from mixdq_ao.quantize.config import MixDQLayerConfig, quantized_weight
 from mixdq_ao.quantize.quantizer import act_params, fake_quantize_act
 from mixdq_ao.quantize.tensor import MixDQTensor, is_quantized
-from mixdq_ao.training import recover_loop
+from mixdq_ao.training import recover_loop, recover_targets
 from mixdq_ao.training.averaging import Average
 from mixdq_ao.training.recover_blocks import find_blocks
 from mixdq_ao.training.recover_grid import rounded_input, rounded_weight
 from mixdq_ao.training.recover_layers import make_student, students
 from mixdq_ao.training.recover_options import Recipe
 from mixdq_ao.training.recover_state import load_optimizer, optimizer_tensors
-from mixdq_ao.training.recover_targets import record
+from mixdq_ao.training.recover_targets import Targets, record
 
 from ..conftest import small_unet, unet_inputs
+from ..default_dtype import default_dtype
 from .toy_pipeline import PROMPTS, ToyPipe, again, tiny_pipe, toy_calibration, toy_plan
 
 FAST = {"trajectory": (1, 2), "batch_size": 6, "evaluate_every": 5, "average": 0.8, "lr": 2e-2}
@@ -154,6 +155,19 @@ def test_an_untrained_student_computes_as_fake_mode(large):
         torch.testing.assert_close(student(**inputs)[0], fake(**inputs)[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_type_changes_no_student(large, dtype):
+    pipe, plan = large
+    config, inputs = mixdq_config(plan, mode="fake"), unet_inputs()
+    found = [copy.deepcopy(pipe.unet) for _ in range(2)]
+    make_student(found[0], config, scales=True, ranges=True, rank=2)
+    with torch.no_grad(), default_dtype(dtype):
+        make_student(found[1], config, scales=True, ranges=True, rank=2)
+        other = found[1](**inputs)[0]
+        assert torch.equal(found[0](**inputs)[0], other)
+    assert same(*(dict(student.named_parameters()) for student in found))
+
+
 def test_layers_that_read_one_tensor_share_its_range(large):
     pipe, plan = large
     student = copy.deepcopy(pipe.unet)
@@ -188,6 +202,14 @@ def test_recorded_calls_give_the_recorded_outputs(pipe):
     (args, kwargs), wanted = targets.batch(samples, torch.device("cpu"))
     with torch.no_grad():
         torch.testing.assert_close(pipe.unet(*args, **kwargs)[0], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_power_is_computed_once_in_pieces(monkeypatch):
+    monkeypatch.setattr(recover_targets, "AT_ONCE", 7)
+    outputs = torch.randn(5, 3, 4)
+    targets, expected = Targets({}, {}, outputs, [(0, 5)]), outputs.double().square().mean().item()
+    outputs.zero_()
+    assert targets.power == pytest.approx(expected, rel=1e-12)
 
 
 def test_every_sample_comes_once_before_any_comes_again(pipe):

@@ -64,6 +64,10 @@ def _positive(value: object) -> bool:
     return type(value) in (int, float) and 0 < value < 1e300  # type: ignore[operator]
 
 
+def _finite(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # type: ignore[arg-type]
+
+
 def _range(ratios: list[float]) -> str:
     low, high = significant(min(ratios)), significant(max(ratios))
     return low if len(ratios) == 1 else f"{significant(median(ratios))} in the middle, from {low} to {high}"
@@ -74,12 +78,19 @@ def _agreements(inputs: Inputs) -> list[str]:
     found: dict[str, None] = {}
     for plan in inputs.plans.values():
         agreement: Any = plan.metadata.get("prediction_agreement")
-        if isinstance(agreement, Mapping) and _positive(agreement.get("rank")) and _positive(agreement.get("plans")):
+        if isinstance(agreement, Mapping) and _finite(agreement.get("rank")) and _positive(agreement.get("plans")):
             found[
                 f"{agreement['plans']} random plans, measured too: rank correlation {agreement['rank']:.3f} with their "
-                "predictions."
+                f"predictions{_gap(agreement)}."
             ] = None
     return list(found)
+
+
+def _gap(agreement: Mapping[str, Any]) -> str:
+    ratio, spread = agreement.get("ratio"), agreement.get("spread")
+    if not _positive(ratio) or not _finite(spread):
+        return ""
+    return f"; measured over predicted {significant(ratio)} in the middle, spread {100 * spread:.0f} %"  # type: ignore[operator]
 
 
 def _chart(pairs: list[Pair]) -> Html:
