@@ -43,6 +43,10 @@ class FID(Metric):
         return {"features": self._identity}
 
     @property
+    def against(self) -> Mapping[str, str]:
+        return {"real pictures": self.real.digest}
+
+    @property
     def real(self) -> Gaussian:
         if not isinstance(self._real, Gaussian):
             self._real = self._real()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,14 @@ class Gaussian:
         if features.ndim != 2 or len(features) < 2:
             raise MixDQError(f"features are {tuple(features.shape)}, expected [n, d] with n >= 2")
         return cls(features.mean(0), torch.atleast_2d(torch.cov(features.T)), len(features))
+
+    @property
+    def digest(self) -> str:
+        """Of the bytes of mean and covariance."""
+        found = hashlib.blake2b(digest_size=16)
+        for tensor in (self.mean, self.covariance):
+            found.update(tensor.cpu().numpy().tobytes())
+        return found.hexdigest()
 
     def save(self, path: str | os.PathLike[str], features: str) -> None:
         """Writes a safetensors file that also says by which ``features`` it was made."""

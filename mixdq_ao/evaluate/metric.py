@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..errors import MixDQError
 from .bootstrap import Interval, interval
+from .settings import digest
 
 Rows = NDArray[np.floating]
 Need = Literal["prompts", "reference"]
@@ -43,12 +45,15 @@ class Figure:
         count: pictures.
         linear: [count], float64: what each picture adds to the figure, to first order; None where there is no interval.
             The difference of two figures over the same prompts has the interval of the difference of these.
+        against: digests of what the pictures are compared with, by kind: "real pictures", "reference" (the run) or
+            "reference pictures"; empty where there is nothing, or it is not known.
     """
 
     value: float
     interval: Interval | None
     count: int
     linear: NDArray[np.float64] | None
+    against: Mapping[str, str] = field(default_factory=dict)
 
 
 class Metric(ABC):
@@ -71,10 +76,16 @@ class Metric(ABC):
 
     def __init__(self) -> None:
         self._kept: list[Rows] = []
+        self._compared: list[str] = []
 
     @property
     def identity(self) -> Mapping[str, Any]:
         """All that the kept numbers depend on besides the pictures, as JSON values."""
+        return {}
+
+    @property
+    def against(self) -> Mapping[str, str]:
+        """What ``against`` of the figure says besides the reference of a Batch."""
         return {}
 
     @abstractmethod
@@ -109,18 +120,24 @@ class Metric(ABC):
         """Judges pictures and keeps what it says of them for ``compute``; returns what is kept. Raises as ``judge``."""
         rows = self.judge(batch)
         self._kept.append(rows)
+        if "reference" in self.needs and batch.reference is not None:
+            pictures = (image.cpu().numpy().tobytes() for image in batch.reference)
+            self._compared += [hashlib.blake2b(picture, digest_size=16).hexdigest() for picture in pictures]
         return rows
 
     def compute(self) -> Figure:
         """The figure of all pictures so far. Raises MixDQError where there are none."""
         if not self._kept:
             raise MixDQError(f"{self.name} has seen no picture; call update first")
-        return self.figure(np.concatenate(self._kept))
+        figure = self.figure(np.concatenate(self._kept))
+        if not self._compared:
+            return figure
+        return replace(figure, against={**figure.against, "reference pictures": digest(self._compared)})
 
     def figure(self, rows: Rows) -> Figure:
         """The figure of kept rows [n, width], with its interval."""
         value, linear = self.value(rows), self.linear(rows)
-        return Figure(value, None if linear is None else interval(value, linear), len(rows), linear)
+        return Figure(value, None if linear is None else interval(value, linear), len(rows), linear, self.against)
 
     def _check(self, batch: Batch) -> None:
         for need in sorted(self.needs):

@@ -46,6 +46,10 @@ class Prompts:
         """Of the texts, in order."""
         return hashlib.blake2b(json.dumps(self.texts).encode(), digest_size=16).hexdigest()
 
+    def begins_with(self, count: int, digest: str) -> bool:
+        """Whether ``digest`` is that of the first ``count``."""
+        return count <= len(self.texts) and self.first(count).digest == digest
+
 
 def read_prompts(source: str | Path) -> Prompts:
     """The prompts in a file, or in ``org/dataset`` or ``org/dataset:path/in/it.json`` on the hub.

@@ -16,7 +16,7 @@ from .frechet import Gaussian
 from .pictures import read_picture
 from .resize import crop_to, from_pillow, to_pillow
 from .rows import RowFile
-from .settings import digest
+from .settings import digest_files
 
 KINDS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -57,8 +57,10 @@ def measure_real(
         identity: what the features depend on.
         crop: pixels: pictures are resized to it by their shorter side and cut to a square; None leaves them as they
             are, and those of equal size go in one batch.
+
+    Raises MixDQError naming a file that cannot be read, or the features so far where they are of other files.
     """
-    subject = {"features": identity, "crop": crop, "files": digest([f.name for f in files])}
+    subject = {"features": identity, "crop": crop, "files": digest_files((f.name, f) for f in files)}
     part = out.with_suffix(".part")
     with RowFile(part, subject) as kept, progress("real pictures", len(files)) as bar:
         bar.advance(len(kept.rows))

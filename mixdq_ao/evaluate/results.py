@@ -56,7 +56,8 @@ class Results:
         if known.settings != self.settings:
             known, digests = self, {}
         figures, units = {**known.figures, **self.figures}, {**known.units, **self.units}
-        identities = {**known.metadata.get("identities", {}), **self.metadata.get("identities", {})}
+        old = known.metadata.get("identities", {})
+        identities = {n: i for n, i in old.items() if n not in self.figures} | self.metadata.get("identities", {})
         for name, figure in self.figures.items():
             path = directory / LINEAR / f"{name}.npy"
             if figure.linear is None:
@@ -102,14 +103,17 @@ def _read(directory: Path) -> tuple[Results, dict[str, str]]:
 
 def _to_json(figure: Figure, better: str, unit: str) -> dict[str, Any]:
     bounds = None if figure.interval is None else list(figure.interval)
-    return {"value": figure.value, "interval": bounds, "pictures": figure.count, "better": better, "unit": unit}
+    shown = {"value": figure.value, "interval": bounds, "pictures": figure.count, "better": better, "unit": unit}
+    return {**shown, "against": dict(figure.against)}
 
 
 def _from_json(where: str, document: Any) -> Figure:
     keys = {"value", "interval", "pictures", "better", "unit"}
-    if not isinstance(document, dict) or set(document) != keys:
+    if not isinstance(document, dict) or set(document) - {"against"} != keys:
         raise MixDQError(f"{where}: expected an object with {sorted(keys)}")
     value, bounds, count = document["value"], document["interval"], document["pictures"]
+    against = document.get("against", {})  # files written before it was kept have none
+    texts = isinstance(against, dict) and all(isinstance(text, str) for text in against.values())
     ends = isinstance(bounds, list) and len(bounds) == 2 and all(map(is_number, bounds)) and bounds[0] <= bounds[1]
     for name, right, expected in (
         ("value", is_number(value), "a finite number"),
@@ -117,10 +121,11 @@ def _from_json(where: str, document: Any) -> Figure:
         ("pictures", type(count) is int and count > 0, "a whole number of at least 1"),
         ("better", document["better"] in ("higher", "lower"), "'higher' or 'lower'"),
         ("unit", isinstance(document["unit"], str), "a text"),
+        ("against", texts, "an object of texts"),
     ):
         if not right:
             raise MixDQError(f"{where}: {name} is {document[name]!r:.60}, expected {expected}")
-    return Figure(value, None if bounds is None else Interval(*bounds), count, None)
+    return Figure(value, None if bounds is None else Interval(*bounds), count, None, against)
 
 
 def _write_linear(path: Path, linear: np.ndarray) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..errors import MixDQError
 from ..models.pipelines import generate
 from ..progress import progress
 from ..search.part import WHOLE
-from .metric import Batch, Figure, Metric
+from .metric import Batch, Figure, Metric, Rows
 from .pictures import Pictures, to_bytes
 from .prompts import Prompts
 from .rows import RowFile, read_rows
@@ -39,9 +39,9 @@ class Reference:
 
     directory: Path
 
-    @property
-    def digest(self) -> str:
-        return settings_of(self.directory).digest
+    def digest(self, settings: Settings) -> str:
+        """Of the pictures that those of a run of ``settings`` are compared with; the reference may hold more."""
+        return replace(settings_of(self.directory), prompts=settings.prompts, count=settings.count).digest
 
     def load(self, numbers: Sequence[int]) -> Tensor:
         """uint8 [B, 3, H, W]. Raises MixDQError where one has not been drawn."""
@@ -58,7 +58,8 @@ class Run:
     Args:
         directory: of the run; made where it does not exist.
         settings: what the pictures depend on.
-        prompts: as many as ``settings.count``.
+        prompts: of which the first ``settings.count`` are drawn; the others tell whether a larger reference is of the
+            same prompts.
         metrics: whose names differ.
         load: gives the pipeline; called when there is something to draw.
         reference: the run of full precision, for metrics that need "reference".
@@ -76,8 +77,10 @@ class Run:
         load: Callable[[], Any],
         reference: Path | None = None,
     ) -> None:
-        if len(prompts.texts) != settings.count:
-            raise MixDQError(f"{len(prompts.texts)} prompts are given and count is {settings.count}, expected the same")
+        if len(prompts.texts) < settings.count:
+            raise MixDQError(
+                f"{len(prompts.texts)} prompts are given and count is {settings.count}, expected as many at least"
+            )
         self.directory, self.settings, self.prompts = directory, settings, prompts
         self.metrics = {metric.name: metric for metric in metrics}
         if len(self.metrics) < len(metrics):
@@ -87,7 +90,7 @@ class Run:
             if "reference" in metric.needs and reference is None:
                 raise MixDQError(f"{metric.name} compares with full precision; give the run of that as the reference")
         if reference is not None:
-            check_reference(reference, settings_of(reference), settings)
+            check_reference(reference, settings_of(reference), settings, prompts)
         claim(directory, settings)
         self.pictures = Pictures(directory / "pictures")
         self._load, self._pipe = load, None
@@ -115,8 +118,14 @@ class Run:
             rows = self._rows(name)
             if any(number not in rows for number in wanted):
                 return None
-            found[name] = metric.figure(np.stack([rows[number] for number in wanted]))
+            found[name] = self._figure(metric, np.stack([rows[number] for number in wanted]))
         return found if all(self.pictures.has(n) for n in wanted) else None
+
+    def _figure(self, metric: Metric, rows: Rows) -> Figure:
+        figure = metric.figure(rows)
+        if "reference" in metric.needs and self.reference is not None:
+            return replace(figure, against={**figure.against, "reference": self.reference.digest(self.settings)})
+        return figure
 
     def done(self) -> int:
         """Pictures that are drawn and judged by every metric, in all shards."""
@@ -165,5 +174,5 @@ class Run:
         metric = self.metrics[name]
         subject: dict[str, Any] = {"run": self.settings.digest, "metric": name, **metric.identity}
         if "reference" in metric.needs and self.reference is not None:
-            subject["reference"] = self.reference.digest
+            subject["reference"] = self.reference.digest(self.settings)
         return subject

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 from ..errors import MixDQError
 from ..jsonfile import read_document, write_document
 from ..models.pipelines import Sampling
+from .prompts import Prompts
 
 FORMAT, VERSION = "mixdq-evaluation-run", 1
 FILE = "run.json"
 WHOLE = 1 << 20
-"""Bytes of a file up to which all of it enters the digest of a pipeline; of larger ones three samples do."""
+"""Bytes of a file up to which all of it enters a digest; of larger ones three samples do."""
 SAMPLE = 1 << 16
 SHARED = ("prompts", "steps", "guidance_scale", "seed", "height", "width")
 """What two runs must have in common for their pictures to be compared one by one."""
@@ -37,7 +39,7 @@ class Settings:
     Attributes:
         pipeline: its name or directory; ``content``: what tells it from another under that name.
         plan: digest of the plan it was quantized by; None for none.
-        prompts: digest of all prompts, of which the first ``count`` are drawn.
+        prompts: digest of the ``count`` prompts that are drawn.
         steps, guidance_scale, seed, height, width: see ``Sampling``.
         dtype: of the weights.
     """
@@ -114,14 +116,16 @@ def settings_of(directory: Path) -> Settings:
     return Settings.from_json(path, settings)
 
 
-def check_reference(directory: Path, reference: Settings, settings: Settings) -> None:
-    """Raises MixDQError unless the pictures of both runs belong together one by one."""
-    for name in SHARED:
-        a, b = getattr(reference, name), getattr(settings, name)
-        if a != b:
-            raise MixDQError(f"{directory}: {name} is {a!r} in the reference and {b!r} here, expected the same")
+def check_reference(directory: Path, reference: Settings, settings: Settings, prompts: Prompts) -> None:
+    """Raises MixDQError unless each picture of a run belongs to that of its number in the reference, which may hold
+    more: ``prompts``, those of the run and what follows them, are then told from others by their first."""
     if reference.count < settings.count:
         raise MixDQError(f"{directory}: holds {reference.count} pictures, expected at least {settings.count}")
+    for name in SHARED:
+        a, b = getattr(reference, name), getattr(settings, name)
+        if a != b and not (name == "prompts" and prompts.begins_with(reference.count, a)):
+            more = "; give both the same prompts, of which fewer may be drawn here" if name == "prompts" else ""
+            raise MixDQError(f"{directory}: {name} is {a!r} in the reference and {b!r} here, expected the same{more}")
 
 
 def content_of(pipeline: str) -> str:
@@ -130,14 +134,24 @@ def content_of(pipeline: str) -> str:
     root = Path(pipeline)
     if not root.is_dir():
         return ""
+    files = sorted(p for p in root.rglob("*") if p.is_file() and not _hidden(p.relative_to(root)))
+    return digest_files((p.relative_to(root).as_posix(), p) for p in files)
+
+
+def digest_files(files: Iterable[tuple[str, Path]]) -> str:
+    """Of files under names, in order: names and sizes, all bytes of small files, three samples of large ones. Raises
+    MixDQError naming a file that cannot be read."""
     found = hashlib.blake2b(digest_size=16)
-    for path in sorted(p for p in root.rglob("*") if p.is_file() and not _hidden(p.relative_to(root))):
-        size = path.stat().st_size
-        found.update(f"{path.relative_to(root).as_posix()} {size}\n".encode())
-        with open(path, "rb") as file:
-            for start in (0,) if size <= WHOLE else (0, size // 2, size - SAMPLE):
-                file.seek(start)
-                found.update(file.read(size if size <= WHOLE else SAMPLE))
+    for name, path in files:
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                found.update(f"{name} {size}\n".encode(errors="surrogatepass"))
+                for start in (0,) if size <= WHOLE else (0, size // 2, size - SAMPLE):
+                    file.seek(start)
+                    found.update(file.read(size if size <= WHOLE else SAMPLE))
+        except OSError as e:
+            raise MixDQError(f"{path}: cannot be read: {e.strerror or e}; expected a file that can be") from e
     return found.hexdigest()
 
 

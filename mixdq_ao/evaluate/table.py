@@ -27,11 +27,13 @@ class Difference:
 
 
 def differences(first: Results, other: Results) -> dict[str, Difference]:
-    """By metric that both runs have, and that was made in the same way."""
+    """By metric that both runs have. Raises MixDQError where one was not made in the same way, or not against the same
+    real pictures or reference."""
     found = {}
     for name in (n for n in other.figures if n in first.figures):
         _same_identity(name, first, other)
         a, b = first.figures[name], other.figures[name]
+        _same_against(name, a, b)
         found[name] = Difference(b.value - a.value, _paired(first, other, a, b))
     return found
 
@@ -47,6 +49,17 @@ def _same_identity(name: str, first: Results, other: Results) -> None:
     a, b = (r.metadata.get("identities", {}).get(name) for r in (first, other))
     if a != b:
         raise MixDQError(f"{name} is by {a} in one run and by {b} in another; measure both in the same way")
+
+
+def _same_against(name: str, first: Figure, other: Figure) -> None:
+    """What one of them does not say is taken for the same: results may be older than what is said."""
+    for kind in first.against.keys() & other.against.keys():
+        a, b = first.against[kind], other.against[kind]
+        if a != b:
+            raise MixDQError(
+                f"{name} is against {kind} {a} in one run and {b} in another, expected the same; measure both "
+                "against one"
+            )
 
 
 def rows_of(runs: Mapping[str, Results]) -> tuple[list[str], list[list[str]]]:

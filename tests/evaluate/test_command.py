@@ -7,7 +7,10 @@ import json
 import pytest
 import torch
 
-from mixdq_ao.evaluate import Gaussian
+from mixdq_ao.errors import MixDQError
+from mixdq_ao.evaluate import Gaussian, measure_real, real_files
+from mixdq_ao.evaluate.resize import to_pillow
+from mixdq_ao.evaluate.settings import digest_files
 from mixdq_ao.evaluate.weights import package
 from tests.command import run
 
@@ -52,8 +55,6 @@ def test_errors_are_one_line(capsys, shapes, tmp_path):
 
 
 def test_features_of_real_pictures_resume(capsys, tmp_path, monkeypatch):
-    from mixdq_ao.evaluate.resize import to_pillow
-
     images = [*pictures(5), *pictures(2, side=30, seed=1)]
     for i, image in enumerate(images):
         to_pillow(image).save(tmp_path / f"{i}.png")
@@ -80,6 +81,45 @@ def test_features_of_real_pictures_resume(capsys, tmp_path, monkeypatch):
     assert torch.allclose(found.covariance, expected.covariance) and not (tmp_path / "r.part").exists()
 
 
+def test_features_of_other_pictures_are_not_taken(tmp_path):
+    """Under the same names and sizes; the same pictures elsewhere go on."""
+    for name, seed in (("a", 0), ("b", 1), ("copy", 0)):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(pictures(3, seed=seed)):
+            to_pillow(image).save(tmp_path / name / f"{i}.bmp")
+    seen, out = [], tmp_path / "r.safetensors"
+
+    def stops(images):
+        seen.append(len(images))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return flat(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_real(real_files(tmp_path / "a"), stops, out, batch_size=2)
+    with pytest.raises(MixDQError, match=r"r\.part: holds rows of .* choose another directory, or delete the file"):
+        measure_real(real_files(tmp_path / "b"), flat, out, batch_size=2)
+    found = measure_real(real_files(tmp_path / "copy"), stops, out, batch_size=2)
+    assert seen == [2, 1, 1] and torch.allclose(found.mean, flat(pictures(3)).double().mean(0))
+    assert digest_files([("\udcff", tmp_path / "b" / "0.bmp")])  # a name that is no UTF-8, as old archives have
+    with pytest.raises(MixDQError, match=r"none\.png: cannot be read: No such file"):
+        measure_real([tmp_path / "none.png"] * 2, flat, out)
+
+
+def test_the_reference_may_hold_more_pictures(capsys, shapes, tmp_path):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a circle\na square\na triangle\n")
+    start = ("evaluate", "run", shapes.PIPELINE, "--prompts", prompts, "--height", 32, "--width", 32)
+    assert run(capsys, *start, "--metrics", "none", "--out", tmp_path / "all")[0] == 0
+    two = (*start, "--count", 2, "--metrics", "psnr", "--reference", tmp_path / "all", "--out", tmp_path / "two")
+    code, out, err = run(capsys, *two, "--json")
+    assert code == 0, err
+    assert json.loads(out)["two"]["psnr"]["pictures"] == 2 and json.loads(out)["two"]["psnr"]["value"] > 40
+    prompts.write_text("a circle\na square\na star\n")
+    code, _, err = run(capsys, *two)
+    assert code == 2 and "all: prompts is " in err
+
+
 def test_prompts_as_text(capsys, tmp_path):
     (tmp_path / "meta_data.json").write_text(
         json.dumps({k: {"category": "c", "prompt": f"prompt\n{k}"} for k in "abc"})
@@ -92,7 +132,5 @@ def test_prompts_as_text(capsys, tmp_path):
 
 
 def test_a_package_that_is_missing_is_named():
-    from mixdq_ao.errors import MixDQError
-
     with pytest.raises(MixDQError, match=r"FID needs the package torch_no .*pip install .*mixdq-ao\[evaluate\]"):
         package("torch_no.fidelity", "FID")

@@ -109,6 +109,26 @@ def test_similarity_of_rounded_pictures():
     assert expected[1] == 100
 
 
+def test_figures_say_what_they_are_against():
+    """Whatever the batches: the mean and covariance of real pictures, or every picture of the reference."""
+    real, shifted = (Gaussian.of(features(40, 3, 0) + shift) for shift in (0, 1))
+    images, reference = pictures(4), pictures(4, seed=1)
+
+    def against(metric, reference, size):
+        for batch, other in zip(images.split(size), reference.split(size), strict=True):
+            metric.update(Batch(images=batch, reference=other))
+        return metric.compute().against
+
+    def look(x):
+        return x.float().mean((2, 3))
+
+    found, other = (against(FID(look, given), reference, 2) for given in (real, shifted))
+    assert found == {"real pictures": real.digest} != other
+    whole = against(SSIM(), reference, 4)
+    assert list(whole) == ["reference pictures"] and whole == against(SSIM(), reference, 1)
+    assert whole != against(SSIM(), reference.flip(0), 4)
+
+
 def test_lpips_by_any_distance():
     def mean_square(a, b):
         assert a.min() >= -1 and a.max() <= 1

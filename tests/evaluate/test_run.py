@@ -149,6 +149,32 @@ def test_a_metric_more_judges_the_pictures_that_are_there(whole, tmp_path, paint
         job.metrics["ssim"].compute()
 
 
+def test_a_larger_reference_of_the_same_prompts_is_taken(tmp_path, painter):
+    """Its prompts are told by their first, as long as those that follow are given; the rest of it does not matter."""
+
+    def part(name: str, count: int, prompts=PROMPTS, reference=None) -> Run:
+        settings, compared = replace(SETTINGS, prompts=PROMPTS.first(count).digest, count=count), [SSIM()]
+        job = Run(
+            tmp_path / name, settings, prompts, compared if reference else [], lambda: painter, reference=reference
+        )
+        job.work()
+        return job
+
+    larger, equal = part("larger", COUNT).directory, part("equal", 4).directory
+    for reference in (larger, equal, larger):  # in one directory: what is judged stays
+        figure = part("four", 4, reference=reference).figures()["ssim"]
+        assert figure.value == pytest.approx(1, abs=1e-12) and figure.count == 4
+    other = Prompts((*PROMPTS.texts[:4], "another", *PROMPTS.texts[5:]), None, "text")
+    for prompts in (other, PROMPTS.first(4)):
+        with pytest.raises(MixDQError, match=r"larger: prompts is .* give both the same prompts, of which fewer may"):
+            part("new", 4, reference=larger, prompts=prompts)
+    with pytest.raises(MixDQError, match="equal: holds 4 pictures, expected at least 11"):
+        part("new", COUNT, reference=equal)
+    with pytest.raises(MixDQError, match="4 prompts are given and count is 11, expected as many at least"):
+        part("new", COUNT, prompts=PROMPTS.first(4))
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_shard_may_begin_while_another_one_does(tmp_path):
     """The second finds what the first is still writing, or just has written."""
     from mixdq_ao.evaluate.settings import claim
@@ -234,6 +260,40 @@ def test_results_are_read_back_and_compared(whole, tmp_path, painter, clip):
         differences(found["first"], Results.load(tmp_path / "second"))
 
 
+def test_figures_against_others_are_not_compared(whole, tmp_path, painter):
+    """FID to other real pictures, SSIM to another run; what older results do not say counts as the same."""
+    others = {"first": [0, 0], "again": [0, 0], "real": [1, 0], "reference": [0, 1]}
+    for k in (0, 1):
+        run(tmp_path / f"reference{k}", painter, [], settings=replace(SETTINGS, pipeline=f"{k}")).work()
+    found = {}
+    for name, (real, reference) in others.items():
+        given = Gaussian.of(100 + 9 * np.random.default_rng(real).normal(size=(60, 4)))
+        made: list[Metric] = [FID(means, given, identity="means"), SSIM()]
+        job = run(tmp_path / name, painter, made, reference=tmp_path / f"reference{reference}")
+        job.work()
+        Results.of(job.figures(), job.metrics, SETTINGS).save(tmp_path / name)
+        found[name] = Results.load(tmp_path / name)
+    assert set(differences(found["first"], found["again"])) == {"fid", "ssim"}
+    for name, words in (("real", "fid is against real pictures "), ("reference", "ssim is against reference ")):
+        with pytest.raises(MixDQError, match=f"{words}.* in another, expected the same; measure both against one"):
+            differences(found["first"], found[name])
+        path = tmp_path / name / "results.json"
+        document = json.loads(path.read_text())
+        for figure in document["metrics"].values():
+            assert figure.pop("against")
+        path.write_text(json.dumps(document))
+        assert len(rows_of({"first": found["first"], name: Results.load(path.parent)})[1]) == 2
+
+
+def test_figures_saved_later_keep_what_each_is_against(whole, tmp_path):
+    fid, clip = (replace(whole[name], against={"real pictures": "a"}) for name in ("fid", "clip"))
+    saved(tmp_path, {"fid": fid, "clip": clip}, identities={"fid": {"features": "x"}, "clip": {"network": "y"}})
+    saved(tmp_path, {"fid": replace(fid, against={"real pictures": "b"})})
+    found = Results.load(tmp_path)
+    assert [found.figures[name].against for name in ("fid", "clip")] == [{"real pictures": text} for text in "ba"]
+    assert found.metadata["identities"] == {"clip": {"network": "y"}}  # not that of the figure that was replaced
+
+
 def saved(directory, figures, **more) -> Results:
     results = Results(figures, dict.fromkeys(figures, ("higher", "")), SETTINGS, more)
     results.save(directory)
@@ -292,6 +352,7 @@ def test_results_without_digests_are_read(tmp_path, whole):
         ("pictures", True, "'clip': pictures is True"),
         ("better", 7, "'clip': better is 7, expected 'higher' or 'lower'"),
         ("unit", None, "'clip': unit is None, expected a text"),
+        ("against", {"real": 1}, "'clip': against is {'real': 1}, expected an object of texts"),
         ("extra", 1, "'clip': expected an object with"),
         (None, {"identities": []}, r"identities is \[\], expected an object"),
         (None, {"linear": "x"}, "linear is 'x', expected an object"),

@@ -112,7 +112,8 @@ def _run(args: argparse.Namespace) -> None:
     from ...evaluate.choose import choose
     from ...evaluate.settings import digest
 
-    shard, prompts = Shard.parse(args.shard), read_prompts(args.prompts).first(args.count)
+    shard, prompts = Shard.parse(args.shard), read_prompts(args.prompts)
+    drawn = prompts.first(args.count)
     plan = plan_of(args)
     device = _device(args.device)
     names = ("steps", "guidance_scale", "seed", "height", "width")
@@ -123,7 +124,7 @@ def _run(args: argparse.Namespace) -> None:
     # A directory may lie elsewhere on another machine; what it holds says enough.
     chosen["pipeline"] = Path(args.pipeline).resolve().name if content else args.pipeline
     chosen["content"] = " ".join(filter(None, (content, args.variant)))
-    chosen |= {"prompts": prompts.digest, "count": len(prompts.texts)}
+    chosen |= {"prompts": drawn.digest, "count": len(drawn.texts)}
     metrics = choose([n for n in args.metrics.split(",") if n not in ("", "none")], _sources(args, device))
     settings = Settings(**chosen)
     job = Run(args.out, settings, prompts, metrics, lambda: _load(args, device, plan), args.reference)
