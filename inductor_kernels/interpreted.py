@@ -1,4 +1,5 @@
-"""What Triton's interpreter lacks: device functions, inline PTX, one rounding of fma, and bfloat16 in products and conversions."""
+"""What Triton's interpreter lacks: device functions, inline PTX, fma with one rounding, and bfloat16 in products and
+conversions."""
 
 import contextlib
 import math
