@@ -90,15 +90,28 @@ class Relaxation:
 
 def relax(problem: Choices, time_limit: float) -> Relaxation | None:
     """The linear relaxation; None where HiGHS found no optimum (infeasible, or out of time)."""
-    model = build(problem, integer=False, time_limit=time_limit)
-    model.run()
-    if model.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+    model = _relaxed(problem, time_limit)
+    if model is None:
         return None
     solution, scale = model.getSolution(), _scale(problem)
     factors = np.maximum(-np.array(solution.row_dual)[len(problem.value) :], 0.0) / scale
     taken = _spread(problem, np.array(solution.col_value))
     price = np.where(taken > 1e-6, (problem.cost / scale[:, None, None]).sum(axis=0), np.inf)
     return Relaxation(factors, price.argmin(axis=1))
+
+
+def shares(problem: Choices, time_limit: float) -> Array | None:
+    """[n, c] how much of each column the linear relaxation takes, in all 1 of an item; None as ``relax``."""
+    model = _relaxed(problem, time_limit)
+    if model is None:
+        return None
+    return np.maximum(_spread(problem, np.array(model.getSolution().col_value)), 0.0)
+
+
+def _relaxed(problem: Choices, time_limit: float) -> highspy.Highs | None:
+    model = build(problem, integer=False, time_limit=time_limit)
+    model.run()
+    return model if model.getModelStatus() == highspy.HighsModelStatus.kOptimal else None
 
 
 def _spread(problem: Choices, columns: Array) -> Array:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import AllocationError
 from .allocation import Allocation, Assembler, KindBits
-from .highs import Array, Choices, relax
+from .highs import Array, Choices, shares
 from .kinds import quantized_units
 from .orthogonality import DECAY, Orthogonality
 from .program import ROUNDING, InfeasibleProgram, OutOfTime, Solution, solve
@@ -37,8 +37,8 @@ def allocate_orthogonal(
     beta: float | None = None,
     decay: float = DECAY,
     importance: Mapping[str, float] | None = None,
-    weight_choices: Sequence[int] = (2, 4, 8),
-    act_choices: Sequence[int] = (4, 8),
+    weight_choices: Sequence[int] | None = None,
+    act_choices: Sequence[int] | None = None,
     protect: Iterable[str] = (),
     tie: Iterable[Iterable[str]] = (),
     time_limit: float = 60.0,
@@ -52,7 +52,7 @@ def allocate_orthogonal(
         form: "linear", "integer" or "error" (see above).
         beta, decay: see ``Orthogonality.importance``.
         importance: {layer: theta} instead, > 0.
-        weight_choices, act_choices: bits offered.
+        weight_choices, act_choices: bits offered. Default: weights {2, 4, 8}, activations {4, 8}.
 
     The allocation's ``objective`` is {"weight", "act"}: sum theta b (linear and integer: higher is better) or sum
     theta 4^-b; no error is predicted.
@@ -70,7 +70,7 @@ def allocate_orthogonal(
         act_bits=act_bits,
         objective="additive",
         weight_choices=weight_choices,
-        act_choices=None if act_bits is None or act_bits >= 8 else act_choices,
+        act_choices=act_choices,
         weight_splits=None,
         act_splits=None,
         protect=protect,
@@ -95,7 +95,7 @@ def worth(form: Form, bits: int) -> float:
 def choose(form: Form, value: Array, cost: Array, limit: float, *, field: str, time_limit: float) -> Solution:
     """One column for each item within a limit: value and cost [n, c], inf where a column is not offered.
 
-    "linear" is the linear relaxation, the one item that it divides given the cheaper of its columns.
+    "linear" is the linear relaxation, the one item that it divides given the best column within its share.
 
     Raises AllocationError naming ``field`` and what would be reachable.
     """
@@ -119,10 +119,12 @@ def _rounded_relaxation(value: Array, cost: Array, limit: float, time_limit: flo
         raise InfeasibleProgram
     floor = value.min(1, keepdims=True)
     scale = np.where(offered, value - floor, 0.0).max() or 1.0  # HiGHS' tolerances are absolute
-    relaxed = relax(Choices((value - floor) / scale, cost[None], np.array([limit * (1 + ROUNDING)])), time_limit)
-    if relaxed is None:
+    taken = shares(Choices((value - floor) / scale, cost[None], np.array([limit * (1 + ROUNDING)])), time_limit)
+    if taken is None:
         raise OutOfTime
-    return Solution(relaxed.choice, float(value[rows, relaxed.choice].sum()), 0.0, 0.0)
+    share = np.maximum((taken * cost).sum(1) * (1 + ROUNDING), np.where(offered, cost, np.inf).min(1))
+    choice = np.where(cost <= share[:, None], value, np.inf).argmin(1)
+    return Solution(choice, float(value[rows, choice].sum()), 0.0, 0.0)
 
 
 def _check_importance(orthogonality: Orthogonality, theta: Mapping[str, float]) -> None:

@@ -18,12 +18,14 @@ from typing import Any, BinaryIO
 from ..appendfile import append, open_locked
 from ..errors import SensitivityError
 from ..jsonfile import is_number, parse_object
+from .sensitivity import ERROR_FLOOR
 
 FORMAT, VERSION = "mixdq-store", 1
 
 
 SAME = 1e-2
-"""Relative difference up to which two machines' results of one evaluation are the same, but for their arithmetic."""
+"""Relative difference up to which two machines' results of one evaluation are the same, but for their arithmetic;
+below ``ERROR_FLOOR`` that is all there is."""
 
 
 class Store:
@@ -170,7 +172,9 @@ def _are_figures(value: Mapping[str, object]) -> bool:
 
 
 def _check_same(path: Path, key: str, theirs: Mapping[str, float], ours: Mapping[str, float]) -> None:
-    if theirs.keys() != ours.keys() or any(not math.isclose(theirs[n], ours[n], rel_tol=SAME) for n in ours):
+    floor = ERROR_FLOOR * ours.get("power", 1.0)  # error powers are relative, or of an output of that power
+    same = lambda n: math.isclose(theirs[n], ours[n], rel_tol=SAME, abs_tol=floor)  # noqa: E731
+    if theirs.keys() != ours.keys() or not all(map(same, ours)):
         raise SensitivityError(
             f"{path}: {key!r} is {dict(theirs)}, this store has {dict(ours)}; one was made by other software or by "
             "a faulty machine: delete the wrong one"

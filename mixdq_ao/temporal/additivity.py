@@ -5,6 +5,7 @@ The hypothesis of TMPDiff (arXiv 2603.14062), to be checked with data for each m
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import numpy as np
 
 from ..errors import ScheduleError
 from .evaluations import Choice, Error, Evaluations
+from .goal import TIE
 from .plan import check_costs
 from .results import Additivity
 from .schedule import open_store
@@ -55,7 +57,8 @@ def check_additivity(
     predicted = [base + sum(singles[names[k]][t] - base for t, k in enumerate(c) if k) for c in drawn]
     if min(*predicted, *measured) <= 0:
         raise ScheduleError("an error is not positive, so it has no logarithm; use a metric that is 0 only where equal")
-    r = float(np.corrcoef(np.log(predicted), np.log(measured))[0, 1])
+    logs = np.log([predicted, measured])
+    r = math.nan if np.ptp(logs, axis=1).min() <= TIE else float(np.corrcoef(logs)[0, 1])
     ratio = float(np.median(np.array(measured) / np.array(predicted)))
     shown = tuple(evaluate.schedule(choice) for choice in drawn)
     return Additivity(shown, tuple(predicted), tuple(measured), singles, r * r, ratio)

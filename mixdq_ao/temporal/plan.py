@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from ..document import Document
@@ -54,7 +55,7 @@ class TemporalPlan(Document):
         if self.costs is not None:
             if list(self.costs) != list(self.levels):
                 raise ScheduleError(f"costs are of {list(self.costs)}, expected of {list(self.levels)}, in that order")
-            check_costs(self.costs)
+            object.__setattr__(self, "costs", check_costs(self.costs))
 
     @property
     def cost(self) -> float | None:
@@ -143,18 +144,27 @@ class TemporalPlan(Document):
         return replace(self, levels=levels)
 
 
-def check_costs(costs: Mapping[str, float]) -> None:
-    """Raises ScheduleError unless the costs are positive, finite and falling."""
-    last = math.inf
-    for name, cost in costs.items():
-        if type(cost) not in (int, float) or not 0 < cost < 1e300:
-            raise ScheduleError(f"level {name!r}: cost is {cost!r}, expected a finite number > 0")
+def real(value: object) -> float:
+    """A number of Python's or NumPy's; NaN for what is none, is a boolean or leaves float64."""
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.nan
+
+
+def check_costs(costs: Mapping[str, float]) -> dict[str, float]:
+    """The costs as Python's floats. Raises ScheduleError unless they are positive, finite and falling."""
+    found, last = {name: real(cost) for name, cost in costs.items()}, math.inf
+    for name, cost in found.items():
+        if not 0 < cost < 1e300:
+            raise ScheduleError(f"level {name!r}: cost is {costs[name]!r}, expected a finite number > 0")
         if not cost < last:
             raise ScheduleError(
                 f"level {name!r}: cost is {cost}, expected less than the {last} of the level before it: "
                 "levels go from precise to cheap"
             )
         last = cost
+    return found
 
 
 def _level_from_json(place: int, value: dict[str, Any]) -> tuple[str, float | None, Plan | None]:

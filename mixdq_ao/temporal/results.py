@@ -32,7 +32,7 @@ class Additivity:
         schedules: the random schedules; predicted, measured: their errors.
         singles: {level: error of each step at that level, all others precise}.
         r_squared: of log measured against log predicted (squared Pearson correlation); 1 where errors add up to a
-            factor.
+            factor, NaN (null in a file) where all predictions or all measurements are equal and none is defined.
         ratio: median of measured over predicted; above 1 where the errors of steps correlate.
     """
 
@@ -62,7 +62,7 @@ class ScheduleResults(Document):
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_costs(self.levels)
+        object.__setattr__(self, "levels", check_costs(self.levels))
         if not self.measured:
             raise ScheduleError("measured is empty, expected the error of at least one schedule")
         for steps, error in self.measured.items():
@@ -115,7 +115,7 @@ class ScheduleResults(Document):
             "named": {n: text(s) for n, s in self.named.items()},
             "additivity": {
                 n: {f.name: getattr(a, f.name) for f in fields(Additivity)}
-                | {"schedules": [text(s) for s in a.schedules]}
+                | {"schedules": [text(s) for s in a.schedules], "r_squared": self._jsonable(a.r_squared, "r_squared")}
                 for n, a in self.additivity.items()
             },
         }
@@ -170,13 +170,14 @@ def _additivity(name: str, value: object, steps: _Reader) -> Additivity:
         _numbers(f"{where}{part}", singles[part] if part in singles else found[part])
     if not len(schedules) == len(found["predicted"]) == len(found["measured"]) > 0:
         raise ScheduleError(f"{where}schedules, predicted and measured differ in length")
-    _numbers(f"{where}r_squared and ratio", [found["r_squared"], found["ratio"]])
+    r_squared = math.nan if found["r_squared"] is None else found["r_squared"]
+    _numbers(f"{where}r_squared and ratio", [found["ratio"], *([] if found["r_squared"] is None else [r_squared])])
     return Additivity(
         tuple(steps(s) for s in schedules),
         tuple(found["predicted"]),
         tuple(found["measured"]),
         {n: tuple(v) for n, v in singles.items()},
-        found["r_squared"],
+        r_squared,
         found["ratio"],
     )
 

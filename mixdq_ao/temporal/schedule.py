@@ -24,7 +24,7 @@ from .evaluations import Choice, Error, Evaluations, LimitReached
 from .forms import at_cost
 from .goal import OUTSIDE, Goal
 from .intervals import Bisection
-from .plan import check_costs
+from .plan import check_costs, real
 
 CLOSE = 1.5
 """A schedule set by hand is measured before the search ends where its predicted error is within this factor."""
@@ -106,16 +106,17 @@ def check_goal(steps: int, levels: Mapping[str, float], max_cost: float | None, 
         raise ScheduleError(f"steps is {steps!r}, expected a whole number of at least 1")
     if not isinstance(levels, Mapping) or len(levels) < 2:
         raise ScheduleError(f"levels is {levels!r}, expected at least two, {{name: relative cost}}, precise first")
-    check_costs(levels)
+    costs = check_costs(levels)
     if (max_cost is None) == (max_error is None):
         raise ScheduleError("give exactly one of max_cost (mean relative cost of a step) and max_error")
     name, value = ("max_cost", max_cost) if max_error is None else ("max_error", max_error)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    limit = real(value)
+    if not 0 <= limit < math.inf:
         raise ScheduleError(f"{name} is {value!r}, expected a finite number >= 0")
-    lowest = min(levels.values())
-    if max_cost is not None and max_cost < lowest * (1 - 1e-9):
+    lowest = min(costs.values())
+    if max_cost is not None and limit < lowest * (1 - 1e-9):
         raise ScheduleError(f"max_cost is {max_cost}, but even the cheapest level everywhere costs {lowest}")
-    return Goal(np.array(list(levels.values()), dtype=np.float64), max_cost, max_error)
+    return Goal(np.array(list(costs.values()), dtype=np.float64), **{name: limit})
 
 
 def open_store(path: str | os.PathLike[str] | None, steps: int, levels: Mapping[str, float], subject: str) -> Store:

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import AllocationError
 from ..plan import ACT_BITS, WEIGHT_BITS
@@ -27,7 +28,7 @@ from ..search.additive import additive_errors
 from ..search.highs import Array
 from ..search.orthogonality import DECAY, Orthogonality, place_weights, sampled_steps
 from ..search.orthogonality_allocate import Form, check_form, choose, worth
-from ..search.request import positive, protected_names
+from ..search.request import Demand, check_request, positive, protected_names
 from ..search.sensitivity import Kind, LayerSensitivity, Sensitivity
 from .layer import Storage
 from .plan import TemporalPlan
@@ -49,7 +50,7 @@ def allocate_steps(
     weights: Weights = "per step",
     storage: Storage = "nested",
     weight_choices: Sequence[int] | None = None,
-    act_choices: Sequence[int] = (4, 8),
+    act_choices: Sequence[int] | None = None,
     protect: Iterable[str] = (),
     time_limit: float = 60.0,
 ) -> TemporalPlan:
@@ -60,15 +61,16 @@ def allocate_steps(
             steps (``step_probe.probe_steps`` estimates them), whose sum is minimised (``form``, beta and decay have no
             say then).
         steps: of the run; with an Orthogonality its own.
-        weight_bits, act_bits: average over weights or input elements and over the steps of the run; act_bits None or
-        8: 8.
+        weight_bits, act_bits: average over weights or input elements and over the steps of the run. act_bits None, or
+            8 and more with the default choices: 8; 16: activations kept. Where a weight gets 16, its activation is
+            kept as well (no integer product takes the two) and not counted in the average.
         form: "linear", "integer" or "error", as for ``allocate_orthogonal``: of theta_i at each sampled step, times
             exp(decay p) of the steps it serves.
         beta, decay: see ``Orthogonality.step_importance`` and ``step_weights``.
         weights: "per step", or "per layer": weight bits are the same at all steps.
         storage: what ``prepare`` will be given; says which weight bits there are by default (nested 4 and 8, own 2, 4
         and 8).
-        weight_choices, act_choices: bits offered.
+        weight_choices, act_choices: bits offered; activations {4, 8} by default.
         protect: layers kept at 16 bits.
         time_limit: seconds for each of the two programs.
 
@@ -87,12 +89,16 @@ def allocate_steps(
             "weight_choices holds 2, but nested storage runs those layers at 4 bits; use storage='own'"
         )
     options: dict[str, Any] = {"form": form, "beta": beta, "decay": decay, "time_limit": time_limit}
+    demand = _act_demand(subject, weight_bits, act_bits, act_choices, time_limit)
+    every = np.full((len(subject.sampled), len(subject.layers)), True)
     together = weights == "per layer"
-    found = _solve(measured, subject, "weight", weight_bits, choices, together=together, **options)
-    acts = dict.fromkeys(subject.sampled, dict.fromkeys(subject.layers, 8))
-    if act_bits is not None and act_bits < 8:
-        offered = _offer("act_choices", act_choices, ACT_BITS)
-        acts = _solve(measured, subject, "act", act_bits, offered, together=False, **options)
+    found = _solve(measured, subject, "weight", weight_bits, choices, every, together=together, **options)
+    quantized, acts = found < 16, np.full(every.shape, 16)
+    if demand.fixed is not None:
+        acts[quantized] = demand.fixed
+    elif quantized.any():
+        offered = demand.choices["content"]
+        acts = _solve(measured, subject, "act", act_bits, offered, quantized, together=False, **options)
     objective = f"importance, form {form}" if isinstance(measured, Orthogonality) else "measured errors"
     metadata = {"source": "allocate_steps", "objective": objective, "weights": weights, "storage": storage}
     return to_levels(subject, found, acts, metadata)
@@ -112,6 +118,27 @@ def _offer(name: str, choices: Sequence[int], known: tuple[int, ...]) -> tuple[i
     if not choices or not all(type(b) is int and b in known for b in choices):
         raise AllocationError(f"{name} is {choices!r}, expected one or more of {', '.join(map(str, known))}")
     return tuple(sorted(set(choices)))
+
+
+def _act_demand(
+    subject: Served, weight_bits: float, act_bits: float | None, choices: Sequence[int] | None, time_limit: float
+) -> Demand:
+    """What ``allocate`` makes of the same arguments: 8, 16, or bits to choose."""
+    request = check_request(
+        Sensitivity(subject.layers),
+        weight_bits=positive("weight_bits", weight_bits),
+        weight_bytes=None,
+        act_bits=act_bits,
+        objective="additive",
+        weight_choices=None,
+        act_choices=None if choices is None else _offer("act_choices", choices, ACT_BITS),
+        weight_splits=None,
+        act_splits=None,
+        protect=(),
+        tie=(),
+        time_limit=time_limit,
+    )
+    return request.act
 
 
 def _subject(measured: Orthogonality | Mapping[int, Sensitivity], steps: int | None, protect: Iterable[str]) -> Served:
@@ -148,32 +175,32 @@ def _solve(
     measured: Orthogonality | Mapping[int, Sensitivity],
     subject: Served,
     kind: Kind,
-    budget: float,
+    budget: float | None,
     bits: tuple[int, ...],
+    among: NDArray[np.bool_],
     *,
     together: bool,
     form: Form,
     beta: float | None,
     decay: float,
     time_limit: float,
-) -> dict[int, dict[str, int]]:
-    """{sampled step: {layer: bits}}."""
-    names, counts = list(subject.layers), np.array([len(s) for s in subject.serves], dtype=np.float64)
-    sizes = np.array([subject.layers[n].size(kind) for n in names], dtype=np.float64)
+) -> NDArray[np.int64]:
+    """[sampled, layers] bits of the layers ``among``, 16 of the others."""
+    counts = np.array([len(s) for s in subject.serves], dtype=np.float64)
+    sizes = np.array([layer.size(kind) for layer in subject.layers.values()], dtype=np.float64)
     if isinstance(measured, Orthogonality):
         value = _importances(measured, subject, bits, form, beta, decay)
     else:
         value, form = _errors(measured, subject, kind, bits), "error"
     cost = counts[:, None, None] * sizes[None, :, None] * np.array(bits, dtype=np.float64)
-    limit = positive(f"{kind}_bits", budget) * float(sizes.sum()) * subject.steps
+    limit = positive(f"{kind}_bits", budget) * float((counts[:, None] * sizes)[among].sum())
+    shape = among.shape
     if together:
-        value, cost = value.sum(0, keepdims=True), cost.sum(0, keepdims=True)
-    flat = (-1, len(bits))
-    found = choose(form, value.reshape(flat), cost.reshape(flat), limit, field=f"{kind}_bits", time_limit=time_limit)
-    table = np.broadcast_to(found.choice.reshape(value.shape[:2]), (len(subject.sampled), len(names)))
-    return {
-        s: {n: bits[c] for n, c in zip(names, row, strict=True)} for s, row in zip(subject.sampled, table, strict=True)
-    }
+        value, cost, among = value.sum(0, keepdims=True), cost.sum(0, keepdims=True), among[:1]
+    found = choose(form, value[among], cost[among], limit, field=f"{kind}_bits", time_limit=time_limit)
+    chosen = np.full(among.shape, 16)
+    chosen[among] = np.array(bits)[found.choice]
+    return np.broadcast_to(chosen, shape)
 
 
 def _importances(

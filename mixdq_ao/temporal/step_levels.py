@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..plan import LayerPlan, Plan
 from ..search.sensitivity import Kind, LayerSensitivity
 from .plan import TemporalPlan
 
-Bits = Mapping[int, Mapping[str, int]]
-"""{sampled step: {layer: bits}}."""
+Bits = NDArray[np.int64]
+"""[sampled steps, layers]."""
+Pairs = tuple[tuple[int, int], ...]
+"""(weight bits, activation bits) of each layer."""
 KINDS: tuple[Kind, Kind] = ("weight", "act")
 
 
@@ -35,9 +40,9 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class _Level:
-    """pairs: (weight bits, activation bits) of each layer; steps: of the run; means: of weight and activation bits."""
+    """steps: of the run; means: of weight and activation bits."""
 
-    pairs: tuple[tuple[int, int], ...]
+    pairs: Pairs
     steps: tuple[int, ...]
     means: tuple[float, float]
 
@@ -50,11 +55,11 @@ def to_levels(served: Served, weights: Bits, acts: Bits, metadata: Mapping[str, 
     names = {t: n for n, level in levels.items() for t in level.steps}
     costs = {n: level.means[0] / 16 for n, level in levels.items()}
     falling = all(a > b for a, b in pairwise(costs.values()))
-    mean = lambda i: sum(v.means[i] * len(v.steps) for v in levels.values()) / served.steps  # noqa: E731
+    weight, act = _means(served, [(v.pairs, len(v.steps)) for v in levels.values()])
     figures = {
         "sampled": list(served.sampled),
-        "average_weight_bits": mean(0),
-        "average_act_bits": mean(1),
+        "average_weight_bits": weight,
+        "average_act_bits": act,
         "level_bits": {n: list(level.means) for n, level in levels.items()},
     }
     order = tuple(names[t] for t in range(served.steps))
@@ -62,18 +67,23 @@ def to_levels(served: Served, weights: Bits, acts: Bits, metadata: Mapping[str, 
 
 
 def _levels(served: Served, weights: Bits, acts: Bits) -> list[_Level]:
-    steps: dict[tuple[tuple[int, int], ...], list[int]] = {}
-    for sampled, here in zip(served.sampled, served.serves, strict=True):
-        pairs = tuple((weights[sampled][n], acts[sampled][n]) for n in served.layers)
-        steps.setdefault(pairs, []).extend(here)
-    levels = [_Level(pairs, tuple(sorted(here)), _means(served, pairs)) for pairs, here in steps.items()]
+    steps: dict[Pairs, list[int]] = {}
+    for weight, act, here in zip(weights.tolist(), acts.tolist(), served.serves, strict=True):
+        steps.setdefault(tuple(zip(weight, act, strict=True)), []).extend(here)
+    levels = [_Level(pairs, tuple(sorted(here)), _means(served, [(pairs, 1)])) for pairs, here in steps.items()]
     return sorted(levels, key=lambda v: (-v.means[0], -v.means[1], v.steps))
 
 
-def _means(served: Served, pairs: Sequence[tuple[int, int]]) -> tuple[float, float]:
-    sizes = [[layer.size(kind) for layer in served.layers.values()] for kind in KINDS]
-    weight, act = (sum(p[i] * s for p, s in zip(pairs, sizes[i], strict=True)) / sum(sizes[i]) for i in (0, 1))
-    return weight, act
+def _means(served: Served, runs: Iterable[tuple[Pairs, int]]) -> tuple[float, float]:
+    """Average weight and activation bits of so many steps each; activations of 16-bit weights are not counted, unless
+    there are no others."""
+    bits, sizes = [0, 0], [0, 0]
+    for pairs, count in runs:
+        for pair, layer in zip(pairs, served.layers.values(), strict=True):
+            for i, kind in enumerate(KINDS):
+                size = count * layer.size(kind) if i == 0 or pair[0] < 16 else 0
+                bits[i], sizes[i] = bits[i] + pair[i] * size, sizes[i] + size
+    return bits[0] / sizes[0], bits[1] / sizes[1] if sizes[1] else 16.0
 
 
 def _plan(served: Served, name: str, level: _Level) -> Plan:

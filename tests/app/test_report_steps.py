@@ -140,6 +140,13 @@ def test_a_sum_that_predicts_nothing_is_said_to(tmp_path):
     assert "MSE: R² of the logarithms is 0.400" in page_of(tmp_path) and "is no good guide here" in page_of(tmp_path)
 
 
+def test_equal_errors_tell_nothing_of_a_sum(tmp_path):
+    document = results().to_json()
+    document["additivity"]["MSE"]["r_squared"] = None
+    (tmp_path / "schedule_results.json").write_text(json.dumps(document))
+    assert "MSE: R² of the logarithms is not defined, as all are equal" in page_of(tmp_path)
+
+
 def test_hostile_names_are_text(tmp_path):
     levels = {HOSTILE: 1.0, '"><img src=x>': 0.5, "c": 0.2}
     schedule(8, levels).save(tmp_path / "schedule_x.json")

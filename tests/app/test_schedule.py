@@ -113,6 +113,27 @@ def test_a_search_on_a_pipeline_that_continues_and_reports(capsys, tmp_path, sha
     results = ScheduleResults.load(tmp_path / "schedule_results.json")
     assert results.measured[found.steps] == figures["error"] and results.named["found at 0.75"] == found.steps
     assert len(results.measured) == figures["evaluations"]
+    cheaper = [0.4 if word == 0.5 else word for word in arguments]
+    code, _, err = run(capsys, "schedule", "search", *cheaper, "--max-cost", 0.8, "--out", tmp_path / "u.json")
+    assert code == 0, err
+    assert TemporalPlan.load(tmp_path / "u.json").costs == {"16": 1.0, "W8A8": 0.4}
+
+
+def test_errors_that_are_all_equal_are_said_to_have_no_correlation(capsys, tmp_path, shapes, _bundled, monkeypatch):
+    """What was measured is kept, and there to be printed."""
+    prompts = tmp_path / "p.txt"
+    prompts.write_text(_bundled.prompts[0])
+    Plan.uniform(_bundled.pipe.unet, 8, 8).with_calibration(_bundled.calibration).save(tmp_path / "w8a8.json")
+    monkeypatch.setattr("mixdq_ao.temporal.measure.GenerationError.__call__", lambda self, schedule: 0.5)
+    levels = ("--level", "16", "none", 1, "--level", "W8A8", tmp_path / "w8a8.json", 0.5)
+    asked = ("--prompts", prompts, "--steps", 3, *levels, "--max-cost", 0.8, "--check", 4)
+    written = ("--results", tmp_path / "r.json", "--out", tmp_path / "s.json")
+    code, out, err = run(capsys, "schedule", "search", shapes.PIPELINE, *asked, *written, "--json")
+    assert code == 0, err
+    assert json.loads(out)["r_squared"] is None and json.loads(out)["measured_over_predicted"] == 1
+    assert len(ScheduleResults.load(tmp_path / "r.json").additivity) == 1
+    code, out, _ = run(capsys, "schedule", "show", tmp_path / "s.json")
+    assert code == 0 and "r squared                undefined" in out
 
 
 def test_help_says_what_level_16_holds(capsys):

@@ -65,6 +65,37 @@ def test_values_must_be_finite_numbers(tmp_path):
             pass
 
 
+def figures(tmp_path, name: str, **values: float):
+    with Store(tmp_path / name, "print") as store:
+        store.put("k", values)
+    return tmp_path / name
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({"error": 3.1e-14, "ssim": 1.0}, {"error": 4.4e-14, "ssim": 1.0}),
+        ({"error": 0.0}, {"error": 9e-13}),
+        ({"x|act|8|output": 3e-9, "power": 1e5}, {"x|act|8|output": 4e-9, "power": 1e5}),
+    ],
+)
+def test_results_at_the_noise_of_the_arithmetic_are_the_same(tmp_path, ours, theirs):
+    with Store(figures(tmp_path, "a", **ours), "print") as store:
+        assert store.merge([figures(tmp_path, "b", **theirs)]) == 0 and store.results == {"k": ours}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({"error": 1e-12}, {"error": 4e-12}),
+        ({"x|act|8|output": 1e-9, "power": 10.0}, {"x|act|8|output": 2e-9, "power": 10.0}),
+    ],
+)
+def test_results_above_it_are_not(tmp_path, ours, theirs):
+    with Store(figures(tmp_path, "a", **ours), "print") as store, pytest.raises(SensitivityError, match="faulty"):
+        store.merge([figures(tmp_path, "b", **theirs)])
+
+
 def test_one_writer_at_a_time(tmp_path):
     with (
         Store(tmp_path / "s", "print"),

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from mixdq_ao import ScheduleError
 from mixdq_ao.temporal.additivity import check_additivity
+from mixdq_ao.temporal.collect import results_of
+from mixdq_ao.temporal.results import ScheduleResults
 
 from .errors import COSTS, FAMILIES
 
@@ -61,6 +67,19 @@ def test_measurements_are_shared_with_the_search(tmp_path):
 def test_wrong_arguments_are_named(arguments, words):
     with pytest.raises(ScheduleError, match=words):
         check_additivity(error_of("additive"), **{"steps": 8, "levels": LEVELS, **arguments})
+
+
+@pytest.mark.parametrize("worst", [0.3, 0.1 + 0.2])
+def test_errors_that_are_all_equal_have_no_correlation_and_are_kept(tmp_path, worst):
+    """One error however many steps are cheap; rounding of the sums is no spread."""
+    levels = {"a": 1.0, "b": 0.7, "c": 0.6, "d": 0.5}
+    error = lambda s: 0.1 + 0.1 * sum(n != "a" for n in s) if s.count("a") else worst  # noqa: E731
+    result = check_additivity(error, steps=2, levels=levels, schedules=5)
+    assert math.isnan(result.r_squared) and result.ratio == pytest.approx(1)
+    results_of([], levels, "m", added=result).save(tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["additivity"]["m"]["r_squared"] is None
+    loaded = ScheduleResults.load(tmp_path / "r.json").additivity["m"]
+    assert math.isnan(loaded.r_squared) and replace(loaded, r_squared=0.0) == replace(result, r_squared=0.0)
 
 
 def test_errors_without_a_logarithm_are_refused():

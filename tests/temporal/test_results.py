@@ -97,6 +97,7 @@ def check(name: str, **changes):
         (check("made up", singles={"W8": [10**400]}), "'made up': W8: expected finite numbers"),
         (check("made up", singles=3), "a list of schedules and an object of singles"),
         (check("made up", ratio=None), "r_squared and ratio: expected finite numbers"),
+        (check("made up", r_squared="x"), "r_squared and ratio: expected finite numbers"),
     ],
 )
 def test_a_broken_file_is_named_with_what_was_expected(results, tmp_path, change, words):

@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixdq_ao import Schedule, ScheduleError, SensitivityError, search_schedule
+from mixdq_ao import Schedule, ScheduleError, SensitivityError, TemporalPlan, search_schedule
 from mixdq_ao.temporal.baselines import exhaustive, greedy, hand_set
+from mixdq_ao.temporal.collect import results_of
 from mixdq_ao.temporal.correlation import ErrorModel
 from mixdq_ao.temporal.forms import first_n, hand_names, last_n, spread
 from mixdq_ao.temporal.goal import Goal
+from mixdq_ao.temporal.results import ScheduleResults
 from mixdq_ao.temporal.schedule import evaluation_limit
 
 from .errors import COSTS, FAMILIES, singles
@@ -176,7 +178,9 @@ def test_an_error_that_is_no_number_names_the_schedule(tmp_path, value, words):
         ({"max_cost": None}, "exactly one of max_cost"),
         ({"max_error": 0.1}, "exactly one of max_cost"),
         ({"max_cost": 0.4}, "even the cheapest level everywhere costs 0.5"),
+        ({"levels": {"a": np.float64(1.0), "b": True}}, "level 'b': cost is True"),
         ({"max_cost": math.nan}, "max_cost is nan"),
+        ({"max_cost": 10**400}, "max_cost is 1000"),
         ({"max_cost": None, "max_error": -1.0}, "max_error is -1.0"),
         ({"max_cost": None, "max_error": 0.5}, "'a' at every step already has an error of 1.0"),
     ],
@@ -185,6 +189,19 @@ def test_wrong_arguments_are_named(arguments, words):
     settings = {"steps": 3, "levels": {"a": 1.0, "b": 0.5}, "max_cost": 0.8}
     with pytest.raises(ScheduleError, match=words):
         search_schedule(lambda s: 1.0, **{**settings, **arguments})
+
+
+@pytest.mark.parametrize("number", [np.float64, np.float32])
+def test_costs_may_be_numpys(tmp_path, number):
+    levels = {"a": number(1), "b": number(0.5)}
+    found = search_schedule(lambda s: float(s.count("b")), steps=4, levels=levels, max_cost=number(0.75))
+    assert found.levels.count("b") == 2 and found.cost == 0.75
+    plan = TemporalPlan(dict.fromkeys(levels), found.levels, levels)
+    plan.save(tmp_path / "plan.json")
+    assert TemporalPlan.load(tmp_path / "plan.json") == plan
+    results = results_of([found], levels, "m")
+    results.save(tmp_path / "results.json")
+    assert ScheduleResults.load(tmp_path / "results.json") == results
 
 
 def test_a_cost_that_allows_every_step_precise_needs_no_search():

@@ -91,6 +91,49 @@ def test_the_runtime_runs_it(unet, calibration, tmp_path):
             assert 0 < error < 0.5
 
 
+@pytest.mark.parametrize(
+    ("act", "bits"),
+    [
+        ({"act_bits": 16}, {16}),
+        ({"act_bits": 12}, {8}),
+        ({"act_bits": 12, "act_choices": (8, 16)}, {8, 16}),
+        ({"act_bits": 8, "act_choices": (4,)}, {4}),
+        ({}, {8}),
+    ],
+)
+def test_activations_are_what_allocate_makes_of_them(act, bits):
+    found = allocate_steps(measured(), weight_bits=6, **act)
+    assert {v.act_bits for t in (0, 1) for v in layers_at(found, t).values()} == bits
+    assert found.metadata["average_act_bits"] <= act.get("act_bits", 8)
+
+
+def test_a_kept_weight_keeps_its_activation():
+    given = measured(sampled=(0, 2), steps=3)
+    act = {n: v.act_size for n, v in given.layers.items()}
+    found = allocate_steps(given, weight_bits=10, weight_choices=(4, 8, 16), act_bits=6, decay=2.0, storage="own")
+    steps = [layers_at(found, t) for t in range(3)]
+    pairs = {(v.weight_bits, v.act_bits) for plan in steps for v in plan.values()}
+    assert {a for w, a in pairs if w == 16} == {16} and {a for w, a in pairs if w < 16} == {4, 8}
+    counted = [(act[n], v.act_bits) for plan in steps for n, v in plan.items() if v.weight_bits < 16]
+    average = sum(s * b for s, b in counted) / sum(s for s, _ in counted)
+    assert found.metadata["average_act_bits"] == pytest.approx(average) and average <= 6
+    kept = allocate_steps(given, weight_bits=16, weight_choices=(16,), act_bits=6)
+    assert set(layers_at(kept, 0).values()) == {LayerPlan()} and kept.metadata["average_act_bits"] == 16
+
+
+@pytest.mark.parametrize("options", [{"weight_bits": 10, "weight_choices": (4, 8, 16)}, {"act_bits": 16}])
+def test_the_runtime_runs_what_is_kept(unet, calibration, options):
+    inputs = [unet_inputs(4) | {"timestep": torch.tensor(t)} for t in (900, 100)]
+    with torch.no_grad():
+        given = orthogonality(unet, run=lambda: [unet(**x) for x in inputs], calibration=calibration)
+        plan = allocate_steps(given, **{"weight_bits": 6, **options}, decay=4.0, storage="own")
+        full = [unet(**x)[0] for x in inputs]
+        runtime = prepare(unet, plan.with_calibration(calibration), storage="own", keep_full=True)
+        for step, (x, reference) in enumerate(zip(inputs, full, strict=True)):
+            runtime.level = plan.steps[step]
+            assert 0 < (unet(**x)[0] - reference).square().sum() / reference.square().sum() < 0.5
+
+
 def test_protected_layers_and_equal_steps():
     given = measured(layers=3, sampled=(0, 3), steps=4)
     found = allocate_steps(given, weight_bits=8, protect=["l1"])
@@ -110,6 +153,9 @@ def test_bad_input():
         (given, {"weight_bits": 4, "steps": 5}, "measured over 2"),
         (given, {"weight_bits": 4, "protect": list(given.layers)}, "nothing is left"),
         (given, {"weight_bits": 0}, "weight_bits is 0"),
+        (given, {"weight_bits": None}, "weight_bits is None"),
+        (given, {"weight_bits": 4, "act_bits": {"content": 8, "quality": 8}}, "act_bits is {'content': 8"),
+        (given, {"weight_bits": 4, "time_limit": 0}, "time_limit is 0"),
         (given, {"weight_bits": 4, "act_choices": (3,), "act_bits": 4}, "act_choices is"),
         ({}, {"weight_bits": 4}, "sensitivities of one or more"),
         ({0: bare}, {"weight_bits": 4, "steps": 1}, "layer 'a': no weight_errors at 4 bits at step 0"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +106,7 @@ def _search(args: argparse.Namespace) -> None:
 
     plan = TemporalPlan(levels, (next(iter(levels)),) * args.steps, costs)
     sampling = Sampling(**options.drawn(args))
-    settings = {"plan": plan.to_json(), "prompts": prompts, "sampling": repr(sampling)}
+    settings = {"plan": replace(plan, costs=None).to_json(), "prompts": prompts, "sampling": repr(sampling)}
     settings |= {name: getattr(args, name) for name in ("metric", "storage", "keep_full")}
     subject = fingerprint(pipe, settings)
     reference = draw_reference(pipe, prompts, sampling, metric=args.metric)
@@ -123,7 +125,8 @@ def _search(args: argparse.Namespace) -> None:
         "storage": args.storage,
     }
     if added is not None:
-        figures |= {"r_squared": added.r_squared, "measured_over_predicted": added.ratio}
+        defined = None if math.isnan(added.r_squared) else added.r_squared
+        figures |= {"r_squared": defined, "measured_over_predicted": added.ratio}
     result = TemporalPlan(levels, found.levels, costs, figures)
     result.save(args.out)
     wrote(args.out, f"levels of {counted(args.steps, 'step')}, {counted(found.evaluations, 'schedule')} measured")
@@ -169,9 +172,11 @@ def _print(plan: TemporalPlan, as_json: bool) -> None:
         for name, steps in places.items()
     ]
     show_table("schedule", ("level", "cost", "steps", "which"), rows)
-    known = {"mean cost of a step": plan.cost, **{k.replace("_", " "): plan.metadata.get(k) for k in SHOWN}}
+    known = {} if plan.cost is None else {"mean cost of a step": plan.cost}
+    known |= {k.replace("_", " "): plan.metadata[k] for k in SHOWN if k in plan.metadata}
     size = plan.metadata.get("bytes")
-    rows = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in known.items() if v is not None}
+    said = lambda v: "undefined" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)  # noqa: E731
+    rows = {k: said(v) for k, v in known.items()}
     show("figures", rows | ({"layers hold": mebibytes(size)} if isinstance(size, int) else {}))
 
 

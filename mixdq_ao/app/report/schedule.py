@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from ...temporal.plan import TemporalPlan
@@ -78,7 +79,10 @@ def _measured(results: ScheduleResults, *, many: bool) -> Html:
 
 
 def _verdict(name: str, r_squared: float, ratio: float) -> str:
-    figures = f"{name}: R² of the logarithms is {r_squared:.3f}, measured errors are {ratio:.2f} times the sum of their"
+    known = "is not defined, as all are equal" if math.isnan(r_squared) else f"is {r_squared:.3f}"
+    figures = f"{name}: R² of the logarithms {known}, measured errors are {ratio:.2f} times the sum of their"
+    if math.isnan(r_squared):
+        return f"{figures} single steps (median). Whether that sum ranks schedules these do not tell."
     if r_squared >= ADD_UP:
         return f"{figures} single steps (median). The sum of single-step errors ranks schedules well."
     return (
