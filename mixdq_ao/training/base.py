@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
-from torchao.optim.subclass_8bit import OptimState8bit
 
 from ..errors import OptimizerError
 from .checkpoint import Ready, checked
@@ -19,10 +18,11 @@ from .gradients import finite_everywhere, is_finite, refuse_sparse, surely_finit
 from .in_backward import InBackward
 from .layout import laid_out_like, local, sharded_like, version
 from .loss_scale import LossScale
-from .moments import KINDS, new_moment
+from .moments import KINDS
 from .options import NONFINITE, check_choice, check_number, check_parameter
 from .rules import Rule
 from .split import REMAINDER, fits, join, split
+from .state import common_kind, follow, follow_type, new_state
 from .together import lots, update_together
 from .update import update
 
@@ -43,6 +43,8 @@ class MemoryEfficientOptimizer(Optimizer):
     """
 
     rule: ClassVar[Rule]
+    late: ClassVar[frozenset[str]] = frozenset()
+    """Moments that may begin after a parameter's first step: a state may lack them until its next one."""
     skipped: int = 0
     _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves unscaling and skipping to step()
     _hooks: InBackward | None = None
@@ -217,23 +219,32 @@ class MemoryEfficientOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._versions.update({p: version(p) for p in self.state.keys() - self._versions.keys()})  # loading has ended
+        try:
+            self._step()
+        except BaseException:  # torch.amp.GradScaler would leave them to the next step
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
+            raise
+        return loss
+
+    def _step(self) -> None:
         if self._hooks is not None:
             self._hooks.end_pass()
-            return loss
+            return
         ready = [(group, p) for group, p in self._parameters() if p.grad is not None]
         for _, p in ready:
             if p.grad is not None and p.grad.layout is not torch.strided:
                 refuse_sparse(p.grad, self.name_of(p))
         if self._amp("found_inf") or not self._all_finite([p for _, p in ready]):
             self.skipped += 1
-            return loss
+            return
         factor = 1.0 / (self._amp("grad_scale") or 1.0)
         for lot in [[entry] for entry in ready] if self.defaults["compile"] else lots(ready, self.state):
             if len(lot) == 1:
                 self._apply(*lot[0], factor)
             else:
                 self._apply_together(lot[0][0], [p for _, p in lot], factor)
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -306,48 +317,30 @@ class MemoryEfficientOptimizer(Optimizer):
         """{name: whether it has a sign} of the moments that a group's options call for."""
         return dict(self.rule.moments)
 
-    def _check_late(self, missing: Collection[str | None], group: Mapping[str, Any], name: str) -> None:
+    def _check_late(self, missing: Collection[str], group: Mapping[str, Any], name: str) -> None:
         """Raises OptimizerError where these parts of a state cannot begin after a parameter's first step."""
 
-    def _new_state(self, p: Tensor, group: Mapping[str, Any], moments: Mapping[str, bool]) -> dict[str, Any]:
-        """{"step": float32 scalar, the remainder if p is 16 bit, the moments}: zeros, laid out and sharded like p."""
-        here = local(p)
-        state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32)}
-        if p.dtype in REMAINDER:
-            state[REMAINDER[p.dtype]] = sharded_like(torch.zeros_like(here, dtype=torch.int16), p)
-        for name, signed in moments.items():
-            state[name] = sharded_like(new_moment(here, group["moments"], signed=signed), p)
-        return state
-
-    def _states(self, p: Tensor, group: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
-        """All that a state may hold, and which of it may be absent: moments that options did without at the end."""
-        return self._new_state(p, group, self.rule.moments), set(self.rule.moments) - set(self._moments(group))
+    def _states(
+        self, p: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], Collection[str]]:
+        """All that ``saved`` may hold, stored as it is there (options count from the next step); what may be absent."""
+        kind = common_kind(saved[name] for name in self.rule.moments if name in saved)
+        return new_state(p, kind or group["moments"], self.rule.moments), self.late
 
     def _state_of(self, p: Tensor) -> dict[str, Any]:
-        """The state, made when first asked for; in the parameter's order of memory, should that have changed."""
-        state, here, group = self.state[p], local(p), self._group_of(p)
-        moments, remainder = self._moments(group), REMAINDER.get(p.dtype)
+        """The state, made when first asked for; follows the options, and the parameter's order of memory."""
+        state, group = self.state[p], self._group_of(p)
+        moments = self._moments(group)
         if "step" not in state:
-            state.update(self._new_state(p, group, moments))
+            state.update(new_state(p, group["moments"], moments))
             self._versions[p] = version(p)
             return state
-        for name in REMAINDER.values():  # of another type: what the model sees since is the value
-            if name != remainder:
-                state.pop(name, None)
-        if missing := ({remainder, *moments} - {None, *state}):
+        if missing := (moments.keys() - state.keys()):
             self._check_late(missing, group, self.name_of(p))
-            fresh = self._new_state(p, group, moments)
+            fresh = new_state(p, group["moments"], moments)
             state.update({name: fresh[name] for name in missing})
-        for name, value in state.items():
-            held = local(value)
-            if held.dim() == 0 or held.stride() == here.stride():
-                continue
-            if isinstance(held, OptimState8bit):
-                raise OptimizerError(
-                    f"{self.name_of(p)}: its order in memory changed after its first step, to strides {here.stride()}; "
-                    '8-bit moments cannot follow: change it before, or use moments="bfloat16"'
-                )
-            state[name] = sharded_like(laid_out_like(held, here), p)
+        follow_type(state, p)
+        follow(state, p, group["moments"], moments, self.name_of)
         return state
 
     def _was_overwritten(self, p: Tensor) -> bool:
@@ -356,8 +349,10 @@ class MemoryEfficientOptimizer(Optimizer):
 
     @torch.no_grad()
     def _drop_stale(self) -> None:
-        """Drops the remainders of parameters that someone else wrote, before their state is handed out."""
+        """Drops the remainders of parameters that someone else wrote or cast, before their state is handed out."""
         for p, state in self.state.items():
+            if state:
+                follow_type(state, p)
             if self._was_overwritten(p):
                 for name in REMAINDER.values():
                     if name in state:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ def checked(
     groups: list[dict[str, Any]],
     names: Callable[[Tensor], str],
     check_group: Callable[[Mapping[str, Any], str], None],
-    states: Callable[[Tensor, Mapping[str, Any]], tuple[dict[str, Any], set[str]]],
+    states: Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], tuple[dict[str, Any], Collection[str]]],
 ) -> dict[str, Any]:
     """A state dict with ``Ready`` states, in new memory.
 
@@ -35,7 +35,7 @@ def checked(
         state_dict: what ``Optimizer.state_dict`` gave, read back from anywhere.
         groups: the optimizer's groups.
         check_group: raises for options that are out of range (their dict, where they are from).
-        states: all that the state of a parameter in a group of these options may hold, and what of it may be absent.
+        states: all that this state of a parameter in a group of these options may hold, and what of it may be absent.
 
     Raises:
         OptimizerError: naming the parameter or the option, what was found and what was expected.
@@ -46,8 +46,12 @@ def checked(
         _check_options(options, group, f"param_groups[{i}] of the checkpoint")
         check_group(options, f"param_groups[{i}] of the checkpoint")
         for p, key in zip(group["params"], options["params"], strict=True):
-            if (state := state_dict["state"].get(key)) is not None:
-                ready[key] = Ready(_fitted(state, *states(p, options), names(p)))
+            state = state_dict["state"].get(key, {})
+            if not isinstance(state, Mapping):
+                found = type(state).__name__
+                raise OptimizerError(f"{names(p)}: the checkpoint's state is a {found}, expected a dict")
+            if state:  # empty where someone looked at it before its first step
+                ready[key] = Ready(_fitted(state, *states(p, options, state), names(p)))
     return {"state": ready, "param_groups": saved}
 
 
@@ -73,10 +77,8 @@ def _check_options(options: Mapping[str, Any], group: Mapping[str, Any], where: 
         raise OptimizerError(f"{where}: lacks {', '.join(sorted(missing))}; was it saved by another kind of optimizer?")
 
 
-def _fitted(state: Any, fresh: dict[str, Any], optional: set[str], name: str) -> dict[str, Any]:
+def _fitted(state: Mapping[str, Any], fresh: dict[str, Any], optional: Collection[str], name: str) -> dict[str, Any]:
     """``fresh`` with the values of ``state``, without what it lacks of the ``optional``."""
-    if not isinstance(state, Mapping):
-        raise OptimizerError(f"{name}: the checkpoint's state is a {type(state).__name__}, expected a dict")
     if GRAD_SQUARE in state:
         fresh = {**fresh, GRAD_SQUARE: torch.zeros((), dtype=torch.float64)}
     fresh = {key: value for key, value in fresh.items() if key in state or key not in optional}

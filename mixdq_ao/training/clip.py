@@ -17,8 +17,11 @@ STATE = "grad_square"
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
-    """What to multiply a gradient with, as torch.nn.utils.clip_grad_norm_ does: max_norm / (norm + 1e-6), at most 1."""
-    return min(1.0, max_norm / (norm + 1e-6))
+    """What to multiply a gradient with, as torch.nn.utils.clip_grad_norm_ does: max_norm / (norm + 1e-6), at most 1.
+
+    NaN for a norm that is NaN.
+    """
+    return min(max_norm / (norm + 1e-6), 1.0)
 
 
 States = Mapping[Tensor, dict[str, Any]]
@@ -46,19 +49,21 @@ class RunningClip(TensorClip):
 
     The total is this pass's norms of the tensors that have had their gradients, and the last pass's of those still to
     come: exact for the last tensor of a pass, mostly the last pass's norm for the first. In the very first pass what
-    is still to come counts as zero. A tensor's own gradient counts as it is, so a spike never passes unclipped.
+    is still to come counts as zero. A tensor's own gradient counts as it is, so a spike never passes unclipped. A NaN
+    or infinite norm (nonfinite="propagate") counts for its own tensor alone.
     """
 
     def __init__(self, max_norm: float) -> None:
         super().__init__(max_norm)
-        self._total: float | None = None
+        self._total: int | None = None  # in _units: a spike that is taken off again leaves no rounding error behind
 
     def factor(self, p: Tensor, square: float, states: States) -> float:
         if self._total is None:
-            self._total = math.fsum(float(state[STATE]) for state in states.values() if STATE in state)
-        self._total = max(self._total + square - float(states[p].get(STATE, 0.0)), square)
-        states[p][STATE] = torch.tensor(square, dtype=torch.float64)
-        return clip_factor(math.sqrt(self._total), self.max_norm)
+            self._total = sum(_units(float(state[STATE])) for state in states.values() if STATE in state)
+        known = square if math.isfinite(square) else 0.0
+        self._total += _units(known) - _units(float(states[p].get(STATE, 0.0)))
+        states[p][STATE] = torch.tensor(known, dtype=torch.float64)
+        return clip_factor(math.sqrt(self._total / _units(1.0) if math.isfinite(square) else square), self.max_norm)
 
     def end_pass(self, seen: Set[Tensor], states: States) -> None:
         """A tensor without a gradient in this pass counts as zero in the next."""
@@ -68,6 +73,12 @@ class RunningClip(TensorClip):
 
     def forget_pass(self) -> None:
         self._total = None
+
+
+def _units(x: float) -> int:
+    """A finite float as a multiple of the smallest one, 2^-1074: these add up exactly."""
+    numerator, denominator = x.as_integer_ratio()
+    return numerator << 1075 - denominator.bit_length()
 
 
 def make_clip(kind: str, max_norm: float | None) -> TensorClip | None:

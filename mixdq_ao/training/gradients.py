@@ -65,3 +65,9 @@ def square_norm(grad: Tensor, p: Tensor) -> float:
     """Sum of squares of a gradient, over all shards; accumulated in float32. Waits for the device."""
     square = torch.linalg.vector_norm(local(grad), dtype=torch.float32).square()
     return float(across_shards(square, p))
+
+
+def wide_square_norm(grad: Tensor, p: Tensor) -> float:
+    """``square_norm`` in float64, which holds the square of every float32: for a gradient where float32 overflows."""
+    square = torch.linalg.vector_norm(local(grad), dtype=torch.float64).square()
+    return float(across_shards(square, p))

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import OptimizerError
 from .clip import make_clip
-from .gradients import finite_everywhere, is_finite, refuse_sparse, square_norm
+from .gradients import finite_everywhere, is_finite, refuse_sparse, square_norm, wide_square_norm
 from .loss_scale import LossScale
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ class InBackward:
         """Take the hooks off: ``step()`` steps again."""
         for handle in self._handles:
             handle.remove()
-        self._optimizer._hooks = None
+        if self._optimizer._hooks is self:  # not a later attach()'s
+            self._optimizer._hooks = None
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -129,6 +130,7 @@ class InBackward:
         factor = 1.0 if self.loss_scale is None else 1.0 / self.loss_scale.value
         if self._clip is not None and square is not None:
             o._state_of(p)
+            square = square if math.isfinite(square) else wide_square_norm(p.grad, p)
             factor *= self._clip.factor(p, square * factor**2, o.state)
         o._apply(o._group_of(p), p, factor)
         p.grad = None

@@ -57,9 +57,14 @@ class LossScale:
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Raises OptimizerError, and keeps what it has, when the entries are not those of ``state_dict``."""
-        if set(state) != {"value", "clean"}:
-            raise OptimizerError(f"LossScale: state with {sorted(state)}, expected 'clean' and 'value'")
-        new = LossScale(float(state["value"]), self.growth, self.backoff, self.interval, int(state["clean"]))
+        if not isinstance(state, Mapping) or set(state) != {"value", "clean"}:
+            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise OptimizerError(f"LossScale: state with {found}, expected 'clean' and 'value'")
+        try:
+            value, clean = float(state["value"]), int(state["clean"])
+        except (TypeError, ValueError, OverflowError, RuntimeError) as e:
+            raise OptimizerError(f"LossScale: state {dict(state)}, expected a number for 'clean' and 'value'") from e
+        new = LossScale(value, self.growth, self.backoff, self.interval, clean)
         self.value, self.clean = new.value, new.clean
 
 

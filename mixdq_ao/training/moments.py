@@ -22,9 +22,23 @@ SMALLEST_8BIT = 4096
 Pieces = tuple[Tensor, ...]
 
 
+def kind_for(p: Tensor, kind: str) -> str:
+    """How a moment of ``p`` (a local tensor) is stored where ``kind`` is asked for."""
+    blocks = p.numel() >= SMALLEST_8BIT and p.numel() % BLOCK == 0 and p.is_contiguous()
+    return "float32" if kind == "8bit" and not blocks else kind
+
+
+def kind_of(moment: Tensor) -> str | None:
+    """How a moment (a local tensor) is stored; None for what is none."""
+    if isinstance(moment, OptimState8bit):
+        return "8bit"
+    return {torch.float32: "float32", torch.bfloat16: "bfloat16"}.get(moment.dtype)
+
+
 def new_moment(p: Tensor, kind: str, *, signed: bool) -> Tensor:
     """Zeros for parameter ``p`` (a local tensor), laid out like it."""
-    if kind == "8bit" and p.numel() >= SMALLEST_8BIT and p.numel() % BLOCK == 0 and p.is_contiguous():
+    kind = kind_for(p, kind)
+    if kind == "8bit":
         return OptimState8bit.zeros(p.shape, signed, BLOCK, p.device, dtype=torch.float32)
     return torch.zeros_like(p, dtype=torch.bfloat16 if kind == "bfloat16" else torch.float32)
 

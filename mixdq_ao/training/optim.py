@@ -32,7 +32,8 @@ class MemoryEfficientAdamW(MemoryEfficientOptimizer):
         params: as for torch.optim.AdamW: parameters, named parameters or groups; bfloat16, float16 or float32.
         lr, betas, eps, weight_decay: as there; an lr in a tensor counts as its number, where torch rounds with it.
         moments: "float32" (8 bytes a parameter, exact), "bfloat16" (4 bytes, dithered: see ``moments.dithered``) or
-            "8bit" (2 bytes, torchao's blocks of 256, for tensors of 4096 values and more). May differ by group.
+            "8bit" (2 bytes, torchao's blocks of 256, for tensors of 4096 values and more). May differ by group; what a
+            group says later counts from each parameter's next step.
         nonfinite: what a NaN or an infinity in a gradient does: "raise" OptimizerError, "skip" the step and count it
             in ``skipped``, or "propagate", as torch does (and without waiting for the device at each step).
         compile: step each tensor by one kernel that torch.compile makes. Meant for GPUs. It computes the same, but
@@ -81,6 +82,7 @@ class MemoryEfficientSGD(MemoryEfficientOptimizer):
     """
 
     rule = SGD
+    late = frozenset({"momentum_buffer"})
 
     def __init__(
         self,
@@ -115,7 +117,7 @@ class MemoryEfficientSGD(MemoryEfficientOptimizer):
         if options["nesterov"] and (options["momentum"] == 0 or options["dampening"] != 0):
             raise OptimizerError(f"{where}: nesterov needs a momentum and no dampening")
 
-    def _check_late(self, missing: Collection[str | None], group: Mapping[str, Any], name: str) -> None:
+    def _check_late(self, missing: Collection[str], group: Mapping[str, Any], name: str) -> None:
         if "momentum_buffer" in missing and group["dampening"]:
             raise OptimizerError(
                 f"{name}: momentum begins after its first step, expected dampening=0 then; give both from the start"

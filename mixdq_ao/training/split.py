@@ -65,10 +65,20 @@ def _join_bfloat16(visible: Tensor, remainder: Tensor) -> Tensor:
 
 def _split_float16(x: Tensor) -> tuple[Tensor, Tensor]:
     visible = x.to(torch.float16)
-    rounded = visible.to(torch.float32)
+    rounded = _nearest_float16(x) if torch.compiler.is_compiling() else visible.to(torch.float32)
     steps = (x - rounded) * _power_of_two(40 - _float16_exponent(rounded))  # the difference is exact (Sterbenz)
-    steps = torch.where(rounded.isfinite(), steps, 0)
+    steps = torch.where(rounded.abs() < 65536, steps, 0)
     return visible, steps.round().to(torch.int16)
+
+
+def _nearest_float16(x: Tensor) -> Tensor:
+    """``x.to(float16).to(float32)`` by arithmetic: of casts there and back Inductor makes none at all.
+
+    Scaling by float16's spacing at ``x`` is exact, and ``round`` takes ties to even. Values of 65520 and more become
+    65536 and more instead of infinite.
+    """
+    exponent = _float16_exponent(x)
+    return (x * _power_of_two(25 - exponent)).round() * _power_of_two(exponent - 25)
 
 
 def _join_float16(visible: Tensor, remainder: Tensor) -> Tensor:
@@ -76,9 +86,9 @@ def _join_float16(visible: Tensor, remainder: Tensor) -> Tensor:
     return rounded + remainder.to(torch.float32) * _power_of_two(_float16_exponent(rounded) - 40)
 
 
-def _float16_exponent(rounded: Tensor) -> Tensor:
-    """e of float16 values held in float32, where their spacing is 2^(e - 25): the exponent's field, at least 1."""
-    return (((rounded.view(torch.int32) >> 23) & 0xFF) - 112).clamp(1, 31)
+def _float16_exponent(x: Tensor) -> Tensor:
+    """e of float32 values, where the spacing of float16 is 2^(e - 25): the exponent's field there, at least 1."""
+    return (((x.view(torch.int32) >> 23) & 0xFF) - 112).clamp(1, 31)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

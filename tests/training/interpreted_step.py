@@ -1,4 +1,7 @@
-"""The compiled step as Triton, run by its interpreter (TRITON_INTERPRET=1): one kernel, AdamW with exact roots."""
+"""The compiled steps as Triton, run by its interpreter (TRITON_INTERPRET=1): one kernel each.
+
+AdamW on bfloat16 against torch's with exact roots, SGD on float16 against the eager steps.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,29 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 
 from inductor_kernels import testing
-from mixdq_ao import MemoryEfficientAdamW
+from mixdq_ao import MemoryEfficientAdamW, MemoryEfficientSGD
 
-from .models import BF16, SPECIAL, ExactRoots, same_bits
+from .models import BF16, FP16, SPECIAL, ExactRoots, same_bits
 
 
 def parameters() -> nn.ParameterList:
     torch.manual_seed(0)
     return nn.ParameterList(nn.Parameter(v) for v in (torch.tensor(SPECIAL), torch.randn(300) * 0.02))
+
+
+def float16() -> None:
+    start, found = torch.cat([torch.randn(300), torch.randn(300) * 1e-6]), []
+    for compile in (False, True):
+        model = nn.ParameterList([nn.Parameter(start.clone())])
+        optimizer = MemoryEfficientSGD.from_fp32(model, FP16, lr=1e-2, momentum=0.9, compile=compile)
+        for step in range(2):
+            model[0].grad = torch.randn(start.shape, generator=torch.Generator().manual_seed(step)).to(FP16)
+            with testing.interpreter():
+                optimizer.step()
+        found.append((model[0], optimizer.fp32(model[0])))
+    (p, exact), (q, compiled) = found
+    assert same_bits(p, q) and same_bits(exact, compiled)
+    assert not torch.equal(compiled, q.float())
 
 
 def main() -> None:
@@ -39,3 +57,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    float16()

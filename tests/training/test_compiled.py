@@ -15,9 +15,10 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 
 from mixdq_ao import MemoryEfficientAdamW, MemoryEfficientSGD
+from mixdq_ao.training.split import join, split
 from mixdq_ao.training.update import compiled_kernel
 
-from .models import BF16, ExactRoots, awkward, batches, give_gradients, same_bits, tied
+from .models import BF16, FP16, ExactRoots, awkward, batches, give_gradients, same_bits, tied, wide
 
 STEPS, ROOT = 60, Path(__file__).parents[2]
 
@@ -89,6 +90,37 @@ def test_sgd_is_torchs_to_the_bit():
         ours.step()
         theirs.step()
     assert all(same_bits(ours.fp32(p), q) for p, q in zip(*models, strict=True))
+
+
+def test_float16_keeps_its_remainder_to_the_bit():
+    """SGD on float16 parameters of every size of value, against the eager steps: bits, remainders and momentum."""
+    start = torch.randn(37, 41) * 10.0 ** torch.randint(-9, 4, (37, 41))
+    start[0, :4] = torch.tensor([0.0, -0.0, 65519.0, 1.00048828125])
+    found = []
+    for compile in (False, True):
+        model = nn.ParameterList([nn.Parameter(start.clone())])
+        optimizer = MemoryEfficientSGD.from_fp32(model, FP16, lr=1e-2, momentum=0.9, compile=compile)
+        torch.manual_seed(1)
+        for _ in range(20):
+            model[0].grad = wide(start.shape, FP16)
+            optimizer.step()
+        found.append((model[0], optimizer.state[model[0]]))
+    (p, eager), (q, compiled) = found
+    assert same_bits(p, q) and same_bits(eager["momentum_buffer"], compiled["momentum_buffer"])
+    assert torch.equal(eager["float16_remainder"], compiled["float16_remainder"])
+    assert compiled["float16_remainder"].unique().numel() > 1000
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_pairs_compile_to_the_same_bits(dtype):
+    """All exponents and signs with the rounding cases around float16's and bfloat16's halves, infinities and NaN."""
+    upper = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32) << 16
+    lower = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x3001, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    x = (upper[:, None] | lower.to(torch.int32)).flatten().view(torch.float32)
+    visible, remainder = split(x, dtype)
+    compiled = torch.compile(split, fullgraph=True)(x, dtype)
+    assert same_bits(compiled[0], visible) and torch.equal(compiled[1], remainder)
+    assert same_bits(torch.compile(join, fullgraph=True)(visible, remainder), join(visible, remainder))
 
 
 @pytest.mark.parametrize("moments", ["bfloat16", "8bit"])

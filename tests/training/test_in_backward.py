@@ -180,6 +180,22 @@ def test_remove_brings_back_steps_after_backward():
     assert alike(one, two)
 
 
+def test_remove_of_an_old_handle_leaves_the_new_one():
+    one, two = pair()
+    handle = two[1].attach(two[0])
+    handle.remove()
+    again = two[1].attach(two[0])
+    handle.remove()
+    for words in batches(3):
+        after_backward(*one, words)
+        two[0].loss(words).backward()
+        assert all(p.grad is None for p in two[0].parameters())
+        two[1].step()
+    assert alike(one, two)
+    again.remove()
+    two[1].attach(two[0])
+
+
 def test_writing_a_weight_that_backward_still_needs_is_an_error_not_a_wrong_gradient():
     """The weight is read a second time without a gradient of its own, by a part of the graph that comes later."""
     a, b = (nn.Parameter(torch.randn(4, 4).to(BF16)) for _ in range(2))
@@ -263,6 +279,38 @@ def test_a_spike_is_clipped_at_once_and_leaves_no_trace():
     got = steps_taken([calm, calm, (1.0, 1e20, 1.0), calm, calm], max_norm=10.0, clip="running")
     assert max(got[2]) <= 10.0 * (1 + 1e-5)
     assert got[4] == pytest.approx(list(calm)) and got[0] == pytest.approx(list(calm))
+
+
+@pytest.mark.parametrize("clip", ["running", "tensor"])
+@pytest.mark.parametrize("spike", [2e19, 1e38])
+def test_a_norm_whose_square_overflows_float32_is_a_norm_like_others(clip, spike):
+    """The spike is clipped to the norm, what comes after is clipped as ever, and the state loads again."""
+    loud = (200.0, 200.0, 200.0)
+    got = steps_taken([(1.0, 1.0, 1.0), (1.0, spike, 1.0), loud, loud], max_norm=1.0, clip=clip)
+    assert got[1][1] == pytest.approx(1.0, rel=1e-5)
+    assert got[3] == pytest.approx([1.0 / math.sqrt(3.0) if clip == "running" else 1.0] * 3, rel=1e-5)
+    model = Recorder()
+    optimizer = MemoryEfficientSGD(model.parameters(), lr=1.0)
+    optimizer.attach(model, max_norm=1.0, clip=clip)
+    for norms in ((1.0, spike, 1.0), loud):
+        model(norms).backward()
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_norm_that_is_no_number_counts_for_its_own_tensor_alone(value):
+    """Where such gradients are let through; the state loads again."""
+    model = Recorder()
+    optimizer = MemoryEfficientSGD(model.parameters(), lr=1.0, nonfinite="propagate")
+    optimizer.attach(model, max_norm=1.3)
+    for norms in ((3.0, 4.0, 12.0), (3.0, value, 12.0), (3.0, 4.0, 12.0)):
+        model(norms).backward()
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert model.b.isnan().all()
+    expected = 12 / 12 * 1.3 + 12 * 1.3 / 13 + 12 * 1.3 / math.sqrt(12**2 + 3**2)
+    assert model.c.norm().item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_clipped_run_resumes_to_the_bit(tmp_path):
@@ -357,6 +405,11 @@ def test_loss_scale_saves_loads_and_checks():
         {"value": -1.0, "clean": 0},
         {"value": math.inf, "clean": 0},
         {"value": 1.0, "clean": -1},
+        {"value": "x", "clean": 0},
+        {"value": 1.0, "clean": None},
+        {"value": 1.0, "clean": math.inf},
+        {"value": torch.zeros(2), "clean": 0},
+        None,
     ):
         with pytest.raises(OptimizerError, match="LossScale"):
             other.load_state_dict(wrong)
@@ -373,6 +426,23 @@ def test_grad_scaler_is_refused_where_it_cannot_work():
     scaler.scale(model.loss(batches(1)[0])).backward()
     with pytest.raises(OptimizerError, match="GradScaler cannot unscale.*LossScale"):
         scaler.step(optimizer)
+
+
+def test_a_refused_grad_scaler_leaves_nothing_to_the_next_step():
+    layer = nn.Linear(3, 3, bias=False)
+    optimizer = MemoryEfficientSGD(layer.parameters(), lr=1.0)
+    handle = optimizer.attach(layer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = optimizer.fp32(layer.weight)
+    with handle.accumulating():
+        scaler.scale(layer(torch.ones(1, 3)).sum()).backward()
+    with pytest.raises(OptimizerError, match="GradScaler cannot unscale"):
+        scaler.step(optimizer)
+    handle.remove()
+    optimizer.zero_grad()
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert torch.allclose(before - layer.weight, torch.ones(3, 3))
 
 
 # --- models that do not fit ---

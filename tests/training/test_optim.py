@@ -664,6 +664,31 @@ def test_a_copy_sees_writes_before_its_first_step(again):
     assert torch.equal(other.fp32(q), q.float()) and not torch.equal(optimizer.fp32(p), p.float())
 
 
+@pytest.mark.parametrize("attached", [False, True])
+def test_writes_are_seen_again_after_one_step_behind_a_checkpoint(attached):
+    """Also to a parameter that had no gradient in that step."""
+    model = holder([nn.Parameter(torch.linspace(-1, 1, 100).to(BF16)) for _ in range(2)])
+    p, q = model.parameters()
+    optimizer = MemoryEfficientAdamW([p, q], lr=1e-3)
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    if attached:
+        optimizer.attach(model)
+    optimizer.zero_grad()
+    (p.float() ** 2).sum().backward()
+    exact = optimizer.fp32(q)
+    with torch.no_grad():
+        q.copy_(q.clone())  # loading the model
+    assert same_bits(optimizer.fp32(q), exact) and not torch.equal(exact, q.float())
+    optimizer.step()
+    assert same_bits(optimizer.fp32(q), exact)
+    with torch.no_grad():
+        q.fill_(2.0)
+    assert torch.equal(optimizer.fp32(q), q.float())
+    assert not torch.equal(optimizer.fp32(p), p.float())
+
+
 def test_asking_for_the_state_changes_nothing_that_was_not_written():
     model, optimizer, _ = trained(2)
     before = snapshot(optimizer)
@@ -674,6 +699,17 @@ def test_asking_for_the_state_changes_nothing_that_was_not_written():
     state = optimizer.state_dict()["state"]
     index = [q is p for q in optimizer.param_groups[0]["params"]].index(True)
     assert not state[index]["bfloat16_remainder"].any() and torch.equal(optimizer.fp32(p), p.float())
+
+
+def test_looking_at_a_state_before_the_first_step_changes_no_checkpoint():
+    """``optimizer.state`` makes an empty one then, as torch's does."""
+    p = nn.Parameter(torch.ones(3, dtype=BF16))
+    optimizer = MemoryEfficientAdamW([p])
+    assert optimizer.state[p] == {}
+    optimizer.load_state_dict(optimizer.state_dict())
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 1
 
 
 def test_closure_and_added_groups():
@@ -795,6 +831,52 @@ def test_momentum_may_begin_and_end_while_training(dtype):
         damped.step()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_momentum_that_begins_may_be_saved_before_a_parameter_has_it(dtype):
+    """Like torch's: the buffer is made at the parameter's next step, here in a run that was resumed."""
+    starts = [torch.randn(300).to(dtype) for _ in range(2)]
+    ours, theirs = [nn.Parameter(s.clone()) for s in starts], [nn.Parameter(s.float()) for s in starts]
+    mine, other = MemoryEfficientSGD(ours, lr=0.1), torch.optim.SGD(theirs, lr=0.1, foreach=False)
+    for step in range(4):
+        for optimizer in (mine, other):
+            optimizer.param_groups[0]["momentum"] = 0.9 if step else 0.0
+        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            p.grad = None if step == 1 and i == 1 else torch.randn(300).to(dtype)
+            q.grad = None if p.grad is None else p.grad.float()
+        mine.step(), other.step()
+        saved, mine = mine.state_dict(), MemoryEfficientSGD(ours, lr=0.5, momentum=0.5)
+        mine.load_state_dict(saved)
+    assert all(same_bits(mine.fp32(p), q) for p, q in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("size", [4096, 100])
+@pytest.mark.parametrize("before", ["float32", "bfloat16", "8bit"])
+@pytest.mark.parametrize("after", ["float32", "bfloat16", "8bit"])
+def test_moments_may_be_stored_in_another_way_later(before, after, size):
+    """From a parameter's next step on; what they hold goes along, and the state loads at any time."""
+    p, q = (nn.Parameter(torch.linspace(-1, 1, size).to(BF16)) for _ in range(2))
+    optimizer = MemoryEfficientAdamW([p, q], moments=before)
+    p.grad, q.grad = torch.full_like(p, 2.0), torch.full_like(q, 2.0)
+    optimizer.step()
+    optimizer.param_groups[0]["moments"] = after
+    p.grad, q.grad = torch.full_like(p, 2.0), None
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    fresh = MemoryEfficientAdamW([nn.Parameter(p.detach().clone())], moments=after)
+    fresh.param_groups[0]["params"][0].grad = p.grad
+    fresh.step()
+    (like,), names = fresh.state.values(), ("exp_avg", "exp_avg_sq")
+    for name, value in zip(names, (2 * (1 - 0.9**2), 4 * (1 - 0.999**2)), strict=True):
+        held = optimizer.state[p][name]
+        assert type(held) is type(like[name]) and held.dtype is like[name].dtype
+        held = held.dequantize() if isinstance(held, OptimState8bit) else held
+        assert held.float().mean().item() == pytest.approx(value, rel=2e-2)
+    q.grad = torch.full_like(q, 2.0)
+    optimizer.step()
+    assert type(optimizer.state[q]["exp_avg"]) is type(like["exp_avg"])
+
+
 @pytest.mark.parametrize("later", [torch.float16, torch.float32, torch.bfloat16])
 def test_a_model_may_change_its_type(later):
     """What it holds then is the value; its state loads again."""
@@ -807,6 +889,7 @@ def test_a_model_may_change_its_type(later):
         before = [p.detach().float() for p in model.parameters()]
         if dtype is not torch.bfloat16:
             assert all(map(torch.equal, map(optimizer.fp32, model.parameters()), before))
+            optimizer.load_state_dict(optimizer.state_dict())
         optimizer.step()
     for p, value in zip(model.parameters(), before, strict=True):
         assert (optimizer.fp32(p) - value).abs().max() < 0.05
