@@ -159,7 +159,7 @@ def _prologue_tiles(x, product: Product, candidates: list[Tile], capability: int
     fitting = [tile for tile in candidates if roofline.prologue_fits(tile, capability, read=read)]
     if not fitting:
         return []
-    best = candidates[0] if candidates[0] in fitting else tuned.modelled(capability, product, fitting)
+    best = min(fitting, key=lambda tile: roofline.prologue_seconds(product, tile, capability, work=work, read=read))
     pays = roofline.prologue_pays(product, best, capability, work=work, read=read, otherwise=expected)
     return sorted(fitting, key=lambda tile: tile != best) if pays else []
 

@@ -131,14 +131,18 @@ def prologue_fits(tile: Tile, capability: int, *, read: int) -> bool:
     return shared_bytes(tile, read) <= SHARED_BYTES[family(capability)]
 
 
-def prologue_pays(product: Product, tile: Tile, capability: int, *, work: int, read: int, otherwise: float) -> bool:
-    """Whether a product should compute its codes itself, once per column of tiles, rather than read those of a kernel
-    of their own. ``work``: operations per code; ``read``: bytes from which a code is made; ``otherwise``: seconds that
-    it takes when it reads codes.
+def prologue_seconds(product: Product, tile: Tile, capability: int, *, work: int, read: int) -> float:
+    """What a product is expected to take that computes its codes itself, once per column of tiles.
+
+    work: operations per code; read: bytes from which a code is made.
     """
     architecture = family(capability)
-    limits, columns = MACHINES[architecture], math.ceil(product.n / tile.n)
-    used = product.m * product.k
-    apart = LAUNCH + used / product.taps * (read + 1) / limits.bandwidth
-    inside = used * columns * (work / limits.vector + (read - 1) / (CACHE * SMS[architecture]))
-    return inside + seconds(product, tile, capability) <= apart + otherwise
+    codes = product.m * product.k * math.ceil(product.n / tile.n)
+    inside = codes * (work / MACHINES[architecture].vector + (read - 1) / (CACHE * SMS[architecture]))
+    return inside + seconds(product, tile, capability)
+
+
+def prologue_pays(product: Product, tile: Tile, capability: int, *, work: int, read: int, otherwise: float) -> bool:
+    """Whether that is sooner than a kernel that makes the codes and one that reads them, ``otherwise`` seconds."""
+    apart = LAUNCH + product.m * product.k / product.taps * (read + 1) / MACHINES[family(capability)].bandwidth
+    return prologue_seconds(product, tile, capability, work=work, read=read) <= apart + otherwise
