@@ -89,7 +89,8 @@ def main() -> None:
         print(line, flush=True)
         return pictures
 
-    quantized.unet.enable_lora_hotswap(target_rank=RANK, check_compiled="ignore")  # before the first adapter
+    if args.adapter is None:  # another one is swapped in below: to be said before the first adapter
+        quantized.unet.enable_lora_hotswap(target_rank=RANK, check_compiled="ignore")
     quantized.load_lora_weights(first, adapter_name="one")
     pictures = show("loaded", first)
     quantized.unet.set_adapters("one", 0.5)

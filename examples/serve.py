@@ -78,7 +78,7 @@ def whole(query: dict[str, list[str]], name: str, default: int) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"{name} is {text[:20]!r}, expected a whole number") from None
+        raise ValueError(f"{name} is {text[:20]!a}, expected a whole number") from None
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from math import ceil
 from typing import Any, Literal
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from .errors import PlanError, QuantizationError
 from .jsonfile import is_number
@@ -43,7 +44,22 @@ class JointLinear(nn.Linear):
 def find_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """Every nn.Linear and nn.Conv2d of ``model`` by name, in module order; of joint ones the layers they compute.
     794 in SDXL's UNet."""
-    return {n: m for n, m in find_products(model).items() if not isinstance(m, JointLinear)}
+    products = find_products(model)
+    return {n: m for n, m in products.items() if not (isinstance(m, JointLinear) or _computes_others(n, products))}
+
+
+JOINT_OF = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+"""What diffusers' attention calls its joint projections (``fused_projections``), and the layers each computes."""
+
+
+def _computes_others(name: str, names: Iterable[str]) -> bool:
+    """Whether a layer is diffusers' joint one, beside those it computes or computed."""
+    path, _, last = name.rpartition(".")
+    return last in JOINT_OF and all(f"{path}.{part}".removeprefix(".") in names for part in JOINT_OF[last])
 
 
 def find_products(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -123,9 +139,34 @@ def adapter_advice(name: str) -> str | None:
     )
 
 
+def prepared_advice(name: str, module: nn.Module) -> str | None:
+    """What to do about a layer that runs at the levels of a schedule; None for any other module."""
+    if not getattr(type(module), "switched", False):
+        return None
+    return f"layer {name!r} is prepared for a precision per step; load the original model for this, and prepare() that"
+
+
+def joint_advice(name: str, module: nn.Module) -> str | None:
+    """What to do about an attention whose projections diffusers computes at once, past its layers; None for any other
+    module, and where they are ours."""
+    if not getattr(module, "fused_projections", False):
+        return None
+    joint = [j for j, parts in JOINT_OF.items() if hasattr(module, j) and all(hasattr(module, part) for part in parts)]
+    if all(isinstance(getattr(module, j), JointLinear) for j in joint):
+        return None
+    return (
+        f"attention {name!r}: its projections are fused, expected them apart; pipe.unfuse_qkv_projections() first "
+        "(then mixdq_ao.unfuse_projections(model), for what that leaves), and mixdq_ao.fuse_projections(model) after "
+        "quantize_"
+    )
+
+
 def check_plan(plan: Plan, model: nn.Module, *, need_ranges: bool = True) -> None:
     """Raises PlanError unless ``plan`` fits ``model``. Nothing is changed."""
     model = check_module(model)
+    for name, module in model.named_modules():
+        if advice := prepared_advice(name, module) or joint_advice(name, module):
+            raise PlanError(advice)
     layers = find_layers(model)
     for name, layer in plan.layers.items():
         if advice := adapter_advice(name):
@@ -165,6 +206,7 @@ def check_layer(module: nn.Module, layer: LayerPlan, *, need_ranges: bool = True
             "its weight is computed by a parametrization, weight_norm or pruning; make that permanent first (as "
             "torch.nn.utils.parametrize.remove_parametrizations or prune.remove do), or give the layer 16 bits"
         )
+    check_sized(module)
     if need_ranges:
         check_calibrated(layer)
     channels = in_channels(module)
@@ -187,6 +229,12 @@ def check_layer(module: nn.Module, layer: LayerPlan, *, need_ranges: bool = True
         raise PlanError(
             f"padding is {module.padding!r}, expected numbers; give this layer 16 bits or set the padding as numbers"
         )
+
+
+def check_sized(module: nn.Module) -> None:
+    """Raises PlanError for a lazy layer that has not been called."""
+    if isinstance(module.weight, UninitializedParameter):
+        raise PlanError("is lazy and has no sizes yet; call the model once first")
 
 
 def in_channels(module: nn.Module) -> int:
@@ -239,6 +287,11 @@ def summarize(plan: Plan, model: nn.Module) -> PlanSummary:
     """Figures of ``plan`` on ``model``; layers the plan does not name count as 16 bit."""
     check_plan(plan, model, need_ranges=False)
     layers = find_layers(model)
+    for name, module in layers.items():
+        try:
+            check_sized(module)
+        except PlanError as e:
+            raise PlanError(f"layer {name!r}: {e}") from e
     shapes = {n: LayerShape.of(m) for n, m in layers.items()}
     planned = {n: plan.layers.get(n, LayerPlan()) for n in layers}
     sizes = plan.metadata.get("act_sizes", {})

@@ -36,13 +36,16 @@ class LoadPipeline:
         return {"required": {"name": (list(folders()),), "device": (["cuda", "cpu"],)}}
 
     def load(self, name: str, device: str) -> tuple[Any]:
+        import torch
+
         from mixdq_ao import bos_aware
         from mixdq_ao.app.inputs import load_pipeline
         from mixdq_ao.models.bos_encoder import bos_embedding_of
         from mixdq_ao.models.pipelines import denoiser
 
-        pipe = load_pipeline(str(folders()[name]), device=device)
-        return (bos_aware(pipe) if bos_embedding_of(denoiser(pipe)) is not None else pipe,)
+        with torch.inference_mode(False):  # ComfyUI's own: tensors made in it cannot be used outside
+            pipe = load_pipeline(str(folders()[name]), device=device)
+            return (bos_aware(pipe) if bos_embedding_of(denoiser(pipe)) is not None else pipe,)
 
 
 class Draw:

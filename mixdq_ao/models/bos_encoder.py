@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import TextEncoderError
+from ..layers import uncompiled
 from ..quantize.bos import bos_mask
 from ..quantize.tensor import MixDQTensor
 from .pipelines import denoiser, text_encoders
@@ -54,10 +57,9 @@ class BOSAwareTextEncoder(nn.Module):
 
     @staticmethod
     def _mixed_in(encoder: nn.Module, row: Tensor, found: str) -> nn.Module:
-        own = type(encoder)
         if not isinstance(encoder, BOSAwareTextEncoder):
-            encoder.__class__ = type(own.__name__, (BOSAwareTextEncoder, own), {"__module__": own.__module__})
-        encoder.register_buffer("bos_row", row, persistent=False)
+            encoder.__class__ = _aware(type(encoder))
+        uncompiled(encoder).register_buffer("bos_row", row, persistent=False)
         encoder.bos_from_last = found == "last"  # type: ignore[assignment]
         return encoder
 
@@ -73,8 +75,13 @@ class BOSAwareTextEncoder(nn.Module):
             )
         return found
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward(*args, **kwargs)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The mixed class is found by no name: it is mixed again from the encoder's own."""
+        return _blank, (type(self).__bases__[1],), *super().__reduce_ex__(protocol)[2:]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Not ``forward``, for which offloading puts one of its own into the encoder."""
+        output = super().__call__(*args, **kwargs)
         if self.bos_from_last and getattr(output, "last_hidden_state", None) is not None:
             self.check(output.last_hidden_state, "the last hidden state")
         elif getattr(output, "hidden_states", None) is not None:
@@ -92,20 +99,43 @@ class BOSAwareTextEncoder(nn.Module):
             )
 
 
+@cache
+def _aware(own: type[nn.Module]) -> type[BOSAwareTextEncoder]:
+    return type(own.__name__, (BOSAwareTextEncoder, own), {"__module__": own.__module__})
+
+
+def _blank(own: type[nn.Module]) -> nn.Module:
+    return object.__new__(_aware(own))
+
+
 @torch.no_grad()
 def _matching_state(encoder: nn.Module, row: Tensor, bos_token_id: int | None) -> str | None:
     """Where ``row`` stands in the encoder's outputs: "hidden", "last", or None. BOS sees no other token (causal)."""
     config: Any = encoder.config
-    unchecked: Any = super(BOSAwareTextEncoder, encoder) if isinstance(encoder, BOSAwareTextEncoder) else encoder
-    device = next(encoder.parameters()).device
     bos = config.bos_token_id if bos_token_id is None else bos_token_id
-    ids = torch.tensor([[bos, config.eos_token_id]], device=device)
-    output = unchecked.forward(ids, output_hidden_states=True)
-    matches = lambda state: state.shape[-1] == row.numel() and bool(bos_mask(state[0, 0], row.to(device)).all())  # noqa: E731
+    ids = torch.tensor([[bos, config.eos_token_id]], device=_device(encoder))
+    # the module's own call: without the check of an encoder that has it already
+    output = nn.Module.__call__(_to_call(uncompiled(encoder)), ids, output_hidden_states=True)
+    matches = lambda state: state.shape[-1] == row.numel() and bool(bos_mask(state[0, 0], row.to(state.device)).all())  # noqa: E731
     if any(matches(state) for state in output.hidden_states):
         return "hidden"
     last = getattr(output, "last_hidden_state", None)
     return "last" if last is not None and matches(last) else None
+
+
+def _device(encoder: nn.Module) -> Any:
+    """Where the encoder computes. accelerate's offloading keeps weights elsewhere."""
+    hooks = (getattr(module, "_hf_hook", None) for module in encoder.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((device for device in devices if device is not None), next(encoder.parameters()).device)
+
+
+def _to_call(encoder: nn.Module) -> nn.Module:
+    """A copy of the same tensors: transformers puts hooks into a model at its first call, with which it cannot be
+    pickled. An offloaded one is called itself, whose hooks move its own tensors."""
+    if any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in encoder.modules()):
+        return encoder
+    return copy.deepcopy(encoder, {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())})
 
 
 def bos_embedding_of(model: nn.Module) -> Tensor | None:
@@ -124,13 +154,19 @@ def bos_aware(pipe: Any) -> Any:
     """Makes the text encoders of a pipeline with a BOS-aware quantized denoiser check their BOS row. Returns ``pipe``.
 
     Raises:
-        TextEncoderError: the denoiser holds no BOS embedding, or an encoder's first row is not the calibrated one.
+        TextEncoderError: the denoiser holds no BOS embedding or is offloaded sequentially, or an encoder's first row
+            is not the calibrated one.
     """
     embedding = bos_embedding_of(denoiser(pipe))
     if embedding is None:
         raise TextEncoderError(
             f"{type(denoiser(pipe)).__name__} holds no BOS embedding; "
             "quantize it first with a plan calibrated with BOS rows"
+        )
+    if embedding.is_meta:
+        raise TextEncoderError(
+            f"{type(denoiser(pipe)).__name__} is offloaded, its BOS embedding elsewhere until it is called; "
+            "bos_aware(pipe) first, offload then"
         )
     encoders = text_encoders(pipe)
     widths = {n: int(cast(Any, e).config.hidden_size) for n, e in encoders.items()}

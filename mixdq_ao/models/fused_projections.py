@@ -1,7 +1,7 @@
 """Query, key and value of an attention as one product (key and value where the keys are of another tensor).
 
-diffusers' ``fuse_qkv_projections`` copies weights into a plain layer, which a quantized weight cannot become; its
-attention with joint projections is used here with joint quantized weights.
+diffusers' ``fuse_qkv_projections`` copies weights into a plain layer, where quantized ones are floating point again (a
+warning says so); its attention with joint projections is used here with joint quantized weights.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import nn
 
-from ..layers import JointLinear, check_module
+from ..layers import JOINT_OF, JointLinear, check_module
 from ..quantize.join import difference, joined
 from ..quantize.tensor import MixDQTensor
-from .joint_names import JOINT_OF
 from .text_layers import TextProjection, own_class
 
 

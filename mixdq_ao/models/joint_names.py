@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
+from ..layers import JOINT_OF
+
 Value = TypeVar("Value")
 
-JOINT_OF = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
-"""What diffusers' attention calls its joint projections (``fused_projections``), and the layers each computes."""
 JOINT_TEXT = "text_projections"
 """The UNet's own: keys and values of the text for all its cross attentions (``fused_text``)."""
 TEXT_REUSE = "text_reuse"

@@ -54,10 +54,16 @@ class TextProjection(nn.Module):
         """What the layer gives by itself."""
         return super().__call__(text, *args)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class is found by no name: it is made again from the layer's own."""
+        return _blank, (own_class(self),), *super().__reduce_ex__(protocol)[2:]
+
     def store(self, value: Tensor) -> None:
         """Keeps ``value`` where the last one of its shape was: compiled code and CUDA graphs go on reading there. What
-        has a gradient gets a place of its own, which is part of one graph."""
+        has a gradient gets a place of its own, which is part of one graph; so does what follows inference mode."""
         held = self.stored
+        if held is not None and held.is_inference() and not torch.is_inference_mode_enabled():
+            held = None
         fits = held is not None and (held.shape, held.dtype, held.device) == (value.shape, value.dtype, value.device)
         if held is not None and fits and not (held.requires_grad or value.requires_grad):
             held.copy_(value)
@@ -68,6 +74,10 @@ class TextProjection(nn.Module):
 @cache
 def _standing_in(cls: type[nn.Module]) -> type[TextProjection]:
     return type(f"Text{cls.__name__}", (TextProjection, cls), {})
+
+
+def _blank(cls: type[nn.Module]) -> TextProjection:
+    return object.__new__(_standing_in(cls))
 
 
 def own_class(layer: nn.Module) -> type[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -194,6 +195,15 @@ def _(func, types, args, kwargs):
     return _parts(weight, -(-weight.shape[dim] // count), dim)
 
 
+@MixDQTensor.implements_torch_function(torch.cat)
+def _(func, types, args, kwargs):
+    """As the dispatcher does it (``collectives``); ``copy_`` tells by it what ``fuse_qkv_projections`` copies."""
+    with torch._C.DisableTorchFunctionSubclass():
+        whole = func(*args, **kwargs)
+    whole.concatenated = True
+    return whole
+
+
 @MixDQTensor.implements(aten._to_copy.default)
 def _(func, types, args, kwargs):
     """Device moves take every tensor along; a floating-point type becomes the layer's type, integers stay."""
@@ -221,6 +231,13 @@ def _(func, types, args, kwargs):
     """In place from a weight of the same kind; into a plain tensor as what the integers stand for."""
     weight, source = args[:2]
     if not isinstance(weight, MixDQTensor | SplitMixDQTensor):
+        if getattr(source, "concatenated", False):
+            warnings.warn(
+                "mixdq_ao: quantized weights were joined and copied into a layer of floating point, which computes in "
+                "their place now; pipe.unfuse_qkv_projections() and mixdq_ao.unfuse_projections(model) undo diffusers' "
+                "fuse_qkv_projections, and mixdq_ao.fuse_projections(model) joins them as they are",
+                stacklevel=5,
+            )
         return func(weight, source.dequantize(weight.dtype))
     pairs = list(zip(_halves(weight), _halves(source), strict=True)) if type(weight) is type(source) else []
     if not pairs or not all(_alike(*pair) for pair in pairs):
@@ -266,6 +283,33 @@ def _alike(a: MixDQTensor, b: MixDQTensor) -> bool:
 def _(func, types, args, kwargs):
     first, second = (func(half, **kwargs) for half in (args[0].first, args[0].second))
     return return_and_correct_aliasing(func, args, kwargs, SplitMixDQTensor(first, second, first.dtype))
+
+
+VIEWS = [aten.detach.default, aten.alias.default]
+
+
+@MixDQTensor.implements(VIEWS)
+@SplitMixDQTensor.implements(VIEWS)
+def _(func, types, args, kwargs):
+    """torch wants a view to be an inference tensor where the weight is one, whatever the mode."""
+    with torch.inference_mode(args[0].is_inference()) if torch.is_inference_mode_enabled() else nullcontext():
+        view = args[0]._apply_fn_to_data(lambda tensor: func(tensor, *args[1:], **kwargs))
+    return return_and_correct_aliasing(func, args, kwargs, view)
+
+
+TO = [aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other]
+
+
+@MixDQTensor.implements(TO)
+@SplitMixDQTensor.implements(TO)
+def _(func, types, args, kwargs):
+    """Inference mode does not take these apart into the above."""
+    call = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    weight, like = call["self"], call.get("other", call["self"])
+    device, dtype = call.get("device") or like.device, call.get("dtype") or like.dtype
+    if (device, dtype) == (weight.device, weight.dtype) and not call.get("copy"):
+        return weight
+    return aten._to_copy.default(weight, device=device, dtype=dtype, non_blocking=call.get("non_blocking", False))
 
 
 def with_dtype(weight: MixDQTensor, dtype: torch.dtype) -> MixDQTensor:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import CalibrationError
-from ..layers import adapter_advice, find_layers, split_points, text_readers
-from ..models.joint_names import JOINT_OF
+from ..layers import adapter_advice, find_layers, joint_advice, prepared_advice, split_points, text_readers
 from ..models.pipelines import Sampling
 from ..plan import Range
 from ..quantize.bos import bos_mask
@@ -193,12 +192,8 @@ def _check_original(model: nn.Module) -> None:
         if advice := adapter_advice(name):
             raise CalibrationError(advice)
     for name, module in model.named_modules():
-        if getattr(module, "fused_projections", False) and any(hasattr(module, joint) for joint in JOINT_OF):
-            raise CalibrationError(
-                f"attention {name!r}: its projections are fused, expected them apart; pipe.unfuse_qkv_projections() "
-                "first (then mixdq_ao.unfuse_projections(model), for what that leaves), and "
-                "mixdq_ao.fuse_projections(model) after quantize_"
-            )
+        if advice := prepared_advice(name, module) or joint_advice(name, module):
+            raise CalibrationError(advice)
 
 
 def calibrate_as_drawn(pipe: Any, prompts: Sequence[str], sampling: Sampling) -> Calibration:
@@ -246,8 +241,8 @@ def calibrate(
 
     Raises:
         CalibrationError: method, act_bits or steps is none of what is offered; prompts and run are both given; the
-            model is quantized already, has an adapter, or its projections are fused; nothing ran, or an input holds NaN
-            or infinity.
+            model is quantized or prepared for a schedule already, has an adapter, or its projections are fused; nothing
+            ran, or an input holds NaN or infinity.
         MixDQError: prompts are empty.
         QuantizationError: the model computes something else when smoothed or rotated.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -167,6 +167,7 @@ class LevelLayer(nn.Module):
         kind: empty; its type is that of the layer's weight, also after ``.to``.
     """
 
+    switched: ClassVar[bool] = True  # for layers.prepared_advice
     bos_embedding: Tensor | None
     bos_output: Tensor | None
     kind: Tensor

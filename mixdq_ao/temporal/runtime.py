@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +47,10 @@ def prepare(
             of those bytes more.
         keep_full: also keep the model's own weights, so that 16 bit is exact.
 
-    torch.compile makes one graph for each level when it is first seen, and none after that. It gives up after
-    ``torch._dynamo.config.recompile_limit`` graphs (8): raise it for more levels than that.
+    torch.compile makes one graph for each level when it is first seen, and none after that while sizes stay. A batch
+    size that changes makes up to three for each level (the first size, 1, all others), a height and a width that change
+    another each. After ``torch._dynamo.config.recompile_limit`` graphs (8) it fails with ``fullgraph=True``, and else
+    runs eagerly: raise the limit to as many as there may be.
 
     Raises:
         PlanError, QuantizationError, ScheduleError: naming level and layer, before anything is changed.
@@ -71,6 +74,7 @@ def prepare(
         embedding = None if bos is None else bos.to(layers[name].weight.device)
         layer = LevelLayer(layers[name], per_level, switch, bos_embedding=embedding, storage=storage)
         setattr(model.get_submodule(parent), attribute, layer)
+    _keep_projections_apart(model)
     for declare in PREPARED:
         declare(model)
     return LevelRuntime(model, plan, switch)
@@ -80,13 +84,26 @@ class LevelRuntime:
     """A prepared model. ``level`` is the one attribute that switches all its layers.
 
     Attributes:
-        model: the denoiser. plan: the schedule that ``follow`` follows.
+        model: the denoiser. plan: the schedule that ``follow`` follows. followed: the pipeline it follows, or None.
     """
 
     def __init__(self, model: nn.Module, plan: TemporalPlan, switch: Switch) -> None:
         self.model, self._switch, self._levels = model, switch, dict(plan.levels)  # as prepared: fixed
         self._plan = self._resampled = plan
-        self._handle: Any = None
+        self.followed: Any = None
+        self._handles: list[Any] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LevelRuntime:
+        """With the pipeline it follows. Where the model is copied alone, the copy follows the same pipeline."""
+        clone = memo[id(self)] = copy.copy(self)
+        alone = id(self.model) in memo and id(self.followed) not in memo
+        clone.followed = self.followed if alone else copy.deepcopy(self.followed, memo)
+        vars(clone).update({n: copy.deepcopy(v, memo) for n, v in vars(self).items() if n != "followed"})
+        return clone
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is stored: no pipeline, for not every one can be."""
+        return vars(self) | {"followed": None}
 
     @property
     def level(self) -> str:
@@ -115,7 +132,8 @@ class LevelRuntime:
         Compile the denoiser first. The step is told from the timestep the denoiser is called with and the list of
         ``pipe.scheduler``, which may be exchanged at any time: all calls of one step (guidance, second-order
         schedulers) run at one level, and img2img begins in the middle of the schedule. Another pipeline that
-        shares the model but has a scheduler of its own: follow that one.
+        shares the model but has a scheduler of its own: follow that one. A copy (``copy.deepcopy(pipe)``) follows by
+        itself; a runtime that was pickled has to follow a pipeline anew.
 
         ``resample``: a run with another number of steps takes ``plan.resampled(steps)``, with its warning, where
         otherwise it is an error.
@@ -124,15 +142,17 @@ class LevelRuntime:
         if uncompiled(module) is not self.model:
             raise ScheduleError(f"the pipeline's {type(module).__name__} is not the model that was prepared")
         self.unfollow()
+        self.followed = pipe
+        follower = _Follower(self, resample)
+        hooks: dict[nn.Module, Any] = {self.model: _Heir(follower)} | {module: follower}
         # first of all hooks: others (reuse_text_projections) look at the level
-        follower = _follower(self, pipe, resample)
-        self._handle = module.register_forward_pre_hook(follower, with_kwargs=True, prepend=True)
+        self._handles = [m.register_forward_pre_hook(hook, with_kwargs=True, prepend=True) for m, hook in hooks.items()]
 
     def unfollow(self) -> None:
         """The level stays what it is until it is set."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.followed = [], None
 
     def plan_for(self, steps: int) -> TemporalPlan:
         """The plan, resampled to a number of steps (once while that number stays)."""
@@ -151,21 +171,60 @@ class LevelRuntime:
         return sum(held.values())
 
 
-def _follower(runtime: LevelRuntime, pipe: Any, resample: bool) -> Any:
-    """A hook that sets the level before the denoiser runs; never part of a compiled graph."""
-    steps = Steps()
+class _Follower:
+    """A hook that sets the level before the denoiser runs; never part of a compiled graph. Not a function, which copies
+    would share and files cannot hold."""
+
+    def __init__(self, runtime: LevelRuntime, resample: bool) -> None:
+        self.runtime, self.resample, self.steps = runtime, resample, Steps()
 
     @torch.compiler.disable
-    def follow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        timesteps, order = pipe.scheduler.timesteps, getattr(pipe.scheduler, "order", 1)
-        plan = runtime.plan
+        if self.runtime.followed is None:
+            raise ScheduleError(
+                "the model followed a pipeline, which was not stored with it; store the runtime of prepare(), and "
+                "runtime.follow(pipe) when it is loaded"
+            )
+        scheduler, plan = self.runtime.followed.scheduler, self.runtime.plan
+        timesteps, order = scheduler.timesteps, getattr(scheduler, "order", 1)
         as_found = order == 1 and len(timesteps) == len(plan.steps)  # though some schedulers repeat timesteps
-        if resample and not as_found:
-            plan = runtime.plan_for(step_count(timesteps, order))
-        runtime.level = plan.steps[steps.step_of(timesteps, timestep, len(plan.steps), order)]
+        if self.resample and not as_found:
+            plan = self.runtime.plan_for(step_count(timesteps, order))
+        self.runtime.level = plan.steps[self.steps.step_of(timesteps, timestep, len(plan.steps), order)]
 
-    return follow
+
+class _Heir:
+    """A hook of the model inside a compiled one, whose own hooks torch drops where it is copied or stored. It does
+    nothing, and comes out as the follower."""
+
+    def __init__(self, follower: _Follower) -> None:
+        self.follower = follower
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        pass
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self.follower,)
+
+
+def _itself(follower: _Follower) -> _Follower:
+    return follower
+
+
+def _keep_projections_apart(model: nn.Module) -> None:
+    """diffusers fuses projections by copying the weights of the present level into a plain layer, for every level."""
+    for module in model.modules():
+        for name in ("fuse_qkv_projections", "fuse_projections"):
+            if hasattr(type(module), name):
+                setattr(module, name, _refuse_fusing)
+
+
+def _refuse_fusing(*args: Any, **kwargs: Any) -> NoReturn:
+    raise QuantizationError(
+        "the model is prepared for a precision per step, and projections fused into one would have the present level's "
+        "weights at every level; leave them apart"
+    )
 
 
 def _folds(model: nn.Module, plan: TemporalPlan) -> dict[Fold, Folding]:

@@ -68,6 +68,7 @@ def test_pictures_over_http(quantized):
             ("", "prompt is missing"),
             ("?prompt=x&steps=0", "expected 1 to 50"),
             ("?prompt=x&seed=y", "'y'"),
+            ("?prompt=x&steps=%E2%82%AC", "steps is '.u20ac'"),
         ):
             with pytest.raises(urllib.error.HTTPError, match="400.*" + words):
                 get(query)
@@ -99,10 +100,13 @@ def test_comfyui_nodes(comfyui, quantized):
     (place / "shapes-w4").symlink_to(quantized)
     loader, drawer = (kind() for kind in nodes.NODE_CLASS_MAPPINGS.values())
     assert loader.INPUT_TYPES()["required"]["name"] == (["shapes-w4"],)
-    (pipe,) = getattr(loader, loader.FUNCTION)(name="shapes-w4", device="cpu")
+    with torch.inference_mode():  # as ComfyUI runs its nodes
+        (pipe,) = getattr(loader, loader.FUNCTION)(name="shapes-w4", device="cpu")
+    assert not any(parameter.is_inference() for parameter in pipe.unet.parameters())
     given = {n: spec[1]["default"] for n, spec in drawer.INPUT_TYPES()["required"].items() if "default" in str(spec)}
     given |= {"pipeline": pipe, "prompt": "a large red circle", "steps": 1, "batch_size": 2}
-    (images,) = getattr(drawer, drawer.FUNCTION)(**given)
+    with torch.inference_mode():
+        (images,) = getattr(drawer, drawer.FUNCTION)(**given)
     assert images.shape == (2, 64, 64, 3) and images.dtype == torch.float32
     assert 0 <= images.min() < images.max() <= 1 and not torch.equal(images[0], images[1])
 
@@ -136,6 +140,7 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch, capsys):
     ("name", "arguments", "written"),
     [
         ("lora", ["--prompts", "1"], {"fused.png", "loaded.png"}),
+        ("lora", ["--prompts", "1", "--adapter", str(EXAMPLES / "shapes" / "lcm_lora")], {"fused.png", "loaded.png"}),
         (
             "train_lora",
             ["--steps", "20", "--batch", "1"],

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
+from diffusers.hooks import apply_group_offloading
 
 from mixdq_ao import BOSAwareTextEncoder, Plan, TextEncoderError, bos_aware, mixdq_config, quantize_
 
@@ -51,6 +54,56 @@ def test_the_wrapper_is_the_encoder(bundled):
     assert isinstance(pipe.text_encoder, BOSAwareTextEncoder)
     assert type(pipe.text_encoder).__name__ == "CLIPTextModel"
     assert "bos_row" not in pipe.text_encoder.state_dict()
+
+
+def test_it_is_pickled_and_copied(bundled, shapes):
+    """Before it is called: transformers puts hooks into any encoder then that cannot be pickled."""
+    quantized, pipe = quantized_pipe(bundled), shapes.load_pipeline()
+    object.__setattr__(pipe, "unet", quantized.unet)
+    encoder, ids = bos_aware(pipe).text_encoder, torch.tensor([[0, 5, 1]])
+    others = pickle.loads(pickle.dumps(encoder)), copy.deepcopy(encoder)
+    for other in others:
+        assert type(other) is type(encoder) and torch.equal(other.bos_row, encoder.bos_row)
+        assert torch.equal(other(ids).last_hidden_state, encoder(ids).last_hidden_state)
+
+
+CPU = torch.device("cpu")
+OFFLOADS = {
+    "sequential": lambda encoder: cpu_offload(encoder, CPU),
+    "model": lambda encoder: cpu_offload_with_hook(encoder, CPU),
+    "group": lambda encoder: apply_group_offloading(encoder, CPU, CPU, "block_level", num_blocks_per_group=1),
+    "compiled": lambda encoder: torch.compile(encoder, backend="eager"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("offload", OFFLOADS.values(), ids=OFFLOADS.keys())
+@pytest.mark.parametrize("first", [True, False], ids=["checked first", "offloaded first"])
+def test_an_encoder_that_is_elsewhere_until_it_is_called(bundled, offload, first):
+    """Or another one around it: the check sees every output."""
+    pipe = bundled.pipe
+    quantize_(pipe.unet, mixdq_config(Plan.uniform(pipe.unet, 8, 8).with_calibration(bundled.calibration)))
+    ids = pipe.tokenizer("a red circle", return_tensors="pt").input_ids
+    expected = copy.deepcopy(pipe.text_encoder)(ids, output_hidden_states=True).hidden_states[-2]
+    if first:
+        bos_aware(pipe)
+    for name in ("text_encoder", "text_encoder_2"):
+        wrapped = offload(getattr(pipe, name))
+        if isinstance(wrapped, torch.nn.Module):
+            object.__setattr__(pipe, name, wrapped)
+    for _ in range(2):
+        states = bos_aware(pipe).text_encoder(ids, output_hidden_states=True).hidden_states
+        assert torch.equal(states[-2], expected)
+        with pytest.raises(TextEncoderError, match="clip_skip"):
+            states[-1]
+
+
+def test_a_denoiser_that_is_elsewhere_until_it_is_called(bundled):
+    pipe = bundled.pipe
+    quantize_(pipe.unet, mixdq_config(Plan.uniform(pipe.unet, 8, 8).with_calibration(bundled.calibration)))
+    cpu_offload(pipe.unet, CPU)
+    with pytest.raises(TextEncoderError, match="is offloaded.* first, offload then"):
+        bos_aware(pipe)
 
 
 def test_another_clip_skip_is_refused(bundled):

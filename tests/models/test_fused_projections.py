@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor
 
-from mixdq_ao import LayerPlan, MixDQTensor, Plan, QuantizationError, mixdq_config, quantize_
+from mixdq_ao import LayerPlan, MixDQTensor, Plan, PlanError, QuantizationError, mixdq_config, quantize_
 from mixdq_ao.app.measure import held_bytes
 from mixdq_ao.layers import find_layers, find_products
 from mixdq_ao.models.fused_projections import fuse_projections, unfuse_projections
@@ -101,3 +101,40 @@ def test_a_processor_that_was_set_since_stays(quantized):
     unet.get_submodule(fused[0]).set_processor(AttnProcessor())
     unfuse_projections(unet)
     assert type(unet.get_submodule(fused[0]).processor) is AttnProcessor
+
+
+@torch.no_grad()
+def test_what_diffusers_has_fused_is_quantized_after_it_is_apart(unet, calibration, tmp_path):
+    """Its joint layers stand in no file, and are no layers of a plan."""
+    names = list(find_layers(unet))
+    unet.fuse_qkv_projections()
+    assert list(find_layers(unet)) == names
+    plan = Plan.uniform(unet, 8, 8).with_calibration(calibration)
+    for undo in (unet.unfuse_qkv_projections, lambda: unfuse_projections(unet)):  # the first leaves layers behind
+        with pytest.raises(PlanError, match=r"attention '.*attn1': its projections are fused.*unfuse_qkv_proj"):
+            quantize_(unet, mixdq_config(plan))
+        undo()
+    quantize_(unet, mixdq_config(plan))
+    assert fuse_projections(unet)
+    plan.validate(unet)
+    unet.save_pretrained(tmp_path)
+    inputs = unet_inputs()
+    assert torch.equal(type(unet).from_pretrained(tmp_path)(**inputs)[0], unet(**inputs)[0])
+
+
+def test_a_joint_layer_that_is_switched_off_is_no_layer(unet, calibration):
+    names = list(find_layers(unet))
+    for attention in unet.modules():
+        if isinstance(attention, Attention):
+            attention.fuse_projections(fuse=False)
+    assert list(find_layers(unet)) == names
+    quantize_(unet, mixdq_config(Plan.uniform(unet, 8, 8).with_calibration(calibration)))
+
+
+def test_diffusers_own_way_is_warned_of(unet, calibration):
+    quantize_(unet, mixdq_config(Plan.uniform(unet, 4, 8).with_calibration(calibration)))
+    with pytest.warns(UserWarning, match=r"copied into a layer of floating point.*mixdq_ao\.fuse_projections"):
+        unet.fuse_qkv_projections()
+    unet.unfuse_qkv_projections()
+    unfuse_projections(unet)
+    assert fuse_projections(unet)

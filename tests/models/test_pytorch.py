@@ -43,6 +43,15 @@ def test_a_deep_copy_is_independent(model):
     assert torch.equal(output(model), expected)
 
 
+def test_saved_and_moved_in_inference_mode(model, tmp_path):
+    expected = output(model)
+    with torch.inference_mode():
+        assert torch.equal(output(model.to("cpu").to(torch.float32)), expected)
+        model.save_pretrained(tmp_path)
+    assert torch.equal(output(model), expected)
+    assert torch.equal(output(UNet2DConditionModel.from_pretrained(tmp_path)), expected)
+
+
 def test_channels_last(model):
     expected = output(model)
     model.to(memory_format=torch.channels_last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from types import SimpleNamespace
 
 import accelerate
@@ -17,6 +18,7 @@ from mixdq_ao import (
     Plan,
     TemporalPlan,
     forget_text_projections,
+    fuse_text_projections,
     mixdq_config,
     prepare,
     quantize_,
@@ -88,6 +90,29 @@ def test_inference_tensors_are_never_taken_for_known(quantized, calls, steps):
         text[:, 1:] *= 2
         second = reused(**(steps[0] | {"encoder_hidden_states": text}))[0]
     assert not torch.equal(first, second)
+
+
+@torch.no_grad()
+def test_inference_mode_comes_and_goes(quantized, steps):
+    expected = [quantized(**step)[0] for step in steps]
+    reused = reuse_text_projections(SimpleNamespace(unet=quantized)).unet
+    for step, y, inside in zip(steps, expected, (True, False, True), strict=True):
+        text = step["encoder_hidden_states"].clone()
+        with torch.inference_mode(inside):
+            assert torch.equal(reused(**(step | {"encoder_hidden_states": text}))[0], y)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_model_that_was_changed_is_pickled_and_copied(quantized, steps, fused):
+    if fused:
+        fuse_text_projections(quantized)
+    else:
+        reuse_text_projections(SimpleNamespace(unet=quantized))
+    expected = quantized(**steps[0])[0]
+    for other in (pickle.loads(pickle.dumps(quantized)), copy.deepcopy(quantized)):
+        assert [type(m) for m in other.modules()] == [type(m) for m in quantized.modules()]
+        assert torch.equal(other(**steps[0])[0], expected)
 
 
 @torch.no_grad()

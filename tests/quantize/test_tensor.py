@@ -219,3 +219,27 @@ def test_values_loaded_into_inference_tensors_are_used():
     F.linear(x, first)
     first.copy_(second)
     assert torch.equal(F.linear(x, first), F.linear(x, second))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("split", [False, True])
+def test_moves_and_views_in_inference_mode(split, inside):
+    """Of weights made in that mode, and of others."""
+    with torch.inference_mode(inside):
+        weight = MixDQTensor.from_hp(torch.randn(8, 4, 3, 3), act=act_params(-3.0, 3.0))
+        weight = SplitMixDQTensor(weight, weight.clone(), torch.float32) if split else weight
+    with torch.inference_mode():
+        for same in (
+            weight.to("cpu"),
+            weight.to(torch.float32),
+            weight.to("cpu", torch.float32),
+            weight.to(torch.zeros(1)),
+        ):
+            assert same is weight
+        half = (weight.to(torch.bfloat16), weight.to("cpu", torch.bfloat16), weight.to(torch.zeros(1).bfloat16()))
+        assert [type(w) for w in half] == 3 * [type(weight)] and {w.dtype for w in half} == {torch.bfloat16}
+        assert weight.to("meta").is_meta and weight.to(torch.float32, copy=True) is not weight
+        layer = nn.Conv2d(weight.shape[1], 8, 3, bias=False)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.to("cpu").to(torch.bfloat16)
+        assert torch.equal(layer.state_dict()["weight"].dequantize(), weight.dequantize(torch.bfloat16))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
+from diffusers.models.attention_processor import Attention
 from diffusers.schedulers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -15,7 +19,7 @@ from diffusers.schedulers import (
     UniPCMultistepScheduler,
 )
 
-from mixdq_ao import Plan, ScheduleError, TemporalPlan, prepare
+from mixdq_ao import Plan, QuantizationError, ScheduleError, TemporalPlan, prepare
 
 STEPS = ("W4", "W8", "16", "W4", "W8", "16")
 
@@ -88,3 +92,33 @@ def test_another_number_of_steps_stops_the_pipeline_with_a_named_error(seen):
     seen.runtime.follow(seen.pipe, resample=True)
     with pytest.warns(UserWarning, match="resampled to 4"):
         assert len(seen.draw(num_inference_steps=4)) == 4
+
+
+def test_a_copy_draws_the_same_and_leaves_the_original_alone(bundled):
+    options = {"num_inference_steps": 3, "guidance_scale": 0.0, "output_type": "latent"}
+
+    def draw(pipe) -> torch.Tensor:
+        return pipe("a large red circle", generator=torch.Generator().manual_seed(1), **options).images
+
+    plan = TemporalPlan({f"W{bits}": Plan.uniform(bundled.pipe.unet, bits, 16) for bits in (8, 4)}, ("W4", "W8", "W8"))
+    runtime = prepare(bundled.pipe.unet, plan, storage="own")
+    runtime.follow(bundled.pipe)
+    expected, runtime.level = draw(bundled.pipe), "W4"
+    clone = copy.deepcopy(bundled.pipe)
+    assert torch.equal(draw(clone), expected) and runtime.level == "W4"
+    pickle.dumps(clone.unet)  # text encoders that have run cannot be stored
+
+
+def test_projections_are_not_fused_at_one_level(seen):
+    """diffusers would copy the weights of the present level, and run those at every level."""
+    unet, names = seen.pipe.unet, [name for name, _ in seen.pipe.unet.named_modules()]
+    attention = next(module for module in unet.modules() if isinstance(module, Attention))
+    compiled = torch.compile(unet, backend="eager")
+    for owner in (seen.pipe, unet, compiled, copy.deepcopy(unet)):
+        with pytest.raises(QuantizationError, match="prepared for a precision per step.*leave them apart"):
+            owner.fuse_qkv_projections()
+    with pytest.raises(QuantizationError, match="leave them apart"):
+        attention.fuse_projections()
+    assert [name for name, _ in unet.named_modules()] == names
+    assert attention.to_q.weight.data.dtype == torch.float32
+    assert seen.draw() == [(name, 1) for name in STEPS]

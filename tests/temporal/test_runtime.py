@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -20,8 +22,20 @@ from diffusers.schedulers import (
 )
 from torch import nn
 
-from mixdq_ao import LayerPlan, Plan, PlanError, QuantizationError, ScheduleError, TemporalPlan, mixdq_config, prepare
+from mixdq_ao import (
+    CalibrationError,
+    LayerPlan,
+    Plan,
+    PlanError,
+    QuantizationError,
+    ScheduleError,
+    TemporalPlan,
+    calibrate,
+    mixdq_config,
+    prepare,
+)
 from mixdq_ao import quantize_ as quantize
+from mixdq_ao.layers import uncompiled
 from mixdq_ao.temporal.follow import Steps, step_count
 
 from ..conftest import unet_inputs
@@ -54,6 +68,7 @@ class Pipe:
         for t in self.scheduler.timesteps[begin:]:
             for _ in range(2 if self.guided else 1):
                 self.unet(x, transform(t), return_dict=False)
+                self.seen.append(uncompiled(self.unet).conv.level)
 
 
 def small_plan(steps: str, names: str = "abcd") -> TemporalPlan:
@@ -65,10 +80,9 @@ def small_plan(steps: str, names: str = "abcd") -> TemporalPlan:
 
 
 def followed(scheduler, steps: str, **options):
-    """A pipeline whose denoiser notes the level of each call."""
+    """A pipeline that notes the level of each call."""
     runtime = prepare(Small(), small_plan(steps))
     pipe = Pipe(runtime.model, scheduler, **options)
-    runtime.model.conv.register_forward_hook(lambda *_: pipe.seen.append(runtime.level))
     runtime.follow(pipe)
     return runtime, pipe
 
@@ -113,6 +127,81 @@ def test_one_graph_for_each_level_and_none_after_that():
         pipe(4)
         pipe(4)
     assert counter.frame_count == 4
+
+
+def test_another_batch_size_makes_up_to_three_graphs_for_each_level():
+    """The limit that ``prepare`` names for 3 levels: enough, and none less is."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    runtime = prepare(Small(), small_plan("abc"))
+    for limit, enough in ((8, False), (9, True)):
+        torch._dynamo.reset()
+        compiled = torch.compile(runtime.model, backend="eager", fullgraph=True)
+        calls = [(batch, level) for batch in (3, 1, 2, 4, 1, 3) for level in "abc"]
+        expected = nullcontext() if enough else pytest.raises(FailOnRecompileLimitHit)
+        with torch._dynamo.config.patch(recompile_limit=limit), expected:
+            for batch, runtime.level in calls:
+                compiled(torch.zeros(batch, 4, 8, 8), torch.tensor(500))
+
+
+COPIES = {
+    "deepcopy": lambda runtime, pipe: (None, copy.deepcopy(pipe)),
+    "runtime first": lambda runtime, pipe: copy.deepcopy((runtime, pipe)),
+    "runtime last": lambda runtime, pipe: copy.deepcopy((pipe, runtime))[::-1],
+}
+
+
+@pytest.mark.parametrize("compiled", [None, "before", "after"])
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_copy_follows_by_itself(copied, compiled):
+    """Its own scheduler, and levels of its own, also where torch drops the hooks of what it compiled."""
+    torch._dynamo.reset()
+    runtime, pipe = followed(DDIMScheduler(), "abcd")
+    if compiled:
+        pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
+    if compiled == "before":
+        runtime.follow(pipe)
+    of_copy, clone = COPIES[copied](runtime, pipe)
+    clone.scheduler = EulerDiscreteScheduler()
+    clone(4)
+    assert clone.seen == list("abcd") and runtime.level == "a" and not pipe.seen
+    pipe(4)
+    assert pipe.seen == list("abcd")
+    if of_copy is not None:
+        of_copy.unfollow()
+        assert not any(m._forward_pre_hooks for m in (clone.unet, of_copy.model))
+        runtime.plan = small_plan("dcba")
+        of_copy.level = "b"
+        pipe(4)
+        assert pipe.seen == list("abcddcba") and of_copy.level == "b"
+    runtime.unfollow()
+    assert not any(m._forward_pre_hooks for m in (pipe.unet, runtime.model))
+
+
+def test_a_copy_of_the_model_alone_follows_the_same_pipeline_at_its_own_level():
+    runtime, pipe = followed(DDIMScheduler(), "abcd")
+    other = copy.copy(pipe)
+    other.unet, other.seen = copy.deepcopy(pipe.unet), []
+    assert next(iter(other.unet._forward_pre_hooks.values())).runtime.followed is pipe
+    other(4)
+    assert other.seen == list("abcd") and runtime.level == "a"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_was_stored_does_not_run_until_it_follows_a_pipeline_again(compiled):
+    torch._dynamo.reset()
+    runtime, pipe = followed(DDIMScheduler(), "abcd")
+    if compiled:
+        pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
+        runtime.follow(pipe)
+    stored = pickle.loads(pickle.dumps(runtime))
+    for model in (stored.model, pickle.loads(pickle.dumps(pipe.unet))):
+        with pytest.raises(ScheduleError, match="followed a pipeline, which was not stored with it; store the runtime"):
+            Pipe(model, DDIMScheduler())(4)
+    other = Pipe(stored.model, DDIMScheduler())
+    stored.follow(other)
+    other(4)
+    assert other.seen == list("abcd") and runtime.level == "a"
 
 
 def test_compiling_after_following_never_silently_loses_the_schedule():
@@ -249,6 +338,15 @@ def test_a_timestep_of_another_pipeline_is_an_error():
         Steps().step_of(scheduler.timesteps, torch.tensor(432), 4)
     assert step_count(torch.tensor([9.0, 5.0, 5.0, 1.0, 1.0]), 2) == 3
     assert step_count(torch.tensor([9.0, 7.0, 5.0, 3.0, 1.0]), 2) == 3
+
+
+def test_a_prepared_model_is_not_calibrated():
+    runtime = prepare(Small(), small_plan("ab"))
+    with pytest.raises(CalibrationError, match="layer 'conv' is prepared for a precision per step; load the original"):
+        calibrate(runtime.model, run=lambda: runtime.model(torch.zeros(1, 4, 8, 8), torch.tensor(3)))
+    for plan in (Plan({}), small_plan("b").levels["b"]):
+        with pytest.raises(PlanError, match="layer 'conv' is prepared for a precision per step"):
+            quantize(runtime.model, mixdq_config(plan))
 
 
 def test_wrong_levels_are_named_before_anything_changes(unet, calibration):
