@@ -238,7 +238,7 @@ def multiple_of(size, divisor: int) -> bool:
     return V.graph.sizevars.statically_known_multiple_of(size, divisor)
 
 
-def floor_div(size, divisor: int):
+def floor_div(size, divisor: int) -> Any:
     """``size // divisor`` of a size: of symbols Python's own makes a fraction, whose floor kernels compute in floating
     point."""
     return FloorDiv(size, divisor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -109,9 +110,17 @@ def _format(document: dict[str, Any]) -> str:
 
 
 def write_document(path: str | os.PathLike[str], document: dict[str, Any]) -> None:
-    """Writes ``document`` so that a crash or a power cut leaves either the old file or the whole new one."""
+    """Writes ``document`` so that a crash or a power cut leaves either the old file or the whole new one.
+
+    Raises OSError, also for a name that no file can have and for more nesting than Python writes.
+    """
     path = Path(path)
-    text = json.dumps(document, indent=1, allow_nan=False)
+    if "\0" in os.fspath(path):
+        raise OSError(errno.EINVAL, "its name holds a NUL character, expected none", os.fspath(path))
+    try:
+        text = json.dumps(document, indent=1, allow_nan=False)
+    except RecursionError as e:
+        raise OSError(errno.EINVAL, "it is nested too deeply", os.fspath(path)) from e
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(text.encode() + b"\n")

@@ -211,6 +211,11 @@ class Plan(Document):
     bos_embedding: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("layers", "metadata"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping):
+                raise PlanError(f"{name} is {value!r:.60}, expected a mapping")
+        object.__setattr__(self, "bos_embedding", parse_embedding(self.bos_embedding))
         for name, layer in self.layers.items():
             if not isinstance(name, str) or not isinstance(layer, LayerPlan):
                 raise PlanError(f"layer {name!r}: expected a name and a LayerPlan, got {type(layer).__name__}")
@@ -236,8 +241,12 @@ class Plan(Document):
         )
 
     def to_json(self) -> dict[str, Any]:
+        try:
+            header = self.header()
+        except RecursionError as e:
+            raise PlanError("metadata is nested too deeply for a file; expected notes and figures") from e
         return {
-            **self.header(),
+            **header,
             "bos_embedding": None if self.bos_embedding is None else list(self.bos_embedding),
             "layers": {n: v.to_json() for n, v in self.layers.items()},
         }

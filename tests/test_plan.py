@@ -159,3 +159,44 @@ def test_saving_is_atomic(tmp_path, monkeypatch):
         EXAMPLE.with_layers({"a": LayerPlan()}).save(tmp_path / "plan.json")
     assert (tmp_path / "plan.json").read_text() == before
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (({}, None), "metadata is None, expected a mapping"),
+        (([],), r"layers is \[\], expected a mapping"),
+        (({}, {}, "abc"), "bos_embedding is not a non-empty list"),
+        (({}, {}, (1e39,)), "bos_embedding is not a non-empty list"),
+        (({}, {}, ()), "bos_embedding is not a non-empty list"),
+    ],
+)
+def test_what_no_file_could_give_back_is_refused(fields, says):
+    with pytest.raises(PlanError, match=says):
+        Plan(*fields)
+
+
+def test_notes_nested_deeply_are_named(tmp_path):
+    notes: list = []
+    for _ in range(2000):
+        notes = [notes]
+    with pytest.raises(PlanError, match="nested too deeply"):
+        Plan({}, {"notes": notes}).save(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("depth", [100, 400, 600, 800, 900])
+def test_nested_notes_that_load_are_saved_or_named(tmp_path, depth):
+    nested = '"metadata": {"a": ' + "[" * depth + "]" * depth + "}"
+    text = json.dumps(Plan({}).to_json()).replace('"metadata": {}', nested)
+    try:
+        load(tmp_path, text).save(tmp_path / "again.json")
+    except PlanError as e:
+        assert depth > 100 and "nested too deeply" in str(e)
+
+
+@pytest.mark.parametrize(("path", "says"), [("", "it is a folder"), ("a\0b", "NUL"), ("a\0b/c", "NUL")])
+def test_names_that_no_file_can_have(tmp_path, monkeypatch, path, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PlanError, match=f"cannot be written: .*{says}"):
+        EXAMPLE.save(path)
+    assert not any(tmp_path.iterdir())

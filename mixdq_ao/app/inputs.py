@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,7 @@ def load_pipeline(
         pipe = DiffusionPipeline.from_pretrained(name, dtype=wanted, **how).to(device=device, dtype=wanted)
     except MixDQError:
         raise
-    except (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError) as e:
+    except (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, re.error) as e:
         raise MixDQError(f"{name}: cannot be loaded as a diffusers pipeline: {first_line(e)}") from e
     if getattr(pipe, "watermark", None) is not None:
         pipe.watermark = None  # it would be measured as an error
@@ -126,7 +127,8 @@ def _usable(device: str) -> str:
     import torch
 
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("tensors of it hold no values; expected cpu, cuda, ...")
     except (RuntimeError, AssertionError) as e:  # an AssertionError where torch was built without it
         raise MixDQError(f"device {device!r} cannot be used here: {first_line(e)}") from e
     return device
@@ -185,6 +187,17 @@ def at_least(low: int) -> Callable[[str], int]:
     return parse
 
 
+def between(low: int, high: int) -> Callable[[str], int]:
+    """A whole number within bounds, for argparse."""
+
+    def parse(text: str) -> int:
+        if (value := at_least(low)(text)) > high:
+            raise argparse.ArgumentTypeError(f"{text!r} is more than {high}, expected a whole number of at most that")
+        return value
+
+    return parse
+
+
 def multiple_of(unit: int) -> Callable[[str], int]:
     """A whole number of times ``unit``, at least once, for argparse."""
 
@@ -211,6 +224,9 @@ def budget(text: str) -> float | dict[str, float]:
         if "=" not in text:
             return float(text)
         pairs = [part.split("=") for part in text.split(",")]
-        return {group.strip(): float(bits) for group, bits in pairs}
+        found = {group.strip(): float(bits) for group, bits in pairs}
+        if len(found) < len(pairs):
+            raise argparse.ArgumentTypeError(f"{text!r} names a group twice, expected content=BITS,quality=BITS")
+        return found
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of bits, or content=BITS,quality=BITS") from None

@@ -6,8 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .inputs import at_least, finite, integers, multiple_of
+from ..atomicfile import obstacle
+from ..errors import MixDQError
+from .inputs import at_least, between, finite, integers, multiple_of
 
+LARGEST_SEED = 2**63 - 1
+"""Seeds of further prompts, counted from there, still are what torch takes."""
 MACHINE = ("device", "dtype", "variant")
 SIZE = ("height", "width", "frames")
 SAMPLING = ("steps", "guidance_scale", "seed", "batch_size", *SIZE)
@@ -79,7 +83,7 @@ def sampling(
     )
     parser.add_argument(
         "--seed",
-        type=at_least(0),
+        type=between(0, LARGEST_SEED),
         default=0,
         metavar="N",
         help="prompt i starts from the noise of seed N + i (default 0)",
@@ -130,6 +134,30 @@ def out(parser: argparse.ArgumentParser, default: str, what: str) -> None:
     """Where the result goes: a file where the default has an ending, else a folder. Checked before a command runs."""
     parser.set_defaults(out_is_file=bool(Path(default).suffix))
     parser.add_argument("--out", type=Path, default=Path(default), metavar="PATH", help=f"{what} (default {default})")
+
+
+def check_files(args: argparse.Namespace, *names: str) -> None:
+    """Of options that name files to write, before the work. Raises MixDQError where a file could not be written, or
+    where two are one."""
+    for name in names:
+        path = getattr(args, name)
+        if path is None:
+            continue
+        if path.is_dir():
+            raise MixDQError(f"{flag(name)} is {path}, a folder; expected the name of a file to write")
+        if reason := obstacle(path, is_file=True):
+            raise MixDQError(f"{flag(name)} is {path}, which cannot be written: {reason}; choose another")
+    check_apart(args, *names)
+
+
+def check_apart(args: argparse.Namespace, *names: str) -> None:
+    """Raises MixDQError where two of these options name one place."""
+    known: dict[Path, str] = {}
+    for name in names:
+        path = getattr(args, name)
+        other = None if path is None else known.setdefault(path.resolve(), name)
+        if other not in (None, name):
+            raise MixDQError(f"{flag(other)} and {flag(name)} are both {path}; one would replace the other, name two")
 
 
 def as_json(parser: argparse.ArgumentParser) -> None:

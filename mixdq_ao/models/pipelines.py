@@ -49,12 +49,19 @@ class Sampling:
                 least = "" if name == "seed" else " of at least 1"
                 several = "; only calibrate and input_moments take several counts" * isinstance(value, list | tuple)
                 raise MixDQError(f"{name} is {value!r}, expected a whole number{least}{several}")
+        _check_seed(self.seed)
         if not is_number(self.guidance_scale) or not math.isfinite(self.guidance_scale):
             raise MixDQError(f"guidance_scale is {self.guidance_scale!r}, expected a finite number; 0 turns it off")
 
     def size(self) -> dict[str, int]:
         """Those of height, width and frames that are given."""
         return {name: value for name in SIZES if (value := getattr(self, name)) is not None}
+
+
+def _check_seed(seed: int) -> None:
+    """Raises MixDQError for a seed that torch does not take."""
+    if not -(2**63) <= seed < 2**64:
+        raise MixDQError(f"seed is {seed}, expected a whole number from -2^63 to 2^64 - 1, also for the last prompt")
 
 
 def denoiser(pipe: Any) -> nn.Module:
@@ -108,6 +115,7 @@ def generate(
     Raises MixDQError for one that wants a picture as well.
     """
     prompts = check_prompts(prompts)
+    _check_seed(sampling.seed + len(prompts) - 1)
     size = {"num_frames" if name == "frames" else name: value for name, value in sampling.size().items()}
     for start in range(0, len(prompts), sampling.batch_size):
         batch = prompts[start : start + sampling.batch_size]

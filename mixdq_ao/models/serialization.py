@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from ..atomicfile import sync
@@ -40,6 +41,7 @@ from .safetensors_io import write_safetensors
 from .skeleton import Library, check_fit, empty_model, fill, library_of, saved_config, without_aliases
 
 CONFIG = "config.json"
+INDEX = "model_index.json"
 SHARD = 5_000_000_000  # bytes
 
 
@@ -64,7 +66,7 @@ def save_quantized(
     model = uncompiled(model)
     directory = Path(directory)
     library, flat, plan = _prepared(model, plan)
-    _refuse_foreign(directory)
+    refuse_foreign(directory)
     config = {**library.document, "quantization_config": MixDQConfig(plan).to_dict()}
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -92,10 +94,11 @@ def _prepared(model: nn.Module, plan: Plan | None) -> tuple[Library, Flat, Plan]
     return library, flatten(state), plan_of(model, plan or known_plan(model))
 
 
-def _refuse_foreign(directory: Path) -> None:
+def refuse_foreign(directory: Path) -> None:
+    """Raises CheckpointError unless a model can be saved there: a free name, or a directory without another model."""
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory}: is a file, expected a directory or a free name")
-    if (directory / "model_index.json").exists():
+    if (directory / INDEX).exists():
         raise CheckpointError(f"{directory}: holds a whole pipeline; give a directory of its own, or use save_pipeline")
     config = directory / CONFIG
     if config.exists() and not _is_ours(read_json(config)):
@@ -167,7 +170,7 @@ def load_quantized(directory: str | os.PathLike[str]) -> nn.Module:
             others; the message names it.
     """
     directory = Path(directory)
-    if (directory / "model_index.json").exists():
+    if (directory / INDEX).exists():
         raise CheckpointError(
             f"{directory}: is a whole pipeline; load it with DiffusionPipeline.from_pretrained, or one of its parts"
         )
@@ -192,8 +195,8 @@ def save_pipeline(pipe: Any, directory: str | os.PathLike[str], *, plan: Plan | 
     """Saves a pipeline with quantized diffusers models; ``DiffusionPipeline.from_pretrained`` loads it.
 
     ``pipe.save_pretrained`` with what it lacks: every quantized model is checked first, and the directory appears under
-    its name only when all of it is written. ``plan``: the plan of its denoiser, to keep
-    exact ranges and metadata.
+    its name, or its index in an empty directory, only when all of it is written. ``plan``: the plan of its denoiser, to
+    keep exact ranges and metadata.
 
     Raises:
         CheckpointError: the directory exists and is not empty, a part cannot be saved, or a file cannot be written.
@@ -207,17 +210,29 @@ def save_pipeline(pipe: Any, directory: str | os.PathLike[str], *, plan: Plan | 
             model = uncompiled(model)
             _make_saveable(model, plan if model is main else None)
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
-        try:
-            pipe.save_pretrained(temporary)
+        _save_whole(pipe, Path(os.path.realpath(directory)))
+    except (OSError, SafetensorError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise CheckpointError(f"{directory}: cannot be written: {reason}; make room and save again") from e
+
+
+def _save_whole(pipe: Any, directory: Path) -> None:
+    """Into an empty directory, which may be a mount point or the current one, the index last."""
+    exists = directory.exists()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=directory if exists else directory.parent, prefix=f".{directory.name}-"))
+    try:
+        pipe.save_pretrained(temporary)
+        if not exists:
             temporary.chmod(0o755)
             os.replace(temporary, directory)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-    except OSError as e:
-        raise CheckpointError(f"{directory}: cannot be written: {e.strerror or e}") from e
+            return
+        for part in sorted(temporary.iterdir(), key=lambda path: path.name == INDEX):
+            os.replace(part, directory / part.name)
+        temporary.rmdir()
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def refuse_occupied(directory: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig
 from torchao.quantization import quantize_ as torchao_quantize_
@@ -22,7 +23,7 @@ from ..layers import check_calibrated, check_layer, check_module, check_plan, fi
 from ..plan import LayerPlan, Plan
 from ..registration import QUANTIZED
 from .described import describe_layers
-from .fake import FakeQuantizer, with_fake_quantizer, without_fake_quantizer
+from .fake import FakeQuantizer, refuse_own_product, with_fake_quantizer, without_fake_quantizer
 from .folds import Fold, Folding, fold_, folded, folded_moments, foldings_of, planned_folds
 from .planned import check_moment, check_moment_fits, quantize_planned
 from .quantizer import ActQuant, act_params, refuse_unusable
@@ -105,7 +106,8 @@ def mixdq_config(
         plan: what each layer becomes; layers with 16 bits both ways are left alone.
         mode: "real" or "fake", see MixDQLayerConfig.
         overrides: {layer name, or "re:" and a regular expression: any torchao config, or None to leave the
-            layer alone}; they win over the plan, so other torchao features combine with it.
+            layer alone}; they win over the plan, so other torchao features combine with it. A weight may be named
+            instead of its layer.
         moments: {layer: second moment of its input [K, K]}, from ``input_moments``: needed by layers whose rounding
             is "compensated" or whose weight_range is "output". Always those of the model before any smoothing or
             rotation, which are applied to them here.
@@ -115,6 +117,8 @@ def mixdq_config(
     """
     plan = Plan.expect(plan, "plan")
     overrides = dict(overrides or {})
+    if "_default" in overrides:
+        _refuse_reserved("_default")
     decided = overridden(overrides)
     bos = None if plan.bos_embedding is None else torch.tensor(plan.bos_embedding, dtype=torch.float32)
     if moments is not None:
@@ -122,8 +126,9 @@ def mixdq_config(
         moments = folded_moments(moments, needing) if needing else moments
     configs: OrderedDict[str, AOBaseConfig | None] = OrderedDict(overrides)
     for name, layer in plan.layers.items():
-        if decided(name) or not layer.quantized:
+        if decided(name) or decided(f"{name}.weight") or not layer.quantized:
             continue
+        _refuse_reserved(name)
         try:
             check_calibrated(layer)
         except PlanError as e:
@@ -133,6 +138,15 @@ def mixdq_config(
     config = MixDQConfig(configs)
     config.plan, config.overrides = plan, overrides
     return config
+
+
+def _refuse_reserved(name: str) -> None:
+    """Raises PlanError for a layer's name that means something else in a torchao config."""
+    if name == "_default" or name.startswith("re:"):
+        raise PlanError(
+            f"layer {name!r}: torchao reads '_default' and names that begin with 're:' as rules for many layers; name "
+            "the module otherwise, or give the layer 16 bits"
+        )
 
 
 @register_quantize_module_handler(MixDQLayerConfig)
@@ -310,6 +324,9 @@ def check_model(model: nn.Module, config: MixDQConfig) -> dict[Fold, Folding]:
             check_layer(layers[name], layer_config.layer)
             check_moment_fits(layer_config.moment, layer_config.layer, layers[name].weight)
             refuse_unusable(layers[name].weight)
+            if layer_config.mode == "fake":
+                refuse_own_product(layers[name])
+                _refuse_uncalled(model, name)
         except (PlanError, QuantizationError) as e:
             raise type(e)(f"layer {name!r}: {e}") from e
     folds = planned_folds(model, foldings_of(config.plan.layers))
@@ -321,3 +338,19 @@ def check_model(model: nn.Module, config: MixDQConfig) -> dict[Fold, Folding]:
             )
     _try_overrides(model, config.overrides)
     return folds
+
+
+def _refuse_uncalled(model: nn.Module, name: str) -> None:
+    """Raises QuantizationError where torch multiplies with a layer's weight without a call of the layer, which is when
+    fake mode rounds."""
+    if isinstance(model.get_submodule(name), NonDynamicallyQuantizableLinear):
+        raise QuantizationError(
+            "nn.MultiheadAttention reads its weight and never calls it, so that fake mode would not round it; give it "
+            "16 bits, or use mode='real'"
+        )
+    encoder = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer)
+    if encoder and torch.backends.mha.get_fastpath_enabled():
+        raise QuantizationError(
+            "the fast path of nn.TransformerEncoderLayer reads its weight and does not call it, so that fake mode "
+            "would not round it; call torch.backends.mha.set_fastpath_enabled(False) first, or use mode='real'"
+        )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from functools import cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import QuantizationError
 from ..plan import LayerPlan
 from .bos import bos_mask
 from .planned import quantize_planned
@@ -122,6 +125,7 @@ class FakeQuantizer(nn.Module):
 class FakeQuantLinear(nn.Linear):
     """A linear layer whose weight stays a trainable floating-point parameter and is rounded at every call."""
 
+    own_class: ClassVar[type[Any]] = nn.Linear
     quantizer: FakeQuantizer
 
     def forward(self, input: Tensor) -> Tensor:
@@ -141,31 +145,69 @@ class FakeQuantConv2d(nn.Conv2d):
     makes the parts of an adapter with the class of the layer it is around.
     """
 
+    own_class: ClassVar[type[Any]] = nn.Conv2d
     quantizer: FakeQuantizer
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return nn.Conv2d(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         q = self.quantizer
-        return self._conv_forward(q.input(input), q.weight(self.weight), self.bias)
+        return super()._conv_forward(q.input(input), q.weight(weight), bias)
 
 
 def with_fake_quantizer(module: nn.Linear | nn.Conv2d, quantizer: FakeQuantizer) -> nn.Linear | nn.Conv2d:
-    """``module`` as its fake-quantized class; parameters, hooks and names stay the same objects."""
+    """``module`` as its fake-quantized class; parameters, hooks and names stay the same objects. Raises
+    QuantizationError as ``refuse_own_product`` does."""
+    refuse_own_product(module)
     become(module, FakeQuantLinear if isinstance(module, nn.Linear) else FakeQuantConv2d)
     module.quantizer = quantizer.to(module.weight.device)
     return module
 
 
+def refuse_own_product(module: nn.Module) -> None:
+    """Raises QuantizationError for a layer whose class multiplies with the weight itself, where nothing rounds it."""
+    own = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+    code = getattr(inspect.unwrap(vars(own)["forward"]), "__code__", None)
+    if own in (nn.Linear, nn.Conv2d, FakeQuantLinear) or code is None:
+        return
+    if not {"forward", "_conv_forward"} & set(code.co_names):
+        raise QuantizationError(
+            f"{own.__name__}.forward does not call super().forward, where fake mode would round; call it there, use "
+            "mode='real', or give the layer 16 bits"
+        )
+
+
 def without_fake_quantizer(module: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
-    """The plain layer again, with the parameters as they are now."""
-    if isinstance(module, FakeQuantLinear | FakeQuantConv2d):
-        del module.quantizer
-        become(module, nn.Linear if isinstance(module, FakeQuantLinear) else nn.Conv2d)
+    """The layer of the class it was of again, with the parameters as they are now."""
+    layer: Any = module
+    if isinstance(layer, FakeQuantLinear | FakeQuantConv2d):
+        del layer.quantizer
+        layer.__class__ = layer.own_class
     return module
 
 
 def become(module: Any, kind: type[nn.Module]) -> None:
-    """The same object, with its parameters and hooks, of another class."""
-    module.__class__ = kind
+    """The same object, with its parameters and hooks, of another class. One of a class of its own becomes both: what
+    its ``super().forward`` calls is ``kind``'s."""
+    own = type(module)
+    if not issubclass(own, kind):
+        module.__class__ = kind if issubclass(kind, own) else _both(own, kind)
+
+
+@cache
+def _both(own: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+    """A class of layers of class ``own`` above ``kind``. Copied and pickled by the names of the two."""
+
+    def reduced(self: nn.Module, protocol: Any) -> Any:
+        how = own.__reduce_ex__(self, protocol)
+        return (_empty, (own, kind), *how[2:]) if type(self) is both else how
+
+    name = f"{kind.__name__}Of{own.__name__}"
+    both = type(name, (own, kind), {"own_class": own, "__module__": own.__module__, "__reduce_ex__": reduced})
+    return both
+
+
+def _empty(own: type[nn.Module], kind: type[nn.Module]) -> Any:
+    """One that has no state yet."""
+    return object.__new__(_both(own, kind))

@@ -152,7 +152,7 @@ def refuse_unusable(weight: Tensor) -> None:
         raise QuantizationError(f"weight has shape {tuple(weight.shape)}, expected at least one element")
     if torch.compiler.is_compiling() or weight.is_meta:
         return
-    bad = ~torch.isfinite(weight)
+    bad = ~torch.isfinite(weight.detach())  # isfinite of a parameter made in inference mode asks for a gradient
     if bool(bad.any()):
         raise QuantizationError(
             f"weight has {int(bad.sum())} NaN or infinite values (first in output channel "

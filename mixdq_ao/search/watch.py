@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -28,10 +29,35 @@ def denoiser_of(pipe: Any) -> nn.Module:
     return uncompiled(denoiser(pipe))
 
 
+class _Eagerness:
+    """torch's stance, which is one for all threads: set by the first that asks for it, restored by the last to end."""
+
+    def __init__(self) -> None:
+        self._lock, self._holders, self._stance = Lock(), 0, ExitStack()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        with self._lock:
+            if self._holders == 0:
+                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self._holders += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._holders -= 1
+                if self._holders == 0:
+                    self._stance.close()
+
+
+_EAGERNESS = _Eagerness()
+
+
 @contextmanager
 def eager() -> Iterator[None]:
-    """Nothing inside runs compiled: compiled code may pass over hooks, and is made anew for every layer changed."""
-    with torch.compiler.set_stance("force_eager"):
+    """Nothing inside runs compiled, in no thread: compiled code may pass over hooks, and is made anew for every layer
+    changed."""
+    with _EAGERNESS.held():
         yield
 
 

@@ -160,6 +160,9 @@ def test_errors_reach_the_shell_as_one_line_and_a_code(tmp_path):
         (["generate", "p", "--prompt", "t", "--steps", "0"], "'0' is not a whole number of at least 1"),
         (["generate", "p"], "one of the arguments --prompt --prompts is required"),
         (["allocate", "s.json", "--weight-bits", "four"], "'four' is not a number of bits"),
+        (["allocate", "s.json", "--weight-bits", "content=4,content=5,quality=4"], "names a group twice"),
+        (["generate", "p", "--prompt", "t", "--seed", str(2**63)], f"is more than {2**63 - 1}, expected a whole"),
+        (["recover", "p", "--plan", "f", "--prompts", "f", "--seed", str(2**43)], f"is more than {2**43 - 1}"),
         (["allocate", "s.json", "--weight-bits", "4", "--objective", "luck"], "invalid choice: 'luck'"),
     ],
 )
@@ -212,11 +215,20 @@ def test_where_a_result_goes_is_checked_before_the_work(capsys, tmp_path, prompt
     file, folder = tmp_path / "file", tmp_path / "folder"
     file.write_text("")
     folder.mkdir()
+    link, fifo = tmp_path / "link", tmp_path / "fifo"
+    link.symlink_to(file)
+    os.mkfifo(fifo)
     texts = ("--prompts", prompts)
     cases = [
         (("calibrate", PIPELINE, *texts, "--out", file / "deep" / "c.json"), f"{file} is no folder"),
         (("calibrate", PIPELINE, *texts, "--out", folder), "is a folder, expected the name of a file"),
         (("analyze", PIPELINE, *texts, "--out", file / "s.json"), f"{file} is no folder"),
+        (("analyze", PIPELINE, *texts, "--out", folder), f"--out is {folder}, a folder; expected the name of a file"),
+        (("analyze", PIPELINE, *texts, "--store", file, "--out", link), f"--store and --out are both {link};"),
+        (("analyze", PIPELINE, *texts, "--store", "sensitivity.json"), "--store and --out are both sensitivity.json"),
+        (("calibrate", PIPELINE, *texts, "--out", fifo), "cannot be written, it is a pipe, device or socket"),
+        (("analyze", PIPELINE, *texts, "--out", fifo), "cannot be written, it is a pipe, device or socket"),
+        (("quantize", PIPELINE, "--plan", file, "--out", fifo), "cannot be written, it is a pipe, device or socket"),
         (("generate", PIPELINE, *texts, "--out", file), f"{file} is no folder"),
         (("quantize", PIPELINE, "--plan", file, "--out", file / "deep"), f"{file} is no folder"),
         (("demo", "--out", file / "deep"), f"{file} is no folder"),
@@ -261,9 +273,14 @@ def test_calibrate_smooths_and_rotates(capsys, tmp_path, prompts):
 
 
 def test_a_device_that_is_not_here_is_one_line(capsys, tmp_path, prompts):
-    for device in ("warp", "meta:x", *(() if torch.cuda.is_available() else ("cuda",))):
+    for device in ("warp", "meta", "meta:x", *(() if torch.cuda.is_available() else ("cuda",))):
         code, _, err = run(capsys, "calibrate", PIPELINE, "--prompts", prompts, "--device", device)
         assert code == 2 and err.count("\n") == 1 and f"device {device!r} cannot be used here" in err
+
+
+def test_a_variant_that_is_no_name_is_one_line(capsys, prompts):
+    code, _, err = run(capsys, "calibrate", PIPELINE, "--prompts", prompts, "--variant", "(")
+    assert code == 2 and err.count("\n") == 1 and "cannot be loaded as a diffusers pipeline" in err
 
 
 def test_traceback_only_when_asked(capsys, tmp_path):

@@ -54,3 +54,18 @@ def test_errors_are_one_line(capsys, files, shapes):
         code, out, err = run(capsys, "recover", *inputs, *arguments)
         assert code == 2 and out == "" and words in err and len(err.splitlines()) == 1, (arguments, err)
     assert not (files / "unet").exists()
+
+
+def test_where_the_model_goes_is_checked_before_the_training(capsys, files, shapes, monkeypatch):
+    monkeypatch.setattr("mixdq_ao.app.commands.recover.load_pipeline", None)
+    (files / "other").mkdir()
+    (files / "other" / "config.json").write_text("{}")
+    inputs = (shapes.PIPELINE, "--plan", files / "plan.json", "--prompts", files / "prompts.txt")
+    cases = [
+        (("--out", files / "other"), "holds another model, which is not overwritten"),
+        (("--out", shapes.PIPELINE), "holds a whole pipeline"),
+        (("--out", files / "run", "--checkpoint", files / "run"), f"--checkpoint and --out are both {files / 'run'}"),
+    ]
+    for arguments, words in cases:
+        code, out, err = run(capsys, "recover", *inputs, *arguments)
+        assert code == 2 and out == "" and words in err and len(err.splitlines()) == 1, (arguments, err)

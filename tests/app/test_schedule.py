@@ -172,6 +172,8 @@ def test_errors_are_one_line(capsys, saved, tmp_path):
         ((*search, *two, "--max-cost", "0.5"), "costs 1.0"),
         ((*search, *two, "--max-cost", "1", "--check", "2"), "schedules is 2, expected at least 3"),
         ((*search, *two, "--max-cost", "1", "--check", "40", "--steps", "3"), "3 steps of 2 levels have fewer"),
+        ((*search, *two, "--max-cost", "1", "--results", tmp_path), f"--results is {tmp_path}, a folder"),
+        ((*search, *two, "--max-cost", "1", "--store", "s", "--out", "s"), "--store and --out are both s"),
     ]
     for arguments, words in cases:
         code, out, err = run(capsys, *arguments)

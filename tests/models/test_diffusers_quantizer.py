@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.quantizers import PipelineQuantizationConfig
+from safetensors import SafetensorError
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig
 
@@ -337,3 +340,37 @@ def test_a_model_prepared_for_a_schedule_is_not_saved(unet, tmp_path, save):
         save(unet, tmp_path)
     with pytest.raises(CheckpointError, match="prepared for a precision per step"):
         save_pipeline(DDPMPipeline(unet, DDPMScheduler()), tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("place", [".", "link", "dangling", "mounted"])
+def test_a_pipeline_is_saved_into_an_empty_folder_as_it_is(tmp_path, monkeypatch, loaded, place):
+    """One that cannot be replaced by another, or that a link leads to, or will."""
+    folder = tmp_path / "folder"
+    (folder / "mounted").mkdir(parents=True)
+    monkeypatch.chdir(folder / "mounted" if place == "." else folder)
+    (folder / "link").symlink_to("mounted")
+    (folder / "dangling").symlink_to("new")
+    real = os.replace
+
+    def replace(source, target):
+        if os.path.realpath(target) == str(folder / "mounted"):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    save_pipeline(loaded, place)
+    assert_same(loaded.unet, DiffusionPipeline.from_pretrained(place).unet)
+    assert not [p for p in folder.rglob(".*")] and (folder / "link").is_symlink() and (folder / "dangling").is_symlink()
+
+
+def test_a_full_disk_is_one_error_and_leaves_no_pipeline(tmp_path, monkeypatch, loaded):
+    def full(directory):
+        (directory / "unet").mkdir()
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(loaded, "save_pretrained", full)
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        with pytest.raises(CheckpointError, match=f"{name}: cannot be written: .*No space left"):
+            save_pipeline(loaded, tmp_path / name)
+    assert [p.name for p in tmp_path.rglob("*")] == ["empty"]

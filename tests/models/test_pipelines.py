@@ -30,7 +30,7 @@ from mixdq_ao import (
     quantize_,
 )
 from mixdq_ao.layers import find_layers
-from mixdq_ao.models.pipelines import other_denoisers
+from mixdq_ao.models.pipelines import generate, other_denoisers
 from mixdq_ao.quantize.tensor import is_quantized
 from mixdq_ao.search.metrics import psnr
 
@@ -183,6 +183,7 @@ def test_a_second_denoiser_is_known(unet):
         ("steps", 2.5, "a whole number of at least 1"),
         ("batch_size", 0, "a whole number of at least 1"),
         ("seed", None, "a whole number"),
+        ("seed", 2**64, "a whole number from"),
         ("height", "512", "a whole number of at least 1"),
         ("frames", 0, "a whole number of at least 1"),
     ],
@@ -190,6 +191,11 @@ def test_a_second_denoiser_is_known(unet):
 def test_a_field_that_is_out_of_range_is_named(field, value, expected):
     with pytest.raises(MixDQError, match=f"{field} is {re.escape(repr(value))}, expected {expected}"):
         Sampling(**{field: value})
+
+
+def test_a_seed_that_runs_out_with_the_prompts_is_named(bundled):
+    with pytest.raises(MixDQError, match=f"seed is {2**64}, expected .* also for the last prompt"):
+        next(generate(bundled.pipe, ["a", "b"], Sampling(seed=2**64 - 1, batch_size=1)))
 
 
 def test_every_measurement_draws_in_the_size_asked_for(bundled):

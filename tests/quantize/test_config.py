@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import accelerate
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import prune
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
@@ -274,3 +275,121 @@ def test_layers_of_adapters_are_named():
     for name in names:
         with pytest.raises(PlanError, match=f"layer '{name}' is part of an adapter"):
             quantize_(model, mixdq_config(Plan({name: LayerPlan(weight_bits=8)})))
+
+
+W8A8 = LayerPlan(weight_bits=8, act_bits=8, act_range=(-4, 4))
+
+
+class Doubled(nn.Linear):
+    """A layer whose own forward calls that of nn.Linear."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class Causal(nn.Conv2d):
+    """A convolution that pads by itself."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.pad(input, (2, 0, 2, 0)))
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose own forward multiplies with what it makes of its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight - 0.5, self.bias)
+
+
+@pytest.mark.parametrize("kind", [Doubled, Causal])
+def test_layers_of_classes_of_their_own_keep_their_forward_in_fake_mode(kind):
+    layer, x = (kind(8, 8), torch.randn(4, 8)) if kind is Doubled else (kind(3, 3, 3), torch.randn(1, 3, 6, 6))
+    fake, real, config = nn.Sequential(layer), nn.Sequential(copy.deepcopy(layer)), Plan({"0": W8A8})
+    full = layer(x)
+    quantize_(real, mixdq_config(config))
+    for _ in range(2):  # the second time from fake mode
+        quantize_(fake, mixdq_config(config, mode="fake"))
+        assert isinstance(fake[0], kind) and isinstance(fake[0], FakeQuantLinear | FakeQuantConv2d)
+        torch.testing.assert_close(fake(x), real(x), rtol=1e-4, atol=1e-5)
+        assert not torch.equal(fake(x), full)
+    fake(x).sum().backward()
+    assert layer.weight.grad is not None
+    for other in (copy.deepcopy(fake), pickle.loads(pickle.dumps(fake))):
+        assert type(other[0]) is type(fake[0]) and torch.equal(other(x), fake(x))
+    quantize_(fake, mixdq_config(config))
+    assert type(fake[0]) is kind and torch.equal(fake(x), real(x))
+
+
+def test_a_weight_that_a_layer_changes_itself_is_rounded_then():
+    model = nn.Sequential(Standardised(3, 4, 3))
+    x, changed = torch.randn(1, 3, 6, 6), nn.Sequential(nn.Conv2d(3, 4, 3))
+    changed.load_state_dict({"0.weight": model[0].weight - 0.5, "0.bias": model[0].bias})
+    for m in (model, changed):
+        quantize_(m, mixdq_config(Plan({"0": W8A8}), mode="fake"))
+    assert torch.equal(model(x), changed(x))
+
+
+class Alone(nn.Linear):
+    """A layer whose own forward calls no other."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight, self.bias)
+
+
+def test_layers_that_multiply_themselves_are_refused_in_fake_mode():
+    model = nn.Sequential(nn.Linear(8, 8), Alone(8, 8))
+    plan = Plan({"0": W8A8, "1": W8A8})
+    with pytest.raises(QuantizationError, match="layer '1': Alone.forward does not call super"):
+        quantize_(model, mixdq_config(plan, mode="fake"))
+    assert [type(m) for m in model] == [nn.Linear, Alone]
+    quantize_(model, mixdq_config(plan))
+
+
+def test_layers_that_torch_never_calls_are_refused_in_fake_mode():
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    for name, says in (("self_attn.out_proj", "MultiheadAttention reads its weight"), ("linear1", "set_fastpath_ena")):
+        with pytest.raises(QuantizationError, match=f"layer '{name}': .*{says}"):
+            quantize_(model, mixdq_config(Plan({name: W8A8, "linear2": W8A8}), mode="fake"))
+        assert type(model.linear2) is nn.Linear
+    x = torch.randn(2, 3, 8)
+    full = model(x)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        quantize_(model, mixdq_config(Plan({"linear1": LayerPlan(weight_bits=2)}), mode="fake"))
+        with torch.no_grad():
+            assert not torch.allclose(model(x), full)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(3, 3))
+    quantize_(model, mixdq_config(Plan({"0": W8A8})))
+    with torch.no_grad():
+        assert is_quantized(model[0].weight) and model(torch.ones(2, 3)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["re:b", "_default", "re:b.c"])
+def test_names_that_torchao_reads_as_rules_are_refused(name):
+    with pytest.raises(PlanError, match=f"layer '{name}': torchao reads '_default'"):
+        mixdq_config(Plan({"a": W8A8, name: W8A8}))
+    assert "a" in mixdq_config(Plan({"a": W8A8, name: LayerPlan()})).fqn_to_config
+    with pytest.raises(PlanError, match="layer '_default': torchao reads"):
+        mixdq_config(Plan({}), overrides={"_default": Int8WeightOnlyConfig()})
+
+
+def test_lazy_layers_are_named():
+    model = nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(3))
+    with pytest.raises(PlanError, match="layer '1': is lazy .* call the model once"):
+        quantize_(model, mixdq_config(Plan({"0": W8A8, "1": W8A8})))
+    assert not is_quantized(model[0].weight)
+    with pytest.raises(PlanError, match="layer '1': is lazy"):
+        Plan({"0": W8A8}).summary(model)
+
+
+@pytest.mark.parametrize("key", ["0.weight", "re:0[.]weight", "re:.*weight"])
+def test_overrides_of_weights_win_over_the_plan(key):
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    quantize_(model, mixdq_config(Plan({"0": W8A8}), overrides={key: None}))
+    assert not is_quantized(model[0].weight)

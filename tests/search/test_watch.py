@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from mixdq_ao import LayerPlan, MixDQError, Plan, analyze, calibrate, input_moments, layer_latencies, orthogonality
 from mixdq_ao.search.prediction import measured_errors
-from mixdq_ao.search.watch import watched
+from mixdq_ao.search.watch import eager, watched
 
 from .test_probe import PROMPTS, Toy, quality
 
@@ -93,4 +94,34 @@ def test_hooks_and_eagerness_end_with_an_error():
         run(torch.ones(1, 2))
     assert not layer._forward_hooks and not compiled
     run(torch.ones(1, 2))
+    assert compiled
+
+
+def test_eagerness_ends_with_the_last_of_overlapping_threads():
+    first, second, ended, compiled = Event(), Event(), Event(), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    def early() -> None:
+        with eager():
+            first.set()
+            second.wait(10)
+        ended.set()
+
+    def late() -> None:
+        first.wait(10)
+        with eager():
+            second.set()
+            ended.wait(10)
+            torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+
+    threads = [Thread(target=target) for target in (early, late)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not compiled
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
     assert compiled

@@ -89,6 +89,10 @@ def run(args: argparse.Namespace) -> None:
     from mixdq_ao.search.calibration import Calibration
 
     _check(args)
+    args.out = args.out or Path("orthogonality.json" if args.metric == "orthogonality" else "sensitivity.json")
+    if args.part is None:
+        options.check_files(args, "out")
+        options.check_apart(args, "store", "out")
     prompts = read_prompts(args.prompts)
     calibration = Calibration.load(args.calibration) if args.calibration else None
     pipe = load_pipeline(args.pipeline, **options.where(args), steps=[args.steps])
@@ -97,9 +101,9 @@ def run(args: argparse.Namespace) -> None:
         _part(args, pipe, prompts, common)
         return
     measure = _orthogonality if args.metric == "orthogonality" else _errors
-    out, layers = measure(args, pipe, prompts, common)
+    layers = measure(args, pipe, prompts, common)
     if args.json:
-        show_json({args.metric: str(out), "layers": layers, "prompts": len(prompts)})
+        show_json({args.metric: str(args.out), "layers": layers, "prompts": len(prompts)})
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -118,15 +122,14 @@ def _check(args: argparse.Namespace) -> None:
         raise MixDQError("--moments is for --roundings, of which none is given")
 
 
-def _errors(args: argparse.Namespace, pipe: Any, prompts: list[str], common: dict[str, Any]) -> tuple[Path, int]:
-    """The file written and the number of layers in it."""
+def _errors(args: argparse.Namespace, pipe: Any, prompts: list[str], common: dict[str, Any]) -> int:
+    """Writes the scores. Returns the number of layers in them."""
     from mixdq_ao import analyze
 
     result = analyze(pipe, prompts, store=args.store, merge=args.merge or (), **_how(args), **common)
-    out = args.out or Path("sensitivity.json")
-    result.save(out)
-    wrote(out, f"scores of {counted(len(result.layers), 'layer')} over {counted(len(prompts), 'prompt')}")
-    return out, len(result.layers)
+    result.save(args.out)
+    wrote(args.out, f"scores of {counted(len(result.layers), 'layer')} over {counted(len(prompts), 'prompt')}")
+    return len(result.layers)
 
 
 def _part(args: argparse.Namespace, pipe: Any, prompts: list[str], common: dict[str, Any]) -> None:
@@ -149,14 +152,13 @@ def _how(args: argparse.Namespace) -> dict[str, Any]:
     return {**how, "method": args.method or "one_at_a_time"}
 
 
-def _orthogonality(args: argparse.Namespace, pipe: Any, prompts: list[str], common: dict[str, Any]) -> tuple[Path, int]:
+def _orthogonality(args: argparse.Namespace, pipe: Any, prompts: list[str], common: dict[str, Any]) -> int:
     """The same for correlations."""
     from mixdq_ao import orthogonality
 
     result = orthogonality(pipe, prompts, timesteps=args.timesteps, estimator=args.estimator or "biased", **common)
-    out = args.out or Path("orthogonality.json")
-    result.save(out)
+    result.save(args.out)
     sampled = f"{len(result.sampled)} of {counted(result.steps, 'step')}"
     layers = counted(len(result.layers), "layer")
-    wrote(out, f"correlations of {layers} over {counted(len(prompts), 'prompt')} at {sampled}")
-    return out, len(result.layers)
+    wrote(args.out, f"correlations of {layers} over {counted(len(prompts), 'prompt')} at {sampled}")
+    return len(result.layers)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import MixDQError
 from .. import options
-from ..inputs import at_least, finite, integers, load_pipeline, load_plan, read_prompts
+from ..inputs import at_least, between, finite, integers, load_pipeline, load_plan, read_prompts
 from ..output import show, show_json, wrote
 
 HELP = "train a quantized denoiser back to what full precision draws, and store it"
@@ -16,6 +16,9 @@ EXAMPLE = (
     "mixdq recover examples/shapes/pipeline --plan plan.json --prompts prompts.txt --steps 1000 --trajectory 1,4 "
     "--checkpoint recovery --out unet-recovered"
 )
+
+LARGEST_SEED = 2**43 - 1
+"""Times the million that parts the orders of batches, still what torch takes."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +47,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--refresh", type=at_least(0), default=0, metavar="N", help=noise)
     scale = "classifier-free guidance of the trajectories; 0 turns it off (default)"
     parser.add_argument("--guidance-scale", type=finite, default=0.0, metavar="X", help=scale)
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of noise and batches (default 0)")
+    number = between(0, LARGEST_SEED)
+    parser.add_argument("--seed", type=number, default=0, metavar="N", help="of noise and batches (default 0)")
     options.size(parser)
     often = "steps between measurements on held-out prompts (default 100)"
     parser.add_argument("--evaluate-every", type=at_least(1), default=100, metavar="N", help=often)
@@ -59,10 +63,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.rank is not None and args.train != "low_rank":
         raise MixDQError("--rank is of --train low_rank")
-    if args.checkpoint is not None and args.checkpoint.resolve() == args.out.resolve():
-        raise MixDQError(f"--checkpoint and --out are both {args.out}; a run and the model it makes need a folder each")
+    options.check_apart(args, "checkpoint", "out")
     plan, prompts = load_plan(args.plan, args.calibration), read_prompts(args.prompts)
     held_out = read_prompts(args.held_out) if args.held_out else None
+    from ...models.serialization import refuse_foreign
+
+    refuse_foreign(args.out)
     if args.checkpoint is not None:
         from ...training.recover_state import check_directory
 

@@ -90,6 +90,8 @@ def _search(args: argparse.Namespace) -> None:
     from ...temporal.additivity import check_additivity, check_count
     from ...temporal.schedule import check_goal
 
+    options.check_files(args, "results", "out")
+    options.check_apart(args, "store", "results", "out")
     levels, costs = _levels(args)
     prompts = read_prompts(args.prompts)
     check_goal(args.steps, costs, args.max_cost, args.max_error)
