@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from inductor_kernels import ops as _ops  # noqa: F401  (registers torch.ops.inductor_kernels)
 from inductor_kernels import reference
@@ -70,7 +71,8 @@ def package(
         use: "auto" puts our kernels in on a GPU and plain torch operators on a CPU; "ours" and "plain" force one.
 
     Raises:
-        CheckpointError: a name that is not ``.pt2``, or a model without a quantized layer.
+        CheckpointError: a name that is not ``.pt2``, or a model without a quantized layer; a call of our operators would
+            stay and torch is older than 2.13.
     """
     path = os.fspath(path)
     if not path.endswith(".pt2"):
@@ -78,10 +80,24 @@ def package(
     layers = [m for m in find_layers(model).values() if is_quantized(m.weight)]
     if not layers:
         raise CheckpointError(f"{type(model).__name__} holds no quantized layer; quantize it first")
-    plain = use == "plain" or (use == "auto" and layers[0].weight.device.type == "cpu")
+    on_cpu = layers[0].weight.device.type == "cpu"
+    plain = use == "plain" or (use == "auto" and on_cpu)
+    if on_cpu and not plain:
+        _check_calls()
     program = export(model, kwargs, plain=plain, dynamic_shapes=dynamic_shapes)
     torch._inductor.aoti_compile_and_package(program, package_path=path)
-    return _calls_ours(path)
+    if calls := _calls_ours(path):
+        _check_calls()
+    return calls
+
+
+def _check_calls() -> None:
+    """Raises CheckpointError where packages cannot call our operators."""
+    if TorchVersion(torch.__version__) < "2.13":
+        raise CheckpointError(
+            f"packages of torch {torch.__version__} hand operators of others the wrong types, expected torch 2.13 or "
+            "newer; or use='plain'"
+        )
 
 
 def _calls_ours(path: str) -> bool:
