@@ -71,8 +71,8 @@ def package(
         use: "auto" puts our kernels in on a GPU and plain torch operators on a CPU; "ours" and "plain" force one.
 
     Raises:
-        CheckpointError: a name that is not ``.pt2``, or a model without a quantized layer; a call of our operators would
-            stay and torch is older than 2.13.
+        CheckpointError: a name that is not ``.pt2``, or a model without a quantized layer; calls of our operators would
+            stay, and torch is older than 2.13.
     """
     path = os.fspath(path)
     if not path.endswith(".pt2"):
