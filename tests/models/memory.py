@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from itertools import accumulate
 from pathlib import Path
@@ -39,6 +40,7 @@ def peak_allocated(function: Callable[[], Any]) -> tuple[Any, int]:
 
     Counted are torch's allocations on the CPU as the profiler records them, and mapped files with their size.
     """
+    gc.collect()  # what others left, freed meanwhile, would be taken off
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         result = function()
     events = record.profiler.kineto_results.events()  # type: ignore[union-attr]
