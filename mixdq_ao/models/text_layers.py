@@ -55,8 +55,10 @@ class TextProjection(nn.Module):
         return super().__call__(text, *args)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """The class is found by no name: it is made again from the layer's own."""
-        return _blank, (own_class(self),), *super().__reduce_ex__(protocol)[2:]
+        """The class is found by no name: it is made again from the layer's own. Copies store nothing: torch leaves the
+        hooks of a compiled model, which look at the text, behind."""
+        state, *more = super().__reduce_ex__(protocol)[2:]
+        return _blank, (own_class(self),), {**state, "_buffers": {**self._buffers, "stored": None}}, *more
 
     def store(self, value: Tensor) -> None:
         """Keeps ``value`` where the last one of its shape was: compiled code and CUDA graphs go on reading there. What

@@ -83,13 +83,15 @@ class TextReuse:
 def reuse_text_projections(pipe: Any) -> Any:
     """Has ``pipe.unet`` compute its projections of the text once per prompt; before or after ``torch.compile``.
 
-    They take memory for one batch of prompts: 2 x 77 x channels of every cross attention. The model is saved as ever.
+    They take memory for one batch of prompts: 2 x 77 x channels of every cross attention. The model is saved as ever. A
+    copy of a compiled one computes them at every call until this is called with it.
     Adapters and weights must not be changed meanwhile; ``forget_text_projections(pipe)`` ends it.
 
     Returns ``pipe``. Raises MixDQError for a denoiser without text projections of that kind.
     """
     inner = inner_unet(getattr(pipe, "unet", None))
-    if not hasattr(inner, TEXT_REUSE):
+    known = getattr(inner, TEXT_REUSE, None)
+    if not any(hook is known for unet in (inner, pipe.unet) for hook in unet._forward_pre_hooks.values()):
         setattr(inner, TEXT_REUSE, TextReuse(pipe.unet, inner))
     return pipe
 

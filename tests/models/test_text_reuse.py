@@ -24,7 +24,7 @@ from mixdq_ao import (
     quantize_,
     reuse_text_projections,
 )
-from mixdq_ao.layers import find_layers
+from mixdq_ao.layers import find_layers, uncompiled
 from tests.conftest import text_rows, unet_inputs
 
 
@@ -113,6 +113,22 @@ def test_a_model_that_was_changed_is_pickled_and_copied(quantized, steps, fused)
     for other in (pickle.loads(pickle.dumps(quantized)), copy.deepcopy(quantized)):
         assert [type(m) for m in other.modules()] == [type(m) for m in quantized.modules()]
         assert torch.equal(other(**steps[0])[0], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_copy_looks_at_its_own_text(quantized, steps, compiled):
+    """Torch leaves the hooks of a compiled model behind."""
+    unet = torch.compile(quantized, backend="eager") if compiled else quantized
+    pipe = reuse_text_projections(SimpleNamespace(unet=unet))
+    pipe.unet(**steps[0])
+    other, later = copy.deepcopy(pipe), steps[0] | {"encoder_hidden_states": text_rows(2) + 1}
+    for _ in range(2):
+        y, stored = other.unet(**later)[0], uncompiled(other.unet).text_reuse.projections[0].stored
+        assert torch.equal(y, pipe.unet(**later)[0])
+        reuse_text_projections(other)
+    assert stored is not None
+    assert uncompiled(other.unet).text_reuse is not quantized.text_reuse
 
 
 @torch.no_grad()
