@@ -57,6 +57,7 @@ class TextProjection(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is found by no name: it is made again from the layer's own. Copies store nothing: torch leaves the
         hooks of a compiled model, which look at the text, behind."""
+        state: Any
         state, *more = super().__reduce_ex__(protocol)[2:]
         return _blank, (own_class(self),), {**state, "_buffers": {**self._buffers, "stored": None}}, *more
 
