@@ -137,8 +137,7 @@ def out(parser: argparse.ArgumentParser, default: str, what: str) -> None:
 
 
 def check_files(args: argparse.Namespace, *names: str) -> None:
-    """Of options that name files to write, before the work. Raises MixDQError where a file could not be written, or
-    where two are one."""
+    """Of options that name files to write, before the work. Raises MixDQError where a file could not be written."""
     for name in names:
         path = getattr(args, name)
         if path is None:
@@ -147,7 +146,6 @@ def check_files(args: argparse.Namespace, *names: str) -> None:
             raise MixDQError(f"{flag(name)} is {path}, a folder; expected the name of a file to write")
         if reason := obstacle(path, is_file=True):
             raise MixDQError(f"{flag(name)} is {path}, which cannot be written: {reason}; choose another")
-    check_apart(args, *names)
 
 
 def check_apart(args: argparse.Namespace, *names: str) -> None:
