@@ -22,7 +22,11 @@ class Document:
 
     def header(self) -> dict[str, Any]:
         """What every file begins with. Raises ``ERROR`` where the metadata hold what JSON cannot."""
-        return {"format": self.FORMAT, "version": self.VERSION, "metadata": self._jsonable(self.metadata, "metadata")}
+        try:
+            metadata = self._jsonable(self.metadata, "metadata")
+        except RecursionError as e:
+            raise self.ERROR("metadata is nested too deeply for a file; expected notes and figures") from e
+        return {"format": self.FORMAT, "version": self.VERSION, "metadata": metadata}
 
     def _jsonable(self, value: Any, where: str) -> Any:
         """Metadata are notes and figures. Infinite ones, and those that could not be measured (NaN), are null in the

@@ -241,12 +241,8 @@ class Plan(Document):
         )
 
     def to_json(self) -> dict[str, Any]:
-        try:
-            header = self.header()
-        except RecursionError as e:
-            raise PlanError("metadata is nested too deeply for a file; expected notes and figures") from e
         return {
-            **header,
+            **self.header(),
             "bos_embedding": None if self.bos_embedding is None else list(self.bos_embedding),
             "layers": {n: v.to_json() for n, v in self.layers.items()},
         }

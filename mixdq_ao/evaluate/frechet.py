@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import MixDQError
 from ..search.metrics import gaussian_distance
+from ..tensorfile import write_safetensors
 
 SMALLEST = 1e-12
 """Of the largest eigenvalue: smaller ones are rounding errors of zero."""
@@ -45,8 +46,6 @@ class Gaussian:
 
     def save(self, path: str | os.PathLike[str], features: str) -> None:
         """Writes a safetensors file that also says by which ``features`` it was made."""
-        from ..models.safetensors_io import write_safetensors
-
         tensors = {"mean": self.mean, "covariance": self.covariance, "count": torch.tensor(self.count or 0)}
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(Path(path), tensors, {"features": features})

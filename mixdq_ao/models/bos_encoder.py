@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import TextEncoderError
 from ..layers import uncompiled
+from ..mixin import mixed_class
 from ..quantize.bos import bos_mask
 from ..quantize.tensor import MixDQTensor
 from .pipelines import denoiser, text_encoders
@@ -58,7 +58,8 @@ class BOSAwareTextEncoder(nn.Module):
     @staticmethod
     def _mixed_in(encoder: nn.Module, row: Tensor, found: str) -> nn.Module:
         if not isinstance(encoder, BOSAwareTextEncoder):
-            encoder.__class__ = _aware(type(encoder))
+            own = type(encoder)
+            encoder.__class__ = mixed_class(own.__name__, BOSAwareTextEncoder, own, own=1)
         uncompiled(encoder).register_buffer("bos_row", row, persistent=False)
         encoder.bos_from_last = found == "last"  # type: ignore[assignment]
         return encoder
@@ -74,10 +75,6 @@ class BOSAwareTextEncoder(nn.Module):
                 "this one"
             )
         return found
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """The mixed class is found by no name: it is mixed again from the encoder's own."""
-        return _blank, (type(self).__bases__[1],), *super().__reduce_ex__(protocol)[2:]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Not ``forward``, for which offloading puts one of its own into the encoder."""
@@ -97,15 +94,6 @@ class BOSAwareTextEncoder(nn.Module):
                 f"{type(self).__name__}: {what} does not begin with the calibrated BOS embedding; use the clip_skip "
                 "the plan was calibrated with, or calibrate again with this one"
             )
-
-
-@cache
-def _aware(own: type[nn.Module]) -> type[BOSAwareTextEncoder]:
-    return type(own.__name__, (BOSAwareTextEncoder, own), {"__module__": own.__module__})
-
-
-def _blank(own: type[nn.Module]) -> nn.Module:
-    return object.__new__(_aware(own))
 
 
 @torch.no_grad()

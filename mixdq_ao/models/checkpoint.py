@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..jsonfile import read_object
+from ..tensorfile import SAVE_AGAIN, Header, read_header
 from .flatten import Contents, read_contents, stored_names
-from .safetensors_io import SAVE_AGAIN, Header, read_header
 from .stored_values import check_values
 from .torchao_safetensors import PLAIN
 

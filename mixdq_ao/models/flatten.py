@@ -20,7 +20,7 @@ from torchao.utils import TorchAOBaseTensor
 from ..errors import CheckpointError
 from ..jsonfile import parse
 from ..quantize.tensor import MixDQTensor, SplitMixDQTensor
-from .safetensors_io import SAVE_AGAIN, Header
+from ..tensorfile import SAVE_AGAIN, Header
 from .torchao_safetensors import MIXDQ_ATTRIBUTES, PLAIN, Record, known, part_key, rebuild, record_of
 
 FORMAT, VERSION, MARK = "mixdq-checkpoint", 2, "mixdq"

@@ -14,9 +14,10 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, Fu
 from torch import nn
 
 from ..layers import JOINT_OF, JointLinear, check_module
+from ..mixin import own_class
 from ..quantize.join import difference, joined
 from ..quantize.tensor import MixDQTensor
-from .text_layers import TextProjection, own_class
+from .text_layers import TextProjection
 
 
 def fuse_projections(model: nn.Module) -> tuple[str, ...]:

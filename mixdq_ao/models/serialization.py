@@ -28,6 +28,7 @@ from ..layers import adapter_advice, find_layers, uncompiled
 from ..plan import Plan
 from ..quantize.fake import FakeQuantizer
 from ..quantize.tensor import is_quantized
+from ..tensorfile import write_safetensors
 from .checkpoint import Checkpoint, read_json
 from .declared import known_plan
 from .diffusers_config import METHOD, MixDQConfig
@@ -37,7 +38,6 @@ from .joint_names import without_joint
 from .pipelines import denoiser
 from .plan_of import check_plan_of, plan_of
 from .prepared_quantizer import check_saveable
-from .safetensors_io import write_safetensors
 from .skeleton import Library, check_fit, empty_model, fill, library_of, saved_config, without_aliases
 
 CONFIG = "config.json"

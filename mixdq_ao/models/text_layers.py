@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import MixDQError
 from ..layers import reads_text, uncompiled
+from ..mixin import mixed_class, own_class
 from .joint_names import JOINT_TEXT
 
 
@@ -54,12 +54,10 @@ class TextProjection(nn.Module):
         """What the layer gives by itself."""
         return super().__call__(text, *args)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """The class is found by no name: it is made again from the layer's own. Copies store nothing: torch leaves the
-        hooks of a compiled model, which look at the text, behind."""
-        state: Any
-        state, *more = super().__reduce_ex__(protocol)[2:]
-        return _blank, (own_class(self),), {**state, "_buffers": {**self._buffers, "stored": None}}, *more
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies store nothing: torch leaves the hooks of a compiled model, which look at the text, behind."""
+        state: Any = super().__getstate__()
+        return {**state, "_buffers": {**self._buffers, "stored": None}}
 
     def store(self, value: Tensor) -> None:
         """Keeps ``value`` where the last one of its shape was: compiled code and CUDA graphs go on reading there. What
@@ -74,24 +72,11 @@ class TextProjection(nn.Module):
             self.stored = value.clone(memory_format=torch.contiguous_format)
 
 
-@cache
-def _standing_in(cls: type[nn.Module]) -> type[TextProjection]:
-    return type(f"Text{cls.__name__}", (TextProjection, cls), {})
-
-
-def _blank(cls: type[nn.Module]) -> TextProjection:
-    return object.__new__(_standing_in(cls))
-
-
-def own_class(layer: nn.Module) -> type[Any]:
-    """The class of a layer when it does not stand in."""
-    return type(layer).__bases__[1] if isinstance(layer, TextProjection) else type(layer)
-
-
 def stand_in(layer: nn.Module) -> TextProjection:
     """Makes the layer a :class:`TextProjection`, until :func:`restore`."""
     if not isinstance(layer, TextProjection):
-        layer.__class__ = _standing_in(type(layer))
+        own = type(layer)
+        layer.__class__ = mixed_class(f"Text{own.__name__}", TextProjection, own, own=1)
         assert isinstance(layer, TextProjection)
         layer.register_buffer("stored", None, persistent=False)
         layer.joint, layer.at_hand = None, AtHand()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import QuantizationError
+from ..mixin import mixed_class, own_class
 from ..plan import LayerPlan
 from .bos import bos_mask
 from .planned import quantize_planned
@@ -183,7 +183,7 @@ def without_fake_quantizer(module: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv
     layer: Any = module
     if isinstance(layer, FakeQuantLinear | FakeQuantConv2d):
         del layer.quantizer
-        layer.__class__ = layer.own_class
+        layer.__class__ = own_class(layer)
     return module
 
 
@@ -192,22 +192,5 @@ def become(module: Any, kind: type[nn.Module]) -> None:
     its ``super().forward`` calls is ``kind``'s."""
     own = type(module)
     if not issubclass(own, kind):
-        module.__class__ = kind if issubclass(kind, own) else _both(own, kind)
-
-
-@cache
-def _both(own: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
-    """A class of layers of class ``own`` above ``kind``. Copied and pickled by the names of the two."""
-
-    def reduced(self: nn.Module, protocol: Any) -> Any:
-        how = own.__reduce_ex__(self, protocol)
-        return (_empty, (own, kind), *how[2:]) if type(self) is both else how
-
-    name = f"{kind.__name__}Of{own.__name__}"
-    both = type(name, (own, kind), {"own_class": own, "__module__": own.__module__, "__reduce_ex__": reduced})
-    return both
-
-
-def _empty(own: type[nn.Module], kind: type[nn.Module]) -> Any:
-    """One that has no state yet."""
-    return object.__new__(_both(own, kind))
+        both = f"{kind.__name__}Of{own.__name__}"
+        module.__class__ = kind if issubclass(kind, own) else mixed_class(both, own, kind, own=0)

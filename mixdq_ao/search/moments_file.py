@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CalibrationError, CheckpointError
-from ..models.safetensors_io import Header, read_header, write_safetensors
+from ..tensorfile import Header, read_header, write_safetensors
 
 FORMAT, VERSION = "mixdq-moments", "1"
 AGAIN = "collect moments again"
@@ -44,10 +43,7 @@ def write_moments(path: str | os.PathLike[str], matrices: Mapping[str, Tensor], 
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name + ".") as directory:
-            whole = Path(directory) / "moments"
-            write_safetensors(whole, {owner: matrices[owner] for owner in owners.values()}, header)
-            os.replace(whole, path)
+        write_safetensors(path, {owner: matrices[owner] for owner in owners.values()}, header)
     except OSError as e:
         raise CalibrationError(f"{path}: cannot be written: {e.strerror or e}; make room and save again") from e
 

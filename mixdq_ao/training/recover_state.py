@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchao.optim.subclass_8bit import OptimState8bit
 
-from ..atomicfile import obstacle, replacing
+from ..atomicfile import obstacle
 from ..errors import CheckpointError, OptimizerError
 from ..jsonfile import read_document, write_document
-from ..models.safetensors_io import read_header, write_safetensors
+from ..tensorfile import read_header, write_safetensors
 from .moments import BLOCK
 
 FORMAT, VERSION, FILE = "mixdq-recovery", 1, "run.json"
@@ -107,8 +107,7 @@ def save_run(
     name = f"state-{progress.step}.safetensors"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with replacing(directory / name) as file:
-            write_safetensors(Path(file.name), tensors, {"fingerprint": fingerprint, "step": str(progress.step)})
+        write_safetensors(directory / name, tensors, {"fingerprint": fingerprint, "step": str(progress.step)})
         document = {"format": FORMAT, "version": VERSION, "fingerprint": fingerprint, "tensors": name}
         document["recipe"] = dict(recipe)
         write_document(directory / FILE, {**document, "progress": progress.to_json()})

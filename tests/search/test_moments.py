@@ -204,7 +204,7 @@ def write(path: Path, tensors: dict[str, Tensor], **changes: str | None) -> None
     Moments(
         {n: t for n, t in tensors.items() if t.dtype == torch.float32 and t.dim() == 2 and len(t) == len(t[0])}
     ).save(path)
-    from mixdq_ao.models.safetensors_io import read_header
+    from mixdq_ao.tensorfile import read_header
 
     metadata = {**read_header(path).metadata, "layers": json.dumps({n: n for n in tensors}), **changes}
     save_file(tensors, path, {n: v for n, v in metadata.items() if v is not None})

@@ -7,7 +7,6 @@ The format (https://github.com/huggingface/safetensors#format): 8 bytes with the
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -17,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
-from ..jsonfile import parse
+from .atomicfile import replacing
+from .errors import CheckpointError
+from .jsonfile import parse
 
 DTYPES = {
     "F64": torch.float64,
@@ -133,7 +133,7 @@ def _short(error: BaseException) -> str:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes plain tensors, one at a time, and returns when they are on disk.
+    """Writes plain tensors, one at a time; the file is on disk, whole, or as it was (``atomicfile.replacing``).
 
     Larger element types come first, so every tensor lies at a multiple of its element size. Tensors may share memory:
     each is written in full.
@@ -155,12 +155,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     text += b" " * (-len(text) % 8)
     if len(text) > LARGEST_HEADER:
         raise CheckpointError(f"{path}: a header of {len(text)} bytes; give a smaller max_shard_size")
-    with open(path, "wb") as file:
+    with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in ordered:
             file.write(tensor_bytes(tensor))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
