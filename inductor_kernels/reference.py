@@ -2,10 +2,12 @@
 
 Integer sums are formed in float64, where they are exact (below 2**53), on every device that has it; on CUDA, which may
 have little of that, by its integer units (:mod:`inductor_kernels.int_mm`), grouped convolutions apart. Products take
-another type as ``sums``: in float32 they are exact below 2**24, then rounded, and some times as fast.
+another type as ``sums``: in float32 they are exact below 2**24, then rounded, and some times as fast. Weights-only
+products, which round anyhow, form theirs in float32 on a GPU, as its kernels do.
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -44,6 +46,17 @@ def like_planes(y: Tensor) -> Tensor:
 
 def _exact(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _rounding(device: torch.device) -> torch.dtype:
+    """What sums of floating-point products are formed in."""
+    return torch.float64 if device.type == "cpu" else torch.float32
+
+
+def _has_wide_sums(x: Tensor) -> bool:
+    """Whether ``torch.mm`` gives the float32 sums of 16-bit products, of which a weight's integers are exact operands:
+    on NVIDIA GPUs, whose tensor cores form them."""
+    return x.device.type == "cuda" and x.dtype.itemsize == 2 and torch.version.hip is None
 
 
 def _centered(x_q: Tensor, zero_point: Tensor, sums: torch.dtype | None) -> Tensor:
@@ -164,8 +177,13 @@ def linear_weight_only(
     """Floating point activations times integer weights."""
     checks.linear_weight_only(x, weight, weight_zero_point, scale, bias, weight_bits)
     w = unpack_weight(weight, weight_zero_point, weight_bits, x.shape[-1])
-    dtype = sums or _exact(x.device)
-    return _finish(x.to(dtype) @ w.to(dtype).t(), scale, None, bias, x.dtype)
+    if sums is None and _has_wide_sums(x):
+        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        total = torch.mm(rows, w.to(x.dtype).t(), out_dtype=torch.float32).reshape(*x.shape[:-1], w.shape[0])
+    else:
+        dtype = sums or _rounding(x.device)
+        total = x.to(dtype) @ w.to(dtype).t()
+    return _finish(total, scale, None, bias, x.dtype)
 
 
 def conv2d_weight_only(
@@ -176,7 +194,7 @@ def conv2d_weight_only(
     """Floating point NHWC convolution with integer weights."""
     checks.conv2d_weight_only(x, weight, weight_zero_point, scale, bias, weight_bits, stride, padding, dilation, groups)
     w = unpack_weight(weight, weight_zero_point, weight_bits, x.shape[-1] // groups)
-    total = _conv(x.to(sums or _exact(x.device)), w, stride, padding, dilation, groups)
+    total = _conv(x.to(sums or _rounding(x.device)), w, stride, padding, dilation, groups)
     return _finish(total, scale, None, bias, x.dtype)
 
 

@@ -1,9 +1,13 @@
-"""Integer products by ``torch._int_mm``, as on CUDA, give the bits of those in float64."""
+"""The operators where no kernel serves on a GPU: integer products by ``torch._int_mm`` give the bits of those in
+float64, weights-only ones have float32 sums."""
 
 from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from inductor_kernels import int_mm, reference
 
@@ -140,6 +144,51 @@ def test_nothing_waits_for_the_gpu(tensors, monkeypatch):
     assert [(y.shape, y.dtype) for y in found] == [(y.shape, y.dtype) for y in expected]
 
 
+class Seen(TorchDispatchMode):
+    """The types of every tensor that a function makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        y = func(*args, **(kwargs or {}))
+        self.made |= {t.dtype for t in tree_leaves(y) if isinstance(t, torch.Tensor)}
+        return y
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("lead", [(2, 9), (), (0, 3)])
+def test_weights_only_sums_on_a_gpu_are_float32(dtype, lead):
+    """Consumer GPUs have a 64th of their speed in float64."""
+    linear = cases.weight_only(cases.linear(lead, 33, 45), dtype, conv=False)
+    image = cases.weight_only(cases.conv2d(c=20), dtype, conv=True)
+    check_float32(reference.linear_weight_only, linear, "cuda")
+    check_float32(reference.conv2d_weight_only, image, "meta")  # torch without CUDA cannot pretend a convolution there
+
+
+def check_float32(function, arguments, device):
+    expected = function(*arguments)
+    with FakeTensorMode(), Seen() as seen:
+        there = lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)  # noqa: E731
+        y = function(*(there(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+    assert (y.shape, y.dtype, y.device.type) == (expected.shape, expected.dtype, device)
+    assert torch.float64 not in seen.made and torch.float32 in seen.made
+
+
+def test_sixteen_bit_products_have_sums_that_float16_does_not_hold(monkeypatch):
+    """What ``torch.mm`` is given, by one that multiplies as a tensor core does."""
+    x, *rest = cases.weight_only(cases.linear((7,), 9, 170), torch.float16, conv=False)
+    x = x * 2000
+    monkeypatch.setattr(reference, "_has_wide_sums", lambda x: True)
+    wide = lambda a, b, out_dtype: (a.double() @ b.double()).to(out_dtype)  # noqa: E731
+    monkeypatch.setattr(torch, "mm", wide)
+    found = reference.linear_weight_only(x, *rest)
+    total = x.double() @ reference.unpack_weight(*rest[:2], 8, 170).double().t()
+    assert total.abs().max() > 65504 and torch.isfinite(found).all()
+    cases.assert_right("linear_weight_only", (x, *rest), found, torch.float16)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("bits", cases.BITS)
@@ -149,6 +198,11 @@ def test_on_a_gpu(bits):
         check_on_a_gpu("linear", ops.linear, cases.linear(lead, n, k, bits, torch.int8))
     for geometry in GEOMETRIES[:9]:
         check_on_a_gpu("conv2d", ops.conv2d, cases.conv2d(bits=bits, dtype=torch.int8, **geometry))
+    for dtype in (torch.float16, torch.bfloat16):
+        linear = cases.weight_only(cases.linear((2, 77), 640, 2048, bits), dtype, conv=False)
+        check_on_a_gpu("linear_weight_only", ops.linear_weight_only, linear)
+        image = cases.weight_only(cases.conv2d(bits=bits), dtype, conv=True)
+        check_on_a_gpu("conv2d_weight_only", ops.conv2d_weight_only, image)
 
 
 def check_on_a_gpu(name, op, arguments):
@@ -158,4 +212,4 @@ def check_on_a_gpu(name, op, arguments):
     with torch.cuda.graph(graph):
         y = op(*moved)
     graph.replay()
-    cases.assert_right(name, arguments, y.cpu())
+    cases.assert_right(name, arguments, y.cpu(), y.dtype)
