@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from .errors import MixDQError, PlanError
-from .plan import ACT_BITS, WEIGHT_BITS, LayerPlan, Plan
+from .layer_plan import ACT_BITS, WEIGHT_BITS, LayerPlan
 from .textfile import read_text
 
 PathLike = str | os.PathLike[str]
@@ -81,8 +81,10 @@ def _check_depth(text: str) -> None:
             raise ValueError("nested or aliased values where a flat map was expected")
 
 
-def plan_from_mixdq_yaml(weight: PathLike, act: PathLike | None = None, protect: Iterable[str] = ()) -> Plan:
-    """A Plan from a published weight plan and, optionally, an activation plan.
+def read_mixdq_plan(
+    weight: PathLike, act: PathLike | None = None, protect: Iterable[str] = ()
+) -> tuple[dict[str, LayerPlan], dict[str, Any]]:
+    """Layers and metadata of a Plan, from a published weight plan and, optionally, an activation plan.
 
     Weights of 2 and 4 bits are asymmetric, as the published plans were measured; 8 bits symmetric. Without ``act``
     every activation stays at 16 bits; with it, a layer it does not name keeps a 16-bit activation and its weight
@@ -98,7 +100,7 @@ def plan_from_mixdq_yaml(weight: PathLike, act: PathLike | None = None, protect:
         name: LayerPlan() if name in protected else LayerPlan(weight_bits=bits, act_bits=acts.get(name, 16))
         for name, bits in weights.items()
     }
-    return Plan(layers, _metadata(layers, weight, act, protected))
+    return layers, _metadata(layers, weight, act, protected)
 
 
 def _names(protect: Iterable[str]) -> list[str]:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mixdq_ao.errors import PlanError
-from mixdq_ao.layers import check_plan, find_layers, group_of, split_points
+from mixdq_ao.layers import find_layers, group_of, split_points
 from mixdq_ao.plan import LayerPlan, Plan
+from mixdq_ao.plan_check import check_plan
 from tests.published import FOLDER, needs_published, sensitivity
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mixdq_ao.mixin import mixed_class, own_class
+from mixdq_ao.mixin import mix_in, own_class, restore
 
 
 class Doubling(nn.Module):
@@ -27,14 +27,32 @@ class Keeping(nn.Linear):
 def layer() -> nn.Module:
     torch.manual_seed(0)
     layer = Keeping(3, 2)
-    layer.__class__ = mixed_class("Twice", Doubling, Keeping, own=1)
+    mix_in(layer, Doubling, name="Twice")
     return layer
 
 
-def test_one_class_for_the_same_bases(layer):
-    assert type(layer) is mixed_class("Twice", Doubling, Keeping, own=1)
+def test_one_class_for_the_same_two_until_it_is_restored(layer):
+    other = Keeping(3, 2)
+    mix_in(other, Doubling, name="Twice")
+    assert type(layer) is type(other) and type(layer).__module__ == __name__
     assert own_class(layer) is Keeping and own_class(nn.Linear(1, 1)) is nn.Linear
-    assert type(layer).__module__ == __name__
+    restore(layer)
+    assert type(layer) is Keeping
+
+
+def test_ours_last_is_what_super_finds():
+    class Own(nn.Linear):
+        def forward(self, x):
+            return 1 + super().forward(x)
+
+    class Tripled(nn.Linear):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    own, x = Own(3, 2), torch.ones(1, 3)
+    plain = nn.Linear.forward(own, x)
+    mix_in(own, Tripled, name="Both", ours_first=False)
+    assert torch.equal(own(x), 1 + 3 * plain)
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
@@ -45,10 +63,9 @@ def test_copies_are_of_the_mixed_class_and_carry_what_both_parts_say(layer, copi
     assert torch.equal(other(x), layer(x)) and torch.equal(other(x), 2 * nn.Linear.forward(layer, x))
 
 
-def test_a_class_made_of_a_mixed_one_pickles_as_itself(layer):
+def test_a_class_made_of_a_mixed_one_copies_as_itself(layer):
+    class Further(type(layer)):
+        pass
+
     layer.__class__ = Further
     assert type(copy.deepcopy(layer)) is Further
-
-
-class Further(mixed_class("Twice", Doubling, Keeping, own=1)):
-    pass

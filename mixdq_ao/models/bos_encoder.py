@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import TextEncoderError
 from ..layers import uncompiled
-from ..mixin import mixed_class
+from ..mixin import mix_in
 from ..quantize.bos import bos_mask
 from ..quantize.tensor import MixDQTensor
 from .pipelines import denoiser, text_encoders
@@ -58,8 +58,7 @@ class BOSAwareTextEncoder(nn.Module):
     @staticmethod
     def _mixed_in(encoder: nn.Module, row: Tensor, found: str) -> nn.Module:
         if not isinstance(encoder, BOSAwareTextEncoder):
-            own = type(encoder)
-            encoder.__class__ = mixed_class(own.__name__, BOSAwareTextEncoder, own, own=1)
+            mix_in(encoder, BOSAwareTextEncoder, name=type(encoder).__name__)
         uncompiled(encoder).register_buffer("bos_row", row, persistent=False)
         encoder.bos_from_last = found == "last"  # type: ignore[assignment]
         return encoder

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError, MixDQError, QuantizationError
+from ..layer_plan import LayerPlan
 from ..layers import check_module, find_layers
-from ..plan import LayerPlan, Plan
+from ..plan import Plan
 from ..quantize.config import MixDQLayerConfig, mixdq_config, quantize_, quantized_weight
 from .pipelines import text_encoders
 

@@ -26,8 +26,10 @@ from torchao.quantization import (
 
 from ..errors import PlanError
 from ..jsonfile import write_document
-from ..layers import check_plan, find_layers
-from ..plan import LayerPlan, Plan
+from ..layer_plan import LayerPlan
+from ..layers import find_layers
+from ..plan import Plan
+from ..plan_check import check_plan
 
 # Names of TensorRT-LLM's QuantAlgo, which ModelOpt writes; bits that it has no name for get one of the same form.
 ALGORITHMS = {

@@ -28,7 +28,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..errors import QuantizationError
-from ..plan import LayerPlan
+from ..layer_plan import LayerPlan
 from ..quantize.quantizer import ActQuant, quantize_weight
 from ..quantize.tensor import MixDQTensor, SplitMixDQTensor
 from .plan_of import layer_plan_of

@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import CheckpointError
+from ..layer_plan import LayerPlan
 from ..layers import find_layers
-from ..plan import LayerPlan, Plan
+from ..plan import Plan
 from ..quantize.quantizer import act_bits
 from ..quantize.tensor import MixDQTensor, SplitMixDQTensor, is_quantized
 

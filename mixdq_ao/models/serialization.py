@@ -24,8 +24,9 @@ from torch import nn
 from ..atomicfile import sync
 from ..errors import CheckpointError
 from ..jsonfile import write_document
-from ..layers import adapter_advice, find_layers, uncompiled
+from ..layers import find_layers, uncompiled
 from ..plan import Plan
+from ..plan_check import adapter_advice
 from ..quantize.fake import FakeQuantizer
 from ..quantize.tensor import is_quantized
 from ..tensorfile import write_safetensors

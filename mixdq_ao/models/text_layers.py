@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import MixDQError
 from ..layers import reads_text, uncompiled
-from ..mixin import mixed_class, own_class
+from ..mixin import mix_in
+from ..mixin import restore as restore_class
 from .joint_names import JOINT_TEXT
 
 
@@ -75,8 +76,7 @@ class TextProjection(nn.Module):
 def stand_in(layer: nn.Module) -> TextProjection:
     """Makes the layer a :class:`TextProjection`, until :func:`restore`."""
     if not isinstance(layer, TextProjection):
-        own = type(layer)
-        layer.__class__ = mixed_class(f"Text{own.__name__}", TextProjection, own, own=1)
+        mix_in(layer, TextProjection, name=f"Text{type(layer).__name__}")
         assert isinstance(layer, TextProjection)
         layer.register_buffer("stored", None, persistent=False)
         layer.joint, layer.at_hand = None, AtHand()
@@ -128,4 +128,4 @@ def restore(inner: nn.Module) -> None:
             module.stored = None
             if module.joint is None:
                 del module.stored, module.joint, module.at_hand
-                module.__class__ = own_class(module)
+                restore_class(module)

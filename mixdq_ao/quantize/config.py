@@ -19,8 +19,10 @@ from torchao.quantization import quantize_ as torchao_quantize_
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 from ..errors import PlanError, QuantizationError
-from ..layers import check_calibrated, check_layer, check_module, check_plan, find_layers
-from ..plan import LayerPlan, Plan
+from ..layer_plan import LayerPlan
+from ..layers import check_module, find_layers
+from ..plan import Plan
+from ..plan_check import check_calibrated, check_layer, check_plan
 from ..registration import QUANTIZED
 from .described import describe_layers
 from .fake import FakeQuantizer, refuse_own_product, with_fake_quantizer, without_fake_quantizer

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import QuantizationError
-from ..mixin import mixed_class, own_class
-from ..plan import LayerPlan
+from ..layer_plan import LayerPlan
+from ..mixin import mix_in, restore
 from .bos import bos_mask
 from .planned import quantize_planned
 from .quantizer import ActQuant, WeightQuant, act_bits, fake_quantize_act
@@ -183,7 +183,7 @@ def without_fake_quantizer(module: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv
     layer: Any = module
     if isinstance(layer, FakeQuantLinear | FakeQuantConv2d):
         del layer.quantizer
-        layer.__class__ = own_class(layer)
+        restore(layer)
     return module
 
 
@@ -192,5 +192,7 @@ def become(module: Any, kind: type[nn.Module]) -> None:
     its ``super().forward`` calls is ``kind``'s."""
     own = type(module)
     if not issubclass(own, kind):
-        both = f"{kind.__name__}Of{own.__name__}"
-        module.__class__ = kind if issubclass(kind, own) else mixed_class(both, own, kind, own=0)
+        if issubclass(kind, own):
+            module.__class__ = kind
+        else:
+            mix_in(module, kind, name=f"{kind.__name__}Of{own.__name__}", ours_first=False)

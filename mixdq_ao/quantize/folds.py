@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError, QuantizationError
-from ..plan import SMOOTHING, LayerPlan
+from ..layer_plan import SMOOTHING, LayerPlan
 from .fake import FakeQuantConv2d, FakeQuantLinear
 from .hadamard import hadamard, rotated
 from .tensor import is_quantized

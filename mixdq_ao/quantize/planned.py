@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError
-from ..plan import LayerPlan
+from ..layer_plan import LayerPlan
 from .quantizer import WeightQuant, quantize_weight
 
 

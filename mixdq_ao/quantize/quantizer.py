@@ -17,7 +17,7 @@ from inductor_kernels import reference
 from inductor_kernels.checks import FLOATS
 
 from ..errors import QuantizationError
-from ..plan import Rounding, WeightRange
+from ..layer_plan import Rounding, WeightRange
 from .compensate import Compensation, best_compensated
 from .eager import is_eager
 from .grid import SMALLEST_SCALE, Grid, best_grid, minmax_grid, shrunk_grids, squared_error

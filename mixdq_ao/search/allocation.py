@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from math import ceil
 
-from ..plan import LayerPlan, Plan
+from ..layer_plan import LayerPlan
+from ..plan import Plan
 from .additive import Errors, additive_errors
 from .request import Request
 from .roundings import rounded_as

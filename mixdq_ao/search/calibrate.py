@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import CalibrationError
-from ..layers import adapter_advice, find_layers, joint_advice, prepared_advice, split_points, text_readers
+from ..layer_plan import Range
+from ..layers import find_layers, split_points, text_readers
 from ..models.pipelines import Sampling
-from ..plan import Range
+from ..plan_check import adapter_advice, joint_advice, prepared_advice
 from ..quantize.bos import bos_mask
 from ..quantize.folds import Fold, Folding, folded
 from ..quantize.tensor import is_quantized

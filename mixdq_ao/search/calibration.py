@@ -8,7 +8,7 @@ from typing import Any
 
 from ..document import Document
 from ..errors import CalibrationError, PlanError
-from ..plan import LayerPlan, Plan, Range, check_folding, parse_embedding, parse_range
+from ..layer_plan import LayerPlan, Range, check_folding, parse_embedding, parse_range
 
 KEYS = ("format", "version", "metadata", "bos_embedding", "ties", "layers")
 FOLDING = ("smoothing", "rotation")
@@ -70,20 +70,22 @@ class Calibration(Document):
     bos_embedding: tuple[float, ...] | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
-    def apply(self, plan: Plan, *, bos: bool = True, split: bool = True) -> Plan:
-        """See ``Plan.with_calibration``."""
-        for name, layer in plan.layers.items():
+    def applied(
+        self, layers: Mapping[str, LayerPlan], metadata: Mapping[str, Any], *, bos: bool, split: bool
+    ) -> dict[str, Any]:
+        """Fields of a plan of these layers with what ``Plan.with_calibration`` fills in."""
+        for name, layer in layers.items():
             if layer.quantized and name not in self.layers:
                 raise CalibrationError(
                     f"layer {name!r} was never called while calibrating; "
                     "give it 16 bits or calibrate with prompts that use it"
                 )
-        layers = {
-            n: self.layers[n].plan(v, bos=bos, split=split) if n in self.layers else v for n, v in plan.layers.items()
+        planned = {
+            n: self.layers[n].plan(v, bos=bos, split=split) if n in self.layers else v for n, v in layers.items()
         }
         sizes = {n: v.act_size for n, v in self.layers.items()}
-        metadata = {**plan.metadata, "calibration": dict(self.metadata), "act_sizes": sizes}
-        return Plan(layers, metadata, self.bos_embedding if bos else None)
+        metadata = {**metadata, "calibration": dict(self.metadata), "act_sizes": sizes}
+        return {"layers": planned, "metadata": metadata, "bos_embedding": self.bos_embedding if bos else None}
 
     def of_folded_model(self) -> Calibration:
         """The same for a model whose weights smoothing and rotation have been folded into."""

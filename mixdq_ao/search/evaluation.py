@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..plan import LayerPlan
+from ..layer_plan import LayerPlan
 from .calibration import Calibration
 from .roundings import PLAIN, rounded_as
 from .sensitivity import Kind

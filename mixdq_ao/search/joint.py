@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import AllocationError
-from ..plan import ACT_BITS, WEIGHT_BITS
+from ..layer_plan import ACT_BITS, WEIGHT_BITS
 from .additive import Errors, additive_errors
 from .allocation import Allocation, Assembler, KindBits
 from .limits import Limits, Pair

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from ..layer_plan import LayerPlan
 from ..layers import find_layers
-from ..plan import LayerPlan
 from ..progress import progress
 from ..quantize.config import MixDQLayerConfig, quantize_
 from .calibration import Calibration

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from ..layers import Group, LayerShape, stored_bytes
-from ..plan import LayerPlan
+from ..layer_plan import LayerPlan
+from ..layers import Group
+from ..plan_size import LayerShape, stored_bytes
 from .calibration import LayerCalibration
 from .evaluation import Evaluation
 from .roundings import PLAIN, best_of

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..layers import check_layer
+from ..plan_check import check_layer
 from ..progress import progress
 from .analysis import Analysis, check_covered
 from .distributed import Build

@@ -20,8 +20,9 @@ from torch import nn
 from ..document import Document
 from ..errors import SensitivityError
 from ..jsonfile import is_number
-from ..layers import LayerShape, find_layers, group_of
+from ..layers import find_layers, group_of
 from ..models.pipelines import Sampling, check_prompts, generate
+from ..plan_size import LayerShape
 from ..progress import progress
 from .calibration import Calibration
 from .layer_sensitivity import weight_bytes

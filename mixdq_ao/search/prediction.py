@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SensitivityError
-from ..layers import check_plan, find_layers
+from ..layer_plan import LayerPlan
+from ..layers import find_layers
 from ..models.pipelines import Sampling, check_prompts
-from ..plan import LayerPlan, Plan
+from ..plan import Plan
+from ..plan_check import check_plan
 from ..progress import progress
 from ..quantize.config import MixDQLayerConfig, folded_as_planned, mixdq_config
 from .additive import additive_errors

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import MixDQError, SensitivityError
-from ..layers import check_layer, find_layers
+from ..layers import find_layers
+from ..plan_check import check_layer
 from ..progress import progress
 from ..quantize.bos import bos_mask
 from ..quantize.config import MixDQLayerConfig, fake_quantizer

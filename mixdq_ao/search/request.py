@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import AllocationError
 from ..jsonfile import is_number
-from ..plan import ACT_BITS, WEIGHT_BITS
+from ..layer_plan import ACT_BITS, WEIGHT_BITS
 from .objectives import OBJECTIVES, Objective
 from .sensitivity import GROUPS, Kind, Sensitivity
 from .split import SPLITS

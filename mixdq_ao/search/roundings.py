@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from ..errors import SensitivityError
-from ..plan import LayerPlan, Rounding, WeightRange
+from ..layer_plan import LayerPlan, Rounding, WeightRange
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

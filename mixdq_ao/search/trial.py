@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SensitivityError
+from ..layer_plan import LayerPlan
 from ..layers import find_layers
 from ..models.pipelines import Sampling, check_prompts, each_frame, first_output, generate_all, text_encoders
-from ..plan import LayerPlan
 from ..quantize.config import MixDQLayerConfig, fake_quantizer
 from ..quantize.fake import become, with_fake_quantizer, without_fake_quantizer
 from .batches import batches

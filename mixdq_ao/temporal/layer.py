@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from inductor_kernels.packing import pack, unpack_weight
 
-from ..plan import LayerPlan
+from ..layer_plan import LayerPlan
 from ..quantize.bos import bos_mask
 from ..quantize.gradient import differentiable
 from ..quantize.quantizer import ActQuant, act_bits, act_params, quantize_act, quantize_weight, scaled

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError, QuantizationError, ScheduleError
+from ..layer_plan import LayerPlan
 from ..layers import check_module, find_layers, uncompiled
 from ..models.pipelines import denoiser
-from ..plan import LayerPlan
 from ..quantize.folds import Fold, Folding, fold_, foldings_of, planned_folds
 from ..quantize.quantizer import refuse_unusable
 from ..quantize.tensor import is_quantized

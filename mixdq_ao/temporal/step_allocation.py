@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import AllocationError
-from ..plan import ACT_BITS, WEIGHT_BITS
+from ..layer_plan import ACT_BITS, WEIGHT_BITS
 from ..search.additive import additive_errors
 from ..search.highs import Array
 from ..search.orthogonality import DECAY, Orthogonality, place_weights, sampled_steps

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..plan import LayerPlan, Range
+from ..layer_plan import LayerPlan, Range
 from ..quantize.bos import bos_mask
 from ..quantize.config import MixDQConfig, MixDQLayerConfig
 from ..quantize.fake import become, straight_through

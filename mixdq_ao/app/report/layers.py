@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ...plan import LayerPlan, Plan
+from ...layer_plan import LayerPlan
+from ...plan import Plan
 from ..output import counted
 from .html import Html, section, tag
 from .inputs import Inputs

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from math import ceil
 
-from ...plan import LayerPlan
+from ...layer_plan import LayerPlan
 from ...search.sensitivity import LayerSensitivity, Sensitivity
 from .metric import Metric, metrics
 from .names import ordinal, size

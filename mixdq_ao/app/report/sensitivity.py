@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ...plan import LayerPlan, Plan
+from ...layer_plan import LayerPlan
+from ...plan import Plan
 from .html import Html, breakable, join, tag
 from .inputs import Inputs
 from .metric import Metric, metrics
