@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
+from .compat import uncompiled
 from .errors import QuantizationError
 
 Group = Literal["content", "quality"]
@@ -21,11 +22,6 @@ def check_module(model: object) -> nn.Module:
             f"model is a {type(model).__name__}, expected nn.Module, as pipe.unet or pipe.transformer"
         )
     return uncompiled(model)
-
-
-def uncompiled(model: Any) -> Any:
-    """What ``torch.compile`` wrapped; a model that it did not wrap as it is."""
-    return getattr(model, "_orig_mod", model)
 
 
 class JointLinear(nn.Linear):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -41,3 +42,33 @@ def test_no_module_needs_itself(package):
     # a package is there before what lies in it: naming it in an import of one of its modules needs nothing of it
     graph = {name: {n for n in needs if not name.startswith(f"{n}.")} for name, needs in graph.items()}
     assert len(list(TopologicalSorter(graph).static_order())) == len(modules) > 20  # CycleError names a cycle
+
+
+PRIVATE = re.compile(r"torch(\.\w+)*\._[a-zA-Z]\w*")
+HOMES = {"compat.py", "pretend.py", "interpreted.py"}
+"""Where they may be: the last two put something in the place of torch's and Triton's own, for tests without a GPU."""
+
+
+def private(tree: ast.AST) -> set[str]:
+    """What a file takes of torch by a private name: imports, and attributes written out from ``torch`` on."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            found.add(ast.unparse(node))
+    return {name for name in found if PRIVATE.match(name)}
+
+
+def test_private_names_are_found():
+    tree = ast.parse("from torch.utils import _pytree\nimport torch\nx = torch._foreach_norm(y)\nz = torch.nn.Linear")
+    assert private(tree) == {"torch.utils._pytree", "torch._foreach_norm"}
+
+
+@pytest.mark.parametrize("package", ["mixdq_ao"])
+def test_what_torch_does_not_document_is_in_one_place(package):
+    files = [path for path in (ROOT / package).rglob("*.py") if path.name not in HOMES]
+    found = {str(path.relative_to(ROOT)): private(ast.parse(path.read_text(encoding="utf-8"))) for path in files}
+    assert not {path: names for path, names in found.items() if names}

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from .machine import cpu_has, cpu_name, versions_of
+from .machine import cpu_name, versions_of
 
 PACKAGES = ("mixdq-ao", "torch", "torchao", "triton", "diffusers", "transformers", "highspy", "numpy")
 
@@ -15,6 +15,8 @@ PACKAGES = ("mixdq-ao", "torch", "torchao", "triton", "diffusers", "transformers
 def environment() -> dict[str, Any]:
     """Processor, instruction sets, threads, GPU, package versions and the commit, as plain JSON values."""
     import torch
+
+    from ..compat import cpu_has
 
     cuda = torch.cuda.is_available()
     return {

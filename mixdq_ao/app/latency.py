@@ -37,7 +37,7 @@ def latencies(
             if len(calls) > least and start + slowest > deadline:
                 break
             unet = copy.deepcopy(pipe.unet) if plan is None else quantized_unet(pipe.unet, plan)
-            torch._dynamo.reset()
+            torch.compiler.reset()
             compiled = torch.compile(unet, fullgraph=True)
             compiled(**inputs)
             calls[name] = lambda compiled=compiled: compiled(**inputs)

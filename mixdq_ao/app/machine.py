@@ -12,13 +12,6 @@ from typing import Any
 
 Facts = dict[str, dict[str, Any]]
 PACKAGES = ("mixdq-ao", "torch", "torchao", "triton", "diffusers", "transformers", "accelerate", "highspy")
-CPU_FLAGS = {
-    "avx2": "_is_avx2_supported",
-    "avx512": "_is_avx512_supported",
-    "vnni": "_is_vnni_supported",
-    "amx": "_is_amx_tile_supported",
-    "bf16": "_is_avx512_bf16_supported",
-}
 
 
 def examine() -> Facts:
@@ -41,6 +34,8 @@ def versions_of(packages: Iterable[str]) -> dict[str, str | None]:
 def _cpu() -> dict[str, Any]:
     import torch
 
+    from ..compat import CPU_FLAGS, cpu_has
+
     return {
         "name": cpu_name(),
         "cores": os.cpu_count(),
@@ -50,14 +45,6 @@ def _cpu() -> dict[str, Any]:
         "oneDNN": torch.backends.mkldnn.is_available(),
         "C++ compiler": next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None),
     }
-
-
-def cpu_has(flag: str) -> bool | None:
-    """One of ``CPU_FLAGS``; None where this torch cannot say."""
-    import torch
-
-    probe = getattr(torch.cpu, CPU_FLAGS[flag], None)
-    return None if probe is None else bool(probe())
 
 
 def cpu_name() -> str:

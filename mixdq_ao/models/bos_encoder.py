@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..compat import uncompiled
 from ..errors import TextEncoderError
-from ..layers import uncompiled
 from ..mixin import mix_in
 from ..quantize.bos import bos_mask
 from ..quantize.tensor import MixDQTensor

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from ..compat import uncompiled
 from ..errors import QuantizationError
 from ..registration import is_ours
 from .joint_names import JOINT_TEXT, TEXT_REUSE
@@ -77,7 +78,7 @@ def unwrapped(pipe: Any) -> Iterator[None]:
             held[name] = component
     try:
         for name, component in held.items():
-            object.__setattr__(pipe, name, component._orig_mod)  # past the pipeline's record of classes
+            object.__setattr__(pipe, name, uncompiled(component))  # past the pipeline's record of classes
         yield
     finally:
         for name, component in held.items():

@@ -27,8 +27,9 @@ from torch.torch_version import TorchVersion
 from inductor_kernels import ops as _ops  # noqa: F401  (registers torch.ops.inductor_kernels)
 from inductor_kernels import reference
 
+from ..compat import compile_package, uncompiled
 from ..errors import CheckpointError
-from ..layers import find_layers, uncompiled
+from ..layers import find_layers
 from ..quantize.tensor import is_quantized
 
 kernels = torch.ops.inductor_kernels
@@ -85,7 +86,7 @@ def package(
     if on_cpu and not plain:
         _check_calls()
     program = export(model, kwargs, plain=plain, dynamic_shapes=dynamic_shapes)
-    torch._inductor.aoti_compile_and_package(program, package_path=path)
+    compile_package(program, path)
     if calls := _calls_ours(path):
         _check_calls()
     return calls

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from torch.profiler import record_function
 
-from ..layers import find_products, uncompiled
+from ..compat import uncompiled
+from ..layers import find_products
 from ..quantize.tensor import is_quantized
 
 

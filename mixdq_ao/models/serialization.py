@@ -22,9 +22,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..atomicfile import sync
+from ..compat import uncompiled
 from ..errors import CheckpointError
 from ..jsonfile import write_document
-from ..layers import find_layers, uncompiled
+from ..layers import find_layers
 from ..plan import Plan
 from ..plan_check import adapter_advice
 from ..quantize.fake import FakeQuantizer

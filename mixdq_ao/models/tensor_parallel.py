@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..compat import uncompiled
 from ..errors import QuantizationError
-from ..layers import uncompiled
 from ..quantize.tensor import MixDQTensor, SplitMixDQTensor
 from ..quantize.tensor_ops import sliced
 

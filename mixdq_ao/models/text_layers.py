@@ -8,8 +8,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from ..compat import uncompiled
 from ..errors import MixDQError
-from ..layers import reads_text, uncompiled
+from ..layers import reads_text
 from ..mixin import mix_in
 from ..mixin import restore as restore_class
 from .joint_names import JOINT_TEXT

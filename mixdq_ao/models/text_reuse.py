@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from ..layers import uncompiled
+from ..compat import uncompiled
 from .joint_names import TEXT_REUSE
 from .text_layers import inner_unet, project, restore, text_projections
 

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from inductor_kernels.packing import pack
 
+from ..compat import functional_collectives
 from .join import difference, joined
 from .tensor import MixDQTensor, SplitMixDQTensor
 
-aten, c10d, functional = torch.ops.aten, torch.ops.c10d, torch.ops._c10d_functional
+aten, c10d, functional = torch.ops.aten, torch.ops.c10d, functional_collectives
 
 
 @MixDQTensor.implements(aten.empty_like.default)

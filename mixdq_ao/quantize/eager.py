@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from ..compat import is_in_torch_dispatch_mode
 
 
 def is_eager(x: Tensor) -> bool:

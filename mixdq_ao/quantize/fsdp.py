@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import return_and_correct_aliasing
 
+from ..compat import return_and_correct_aliasing
 from .tensor import MixDQTensor, SplitMixDQTensor
 
 aten = torch.ops.aten

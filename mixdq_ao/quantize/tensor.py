@@ -12,6 +12,7 @@ from torchao.utils import TorchAOBaseTensor
 from inductor_kernels import ops as _ops  # noqa: F401  (registers torch.ops.inductor_kernels)
 from inductor_kernels.packing import pack, unpack, unpack_weight
 
+from ..compat import wrapper
 from .quantizer import ActQuant, WeightQuant, act_bits, quantize_weight, scaled
 from .shared import key, share
 
@@ -96,7 +97,7 @@ class MixDQTensor(TorchAOBaseTensor, metaclass=_Parameters):
     ):
         stored = qdata.shape
         shape = (stored[0], length, *stored[1:-1])
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=qdata.device, requires_grad=False)
+        return wrapper(cls, shape, dtype=dtype, device=qdata.device)
 
     def __init__(
         self,
@@ -286,7 +287,7 @@ class SplitMixDQTensor(TorchAOBaseTensor, metaclass=_Parameters):
     @staticmethod
     def __new__(cls, first: MixDQTensor, second: MixDQTensor, dtype: torch.dtype):
         shape = (first.shape[0], first.shape[1] + second.shape[1], *first.shape[2:])
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=first.device, requires_grad=False)
+        return wrapper(cls, shape, dtype=dtype, device=first.device)
 
     def __init__(self, first: MixDQTensor, second: MixDQTensor, dtype: torch.dtype):
         super().__init__()

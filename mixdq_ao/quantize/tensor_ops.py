@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from inductor_kernels import weights
 from inductor_kernels.packing import LONGEST_RUN, pack
 
+from ..compat import return_and_correct_aliasing, without_torch_function
 from .bos import bos_mask
 from .eager import is_eager, reused
 from .gradient import differentiable
@@ -198,7 +198,7 @@ def _(func, types, args, kwargs):
 @MixDQTensor.implements_torch_function(torch.cat)
 def _(func, types, args, kwargs):
     """As the dispatcher does it (``collectives``); ``copy_`` tells by it what ``fuse_qkv_projections`` copies."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_torch_function():
         whole = func(*args, **kwargs)
     whole.concatenated = True
     return whole

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_map_only
 
+from ..compat import return_and_correct_aliasing, tree_map_only, unhandled_torch_function, wrapper
 from .tensor import MixDQTensor
 from .tensor_ops import linear
 
@@ -28,14 +27,8 @@ class TransposedMixDQTensor(Tensor):
     def __new__(cls, weight: MixDQTensor, batch: tuple[int, ...] = ()):
         rows, columns = weight.shape
         with torch.inference_mode(weight.is_inference()):  # a view is an inference tensor where its base is one
-            return torch.Tensor._make_wrapper_subclass(
-                cls,
-                (*batch, columns, rows),
-                strides=(*[0] * len(batch), 1, columns),
-                dtype=weight.dtype,
-                device=weight.device,
-                requires_grad=False,
-            )
+            strides = (*[0] * len(batch), 1, columns)
+            return wrapper(cls, (*batch, columns, rows), strides=strides, dtype=weight.dtype, device=weight.device)
 
     def __init__(self, weight: MixDQTensor, batch: tuple[int, ...] = ()):
         super().__init__()
@@ -55,7 +48,7 @@ class TransposedMixDQTensor(Tensor):
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"{self.weight!r}.t()" + (f".expand{tuple(self.shape)}" if self.dim() > 2 else "")
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch says to
+    __torch_function__ = unhandled_torch_function
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

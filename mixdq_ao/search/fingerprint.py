@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..compat import is_traceable_wrapper_subclass
 from .watch import model_of
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from ..compat import tree_unflatten
 from ..errors import SensitivityError
 from ..models.pipelines import first_output
 from .probe_delta import LayerDeltas
@@ -96,7 +96,7 @@ class Tape:
 
     Args:
         model: parameters must not require gradients; its first output is what is differentiated.
-        flat, spec: the arguments (args, kwargs) as flattened by torch.utils._pytree.
+        flat, spec: the arguments (args, kwargs) as flattened by ``tree_flatten``.
         wanted: indices of ``flat`` whose gradients pull() returns; floating-point tensors.
         rows: samples in the first dimension of layers' outputs.
     """
@@ -118,7 +118,7 @@ class Tape:
         self.links = [flat[i] for i in wanted]
         self.leaves: list[Tensor] = []
         self.sink = _Sink(deltas, budget, rows)
-        args, kwargs = pytree.tree_unflatten(flat, spec)
+        args, kwargs = tree_unflatten(flat, spec)
         with watched(model, deltas, self._see), torch.enable_grad():
             self.output = first_output(model(*args, **kwargs))
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from ..compat import tree_flatten, tree_unflatten
 from ..errors import SensitivityError
 from ..models.pipelines import Sampling, drawn, first_output, generate
 from .probe_tape import frozen
@@ -97,11 +97,11 @@ def trace(pipe: Any, prompts: list[str], sampling: Sampling, *, pictures: bool) 
 @contextmanager
 def _recorded(model: nn.Module, steps: list[Step]) -> Iterator[None]:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        flat, spec = pytree.tree_flatten((args, kwargs))
+        flat, spec = tree_flatten((args, kwargs))
         links = {i: x for i, x in enumerate(flat) if isinstance(x, Tensor) and x.requires_grad}
         flat = [x.detach().clone() if isinstance(x, Tensor) else x for x in flat]
         steps.append(Step(flat, spec, links, torch.empty(0)))
-        return pytree.tree_unflatten(flat, spec)
+        return tree_unflatten(flat, spec)
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
         steps[-1].output = leaf = first_output(output).detach().requires_grad_(True)

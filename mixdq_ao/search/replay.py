@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from ..compat import tree_flatten
 from ..errors import SensitivityError
 
 
@@ -102,7 +102,7 @@ class Recorder:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    leaves, _ = pytree.tree_flatten(output)
+    leaves, _ = tree_flatten(output)
     return [t for t in leaves if isinstance(t, Tensor)]
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat import uncompiled
 from ..errors import MixDQError
-from ..layers import uncompiled
 from ..models.pipelines import denoiser
 
 See = Callable[[str, Any, Tensor, Tensor], Tensor | None]

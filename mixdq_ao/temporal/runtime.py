@@ -9,9 +9,10 @@ from typing import Any, NoReturn, get_args
 import torch
 from torch import Tensor, nn
 
+from ..compat import uncompiled
 from ..errors import PlanError, QuantizationError, ScheduleError
 from ..layer_plan import LayerPlan
-from ..layers import check_module, find_layers, uncompiled
+from ..layers import check_module, find_layers
 from ..models.pipelines import denoiser
 from ..quantize.folds import Fold, Folding, fold_, foldings_of, planned_folds
 from ..quantize.quantizer import refuse_unusable

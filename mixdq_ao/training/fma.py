@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-try:
-    # Registers torch.ops.prims.fma; private, and without a public name so far.
-    from torch._inductor import inductor_prims
+from ..compat import fused_multiply_add
 
-    _fma: Any = inductor_prims.fma
-except (ImportError, AttributeError):
-    _fma = None
+_fma = fused_multiply_add()
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

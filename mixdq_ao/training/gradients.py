@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..compat import norms
 from ..errors import OptimizerError
 from .layout import across_shards, local
 
@@ -40,10 +41,7 @@ def surely_finite(grads: Sequence[Tensor]) -> bool:
     devices: dict[torch.device, list[Tensor]] = {}
     for g in grads:
         devices.setdefault(g.device, []).append(g.detach())
-    return all(
-        bool(torch.stack(torch._foreach_norm(here, 2, dtype=torch.float32)).isfinite().all())
-        for here in devices.values()
-    )
+    return all(bool(norms(here).isfinite().all()) for here in devices.values())
 
 
 def finite_everywhere(pairs: Iterable[tuple[Tensor, bool]]) -> bool:

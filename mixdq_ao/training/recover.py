@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat import uncompiled
 from ..errors import MixDQError, OptimizerError, PlanError
-from ..layers import uncompiled
 from ..models.pipelines import check_prompts, denoiser
 from ..plan import Plan
 from ..quantize.config import declare_quantized, mixdq_config, quantize_

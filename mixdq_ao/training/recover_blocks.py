@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from ..compat import tree_leaves
 from .recover_layers import students
 
 
@@ -67,7 +67,7 @@ def together(outputs: dict[str, list[Call]], lessons: dict[str, list[Call]]) -> 
 
 def relative_error(output: Any, target: Any) -> Tensor:
     """sum (y - t)^2 / sum t^2 over all tensors of an output."""
-    ys, ts = ([t for t in pytree.tree_leaves(o) if isinstance(t, Tensor)] for o in (output, target))
+    ys, ts = ([t for t in tree_leaves(o) if isinstance(t, Tensor)] for o in (output, target))
     noise = sum(((y.float() - t.float()).square().sum() for y, t in zip(ys, ts, strict=True)), torch.zeros(()))
     power = sum((t.float().square().sum() for t in ts), torch.zeros(()))
     return noise / power.clamp(min=1e-30)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..layers import uncompiled
+from ..compat import uncompiled
 from ..models.pipelines import denoiser
 from ..progress import progress
 from ..search.fingerprint import fingerprint

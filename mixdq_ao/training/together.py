@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..compat import copy_all_
 from .layout import flat, laid_out_like, local
 from .moments import SMALLEST_8BIT
 from .rules import Rule
@@ -67,4 +68,4 @@ def update_together(
     update(rule, joined[0], rest, gradient, joined[first:], compiled=False, **options)
     sizes = [p.numel() for p in params]
     for tensors, whole in zip(flats, joined, strict=True):
-        torch._foreach_copy_(tensors, whole.split(sizes))
+        copy_all_(tensors, whole.split(sizes))

@@ -24,7 +24,8 @@ from mixdq_ao import (
     quantize_,
     reuse_text_projections,
 )
-from mixdq_ao.layers import find_layers, uncompiled
+from mixdq_ao.compat import uncompiled
+from mixdq_ao.layers import find_layers
 from tests.conftest import text_rows, unet_inputs
 
 

@@ -35,7 +35,7 @@ from mixdq_ao import (
     prepare,
 )
 from mixdq_ao import quantize_ as quantize
-from mixdq_ao.layers import uncompiled
+from mixdq_ao.compat import uncompiled
 from mixdq_ao.temporal.follow import Steps, step_count
 
 from ..conftest import unet_inputs
