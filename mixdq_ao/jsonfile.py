@@ -7,7 +7,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from .atomicfile import replacing
 from .errors import MixDQError
@@ -45,15 +45,6 @@ def parse_object(text: str | bytes, where: str, error: type[MixDQError], hint: s
     if not isinstance(document, dict):
         raise error(f"{where}: is a {type(document).__name__}, expected an object{hint}")
     return document
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value of a JSON file is a finite number, no boolean: also of an integer, which has no limits there,
-    float64 holds it."""
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:
-        return False
 
 
 def _refuse_constant(name: str) -> float:

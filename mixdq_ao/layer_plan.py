@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from .errors import PlanError
+from .expect import expect, located
 
 WEIGHT_BITS = (2, 4, 8, 16)
 ACT_BITS = (4, 8, 16)
@@ -127,9 +128,8 @@ class LayerPlan:
         return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
 
 
-def _expect(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise PlanError(f"{name} is {value!r}, expected {expected}")
+def _expect(good: bool, name: str, value: object, expected: str) -> None:
+    expect(good, name, value, expected, PlanError)
 
 
 def _expect_one_of(name: str, value: object, offered: tuple[str, ...]) -> None:
@@ -173,10 +173,8 @@ def layer_from_json(name: str, value: object) -> LayerPlan:
     unknown = set(value) - known
     if unknown:
         raise PlanError(f"layer {name!r}: unknown field {min(unknown)!r}; expected {', '.join(sorted(known))}")
-    try:
+    with located(f"layer {name!r}", PlanError):
         return LayerPlan(**value)
-    except PlanError as e:
-        raise PlanError(f"layer {name!r}: {e}") from e
 
 
 def parse_embedding(value: object) -> tuple[float, ...] | None:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from .errors import PlanError
+from .expect import located
 from .layer_plan import LayerPlan
 from .layers import JOINT_OF, JointLinear, check_module, find_layers, in_channels
 from .plan import Plan
@@ -64,10 +65,8 @@ def check_plan(plan: Plan, model: nn.Module, *, need_ranges: bool = True) -> Non
             near = next((n for n in layers if n.endswith("." + name) or name.endswith("." + n)), None)
             hint = f"; did you mean {near!r}?" if near else "; is the plan for another model?"
             raise PlanError(f"layer {name!r} is not a linear or convolution layer of {type(model).__name__}{hint}")
-        try:
+        with located(f"layer {name!r}", PlanError):
             check_layer(layers[name], layer, need_ranges=need_ranges)
-        except PlanError as e:
-            raise PlanError(f"layer {name!r}: {e}") from e
         if layer.bos and plan.bos_embedding is not None and len(plan.bos_embedding) != layers[name].weight.shape[1]:
             raise PlanError(
                 f"layer {name!r}: reads {layers[name].weight.shape[1]} features, "

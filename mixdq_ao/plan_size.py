@@ -10,7 +10,7 @@ from math import ceil
 from torch import nn
 
 from .errors import PlanError
-from .jsonfile import is_number
+from .expect import is_number, located
 from .layer_plan import LayerPlan
 from .layers import find_layers
 from .plan import Plan, PlanSummary
@@ -65,10 +65,8 @@ def summarize(plan: Plan, model: nn.Module) -> PlanSummary:
     check_plan(plan, model, need_ranges=False)
     layers = find_layers(model)
     for name, module in layers.items():
-        try:
+        with located(f"layer {name!r}", PlanError):
             check_sized(module)
-        except PlanError as e:
-            raise PlanError(f"layer {name!r}: {e}") from e
     shapes = {n: LayerShape.of(m) for n, m in layers.items()}
     planned = {n: plan.layers.get(n, LayerPlan()) for n in layers}
     sizes = plan.metadata.get("act_sizes", {})

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mixdq_ao.errors import PlanError
-from mixdq_ao.jsonfile import WRITTEN_BY, is_number, parse, read_document, write_document
+from mixdq_ao.expect import is_number
+from mixdq_ao.jsonfile import WRITTEN_BY, parse, read_document, write_document
 from tests.command import run
 
 

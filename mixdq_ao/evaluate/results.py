@@ -17,7 +17,8 @@ import numpy as np
 
 from ..atomicfile import replacing
 from ..errors import MixDQError
-from ..jsonfile import is_number, read_document, write_document
+from ..expect import is_number
+from ..jsonfile import read_document, write_document
 from .bootstrap import LEVEL, RESAMPLES, Interval
 from .metric import Figure, Metric
 from .settings import Settings

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MixDQError
-from ..jsonfile import is_number
+from ..expect import is_number
 
 SIZES = ("height", "width", "frames")
 PICTURES = ("image", "mask_image", "control_image", "video")

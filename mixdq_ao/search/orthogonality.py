@@ -19,7 +19,7 @@ from torch import nn
 
 from ..document import Document
 from ..errors import SensitivityError
-from ..jsonfile import is_number
+from ..expect import is_number
 from ..layers import find_layers, group_of
 from ..models.pipelines import Sampling, check_prompts, generate
 from ..plan_size import LayerShape

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import AllocationError
-from ..jsonfile import is_number
+from ..expect import is_number
 from ..layer_plan import ACT_BITS, WEIGHT_BITS
 from .objectives import OBJECTIVES, Objective
 from .sensitivity import GROUPS, Kind, Sensitivity

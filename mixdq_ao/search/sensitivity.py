@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ..document import Document
 from ..errors import SensitivityError
-from ..jsonfile import is_number
+from ..expect import is_number
 from .roundings import PLAIN, ROUNDINGS
 
 BITS = (2, 4, 8, 16)

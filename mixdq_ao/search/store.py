@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 
 from ..appendfile import append, open_locked
 from ..errors import SensitivityError
-from ..jsonfile import is_number, parse_object
+from ..expect import is_number
+from ..jsonfile import parse_object
 from .sensitivity import ERROR_FLOOR
 
 FORMAT, VERSION = "mixdq-store", 1

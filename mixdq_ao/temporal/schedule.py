@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..errors import ScheduleError
-from ..jsonfile import is_number
+from ..expect import is_number
 from ..search.store import Store
 from .correlation import ErrorModel
 from .evaluations import Choice, Error, Evaluations, LimitReached
