@@ -1,4 +1,4 @@
-"""A file that one process at a time appends to, and that a failed write leaves as it was."""
+"""Append-only files: locked against a second writer, and truncated back after a failed write."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from .errors import MixDQError
 
 
 def open_locked(path: Path, error: type[MixDQError], busy: str) -> BinaryIO:
-    """The file, made where it does not exist, locked until it is closed.
+    """Opens ``path`` for appending, creating it if needed, and locks it until it is closed.
 
-    Raises ``error`` where it cannot be opened, or is locked already: then ``busy`` says what to do.
+    Raises ``error`` if the file cannot be opened, or if another process holds the lock: the message then ends with
+    ``busy``, which says what to do.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +30,7 @@ def open_locked(path: Path, error: type[MixDQError], busy: str) -> BinaryIO:
 
 
 def append(file: BinaryIO, data: bytes) -> None:
-    """Adds ``data`` at the end; it is on disk when this returns. OSError (a full disk): what was written is cut off."""
+    """Writes ``data`` at the end and syncs it to disk. A partial write (OSError, as on a full disk) is removed."""
     end = file.seek(0, os.SEEK_END)
     try:
         file.write(data)
@@ -39,5 +40,5 @@ def append(file: BinaryIO, data: bytes) -> None:
         try:
             os.ftruncate(file.fileno(), end)
         except OSError:
-            pass  # the reader drops what is torn
+            pass  # readers skip an incomplete last record
         raise

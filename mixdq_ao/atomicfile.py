@@ -1,4 +1,4 @@
-"""Files that appear under their name whole or not at all, and are on disk then, power cut or not."""
+"""Atomic replacement of files: a file appears under its name complete and synced to disk, or not at all."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A hidden file beside ``path`` to write to; it takes the place of ``path`` when the block ends, and goes where the
-    block raises. Of a link the file it leads to is replaced. An old file's mode stays.
+    """Yields a temporary file next to ``path``. It replaces ``path`` when the block ends, and is deleted if the block
+    raises. A symbolic link keeps pointing to its target, which is replaced; the mode of an existing file is kept.
 
-    Raises OSError, before the block where ``path`` is no regular file, as a folder or a device.
+    Raises OSError before the block if ``path`` exists and is not a regular file, for example a folder or a device.
     """
     if reason := _irregular(path):
         raise OSError(errno.EINVAL, reason, os.fspath(path))
@@ -39,8 +39,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def obstacle(path: Path, *, is_file: bool | None = False) -> str | None:
-    """In words, what would keep a file from being written to ``path``; or a folder (``is_file`` False), or either
-    (None). None where nothing is known to."""
+    """The reason why ``path`` cannot be written, as text; None if none is known.
+
+    ``is_file``: ``path`` is to become a file (True), a folder (False), or either (None).
+    """
     if is_file is not False and not path.is_dir() and (reason := _irregular(path)):
         return reason
     known = path = Path(os.path.realpath(path)) if path.is_symlink() else path
@@ -53,7 +55,7 @@ def obstacle(path: Path, *, is_file: bool | None = False) -> str | None:
 
 
 def _irregular(path: Path) -> str | None:
-    """In words, what ``path`` is where it is neither a file nor a free name."""
+    """What ``path`` is, as text, if it is neither a regular file nor free; otherwise None."""
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -65,7 +67,7 @@ def _irregular(path: Path) -> str | None:
 
 
 def sync(directory: Path) -> None:
-    """New names of files in it are on disk when this returns."""
+    """Syncs a directory, so that renames in it survive a power cut."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,6 +1,6 @@
-"""What the library needs of torch that torch does not document, in one place; torch 2.11, 2.13 and 2.15 all have it.
+"""Undocumented names of torch that the library uses, in one place; torch 2.11, 2.13 and 2.15 have them all.
 
-Code generation has its own: :mod:`inductor_kernels.compat`.
+Those of code generation are in :mod:`inductor_kernels.compat`.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ __all__ = [
 ]
 
 functional_collectives = torch.ops._c10d_functional
-"""The collectives that functions of tensors are traced with."""
+"""Namespace of the functional collectives, which traced graphs contain."""
 unhandled_torch_function: Any = torch._C._disabled_torch_function_impl
-"""``__torch_function__`` of a subclass that handles operators only; torch's notes on extending it name this."""
+"""``__torch_function__`` of subclasses that override ``__torch_dispatch__`` only, as torch's documentation advises."""
 
 CPU_FLAGS = {
     "avx2": "_is_avx2_supported",
@@ -52,18 +52,18 @@ CPU_FLAGS = {
     "amx": "_is_amx_tile_supported",
     "bf16": "_is_avx512_bf16_supported",
 }
-"""What a CPU may have, and who in ``torch.cpu`` says whether this one does."""
+"""{feature of a CPU: the function of ``torch.cpu`` that detects it}."""
 
 
 def cpu_has(flag: str) -> bool | None:
-    """One of ``CPU_FLAGS``; None where this torch cannot say."""
+    """Whether this CPU has a feature of ``CPU_FLAGS``; None if this torch cannot tell."""
     probe = getattr(torch.cpu, CPU_FLAGS[flag], None)
     return None if probe is None else bool(probe())
 
 
 @cache
 def fused_multiply_add() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """a * b + c with one rounding, for code that is compiled; None where torch has no such operator."""
+    """The operator a * b + c with one rounding, for compiled code; None if torch has none."""
     try:
         from torch._inductor import inductor_prims
 
@@ -73,30 +73,30 @@ def fused_multiply_add() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
 
 
 def without_torch_function() -> AbstractContextManager[None]:
-    """Functions called in the block see subclasses of tensors as operators do."""
+    """Disables ``__torch_function__`` in the block; operators still reach ``__torch_dispatch__``."""
     return torch._C.DisableTorchFunctionSubclass()
 
 
 def wrapper(cls: type[Tensor], shape: Sequence[int], **options: Any) -> Any:
-    """A tensor of a subclass that has no memory of its own, without a gradient. ``options``: strides, dtype, device."""
+    """A tensor of subclass ``cls`` without storage or gradient. ``options``: strides, dtype, device."""
     return torch.Tensor._make_wrapper_subclass(cls, shape, requires_grad=False, **options)
 
 
 def uncompiled(model: Any) -> Any:
-    """What ``torch.compile`` wrapped; a model that it did not wrap as it is."""
+    """The module inside the wrapper of ``torch.compile``; any other model unchanged."""
     return getattr(model, "_orig_mod", model)
 
 
 def copy_all_(to: list[Tensor], values: Sequence[Tensor]) -> None:
-    """Copies each of ``values`` into its place, in few launches."""
+    """Copies each of ``values`` into the tensor of ``to`` at the same index, in few kernel launches."""
     torch._foreach_copy_(to, list(values))
 
 
 def norms(tensors: list[Tensor]) -> Tensor:
-    """[n]: the Euclidean norm of each tensor, in float32, in few launches."""
+    """The Euclidean norm of each tensor: float32 [n], in few kernel launches."""
     return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32))
 
 
 def compile_package(program: torch.export.ExportedProgram, path: str) -> None:
-    """Writes the AOTInductor package of an exported program. torch documents the function by this name."""
+    """Writes the AOTInductor package of an exported program, by the function that torch's documentation names."""
     torch._inductor.aoti_compile_and_package(program, package_path=path)

@@ -1,4 +1,4 @@
-"""Objects that are JSON files: written whole or not at all, read with every field checked."""
+"""Objects stored as JSON files: written atomically, and read with every field checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .jsonfile import read_document, write_document
 
 
 class Document:
-    """What has ``to_json`` and ``from_json``, as a file whose header is ``{"format": FORMAT, "version": VERSION}``."""
+    """Base of objects with ``to_json`` and ``from_json``, whose files begin with format and version."""
 
     __slots__ = ()
     FORMAT: ClassVar[str]
@@ -21,7 +21,7 @@ class Document:
     metadata: Mapping[str, Any]
 
     def header(self) -> dict[str, Any]:
-        """What every file begins with. Raises ``ERROR`` where the metadata hold what JSON cannot."""
+        """Format, version and metadata of every file. Raises ``ERROR`` if JSON cannot hold the metadata."""
         try:
             metadata = self._jsonable(self.metadata, "metadata")
         except RecursionError as e:
@@ -29,8 +29,8 @@ class Document:
         return {"format": self.FORMAT, "version": self.VERSION, "metadata": metadata}
 
     def _jsonable(self, value: Any, where: str) -> Any:
-        """Metadata are notes and figures. Infinite ones, and those that could not be measured (NaN), are null in the
-        file: no search is lost for them."""
+        """``value`` as JSON can hold it. Infinities and NaN, which measurements may give, become null, so that
+        they never keep a finished search from being saved."""
         if isinstance(value, Mapping):
             return {str(k): self._jsonable(v, f"{where}[{k!r}]") for k, v in value.items()}
         if isinstance(value, list | tuple):
@@ -42,13 +42,13 @@ class Document:
         raise self.ERROR(f"{where} is a {type(value).__name__}, expected what JSON can hold")
 
     def __repr__(self) -> str:
-        """Short: layers are many, and hold ranges, scores and figures by the dozen."""
+        """Short, since there are hundreds of layers."""
         layers = getattr(self, "layers", None)
         return f"{type(self).__name__}({'' if layers is None else f'{len(layers)} layers'})"
 
     @classmethod
     def expect(cls, value: object, name: str) -> Self:
-        """``value``, an argument of that name. Raises ``ERROR`` unless it is one of this class."""
+        """Returns ``value``, the argument called ``name``. Raises ``ERROR`` unless it is an instance of this class."""
         if not isinstance(value, cls):
             own = cls.__name__
             raise cls.ERROR(f"{name} is {value!r:.60}, expected a {own}; {own}.load(path) reads its file")
@@ -60,12 +60,12 @@ class Document:
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Self:
-        """The object of a file whose header is right. Raises ``ERROR`` naming field, value and expectation."""
+        """The object in a document whose header is right. Raises ``ERROR`` naming field, value and expectation."""
         raise NotImplementedError
 
     @classmethod
     def from_embedded(cls, document: object) -> Self:
-        """The object of a document that is part of another. Raises ``ERROR``, also for another header."""
+        """The object in a document embedded in another one. Raises ``ERROR``, also if the header is wrong."""
         if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (
             cls.FORMAT,
             cls.VERSION,
@@ -75,7 +75,7 @@ class Document:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Reads a file of ``save``. Raises the class's error naming the file, the field, its value and what was
+        """Reads a file written by ``save``. Raises ``ERROR`` naming the file, the field, its value and what was
         expected."""
         document = read_document(path, cls.FORMAT, cls.VERSION, cls.ERROR)
         try:
@@ -84,7 +84,7 @@ class Document:
             raise cls.ERROR(f"{os.fspath(path)}: {e}") from e
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file as JSON, atomically. Raises the class's error where it cannot be written."""
+        """Writes the file as JSON, atomically. Raises ``ERROR`` if it cannot be written."""
         document = self.to_json()
         try:
             write_document(path, document)

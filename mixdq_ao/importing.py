@@ -1,4 +1,4 @@
-"""The MixDQ authors' plan files: flat YAML, one ``model.<layer>: bits`` a line."""
+"""Reading the MixDQ authors' files: flat YAML with one ``model.<layer>: value`` per line."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PathLike = str | os.PathLike[str]
 
 
 MAX_DEPTH = 2
-"""A map of layers to numbers or to lists of numbers."""
+"""Layers map to numbers or to lists of numbers."""
 
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _UniqueKeyLoader(_SafeLoader):
-    """The safe loader, which keeps the last of two equal keys without a word, made to refuse them."""
+    """PyYAML's safe loader, except that repeated keys are errors (it would silently keep the last)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
@@ -73,7 +73,7 @@ def shown(value: object) -> str:
 
 
 def _check_depth(text: str) -> None:
-    """Refuses deep nesting before a document is built: libyaml builds it recursively and would overrun the stack."""
+    """Raises ValueError for deep nesting before the document is built: libyaml's recursion would overflow the stack."""
     depth = 0
     for event in yaml.parse(text, Loader=_SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

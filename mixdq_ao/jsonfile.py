@@ -24,12 +24,12 @@ WRITTEN_BY = {
     "mixdq-evaluation-run": "mixdq evaluate run",
     "mixdq-recovery": "mixdq recover --checkpoint",
 }
-"""What writes files of a format, for errors."""
+"""{format: the command or function that writes it}, for error messages."""
 
 
 def parse(text: str | bytes) -> Any:
-    """``json.loads`` for what others may have written. Raises ValueError also for NaN, infinity (a number with a point
-    or an exponent that float64 does not hold), a repeated key and more nesting than Python reads."""
+    """A strict ``json.loads``. Raises ValueError also for NaN, infinity, numbers beyond float64, repeated keys and
+    nesting deeper than Python can parse."""
     try:
         return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique)
     except RecursionError as e:
@@ -37,7 +37,7 @@ def parse(text: str | bytes) -> Any:
 
 
 def parse_object(text: str | bytes, where: str, error: type[MixDQError], hint: str = "") -> dict[str, Any]:
-    """The object that ``text`` is. Raises ``error``, from ``where`` to ``hint``, where it is none."""
+    """The JSON object in ``text``. Raises ``error``, its message between ``where`` and ``hint``, for anything else."""
     try:
         document = parse(text)
     except ValueError as e:
@@ -68,15 +68,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_object(path: str | os.PathLike[str], error: type[MixDQError], hint: str = "") -> dict[str, Any]:
-    """The object in a JSON file. Raises ``error``, naming the file and ending with ``hint``, when it cannot be read, is
-    not JSON (see ``parse``), or is no object."""
+    """The object in a JSON file. Raises ``error`` if the file cannot be read, is not JSON (see ``parse``) or holds
+    something else; the message names the file and ends with ``hint``."""
     return parse_object(read_text(path, error, hint), os.fspath(path), error, hint)
 
 
 def read_document(path: str | os.PathLike[str], kind: str, version: int, error: type[MixDQError]) -> dict[str, Any]:
-    """The object in a JSON file whose header must be ``{"format": kind, "version": version}``.
+    """The object in a JSON file with the header ``{"format": kind, "version": version}``.
 
-    Raises ``error``, naming the file, as ``read_object`` does, and for another header.
+    Raises ``error`` as ``read_object`` does, and for another header.
     """
     path = Path(path)
     writer = WRITTEN_BY.get(kind, "mixdq_ao")
@@ -92,7 +92,7 @@ def read_document(path: str | os.PathLike[str], kind: str, version: int, error: 
 
 
 def _format(document: dict[str, Any]) -> str:
-    """What a file says it is, and where such files come from."""
+    """The format that a file declares, and what writes such files."""
     if "format" not in document:
         return "has no format"
     found = document["format"]

@@ -1,4 +1,4 @@
-"""What one layer of a plan becomes: bits, ranges and treatment, each field checked."""
+"""The plan of one layer: bits, ranges and treatment, with every field checked."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ Range = tuple[float, float]
 WeightRange = Literal["minmax", "mse", "output"]
 Rounding = Literal["nearest", "compensated"]
 SMOOTHING = "ihgfedcba0123456789"
-"""A channel's power of two: "0" leaves it, "1" to "9" make it smaller by 2 to 2^9, "a" to "i" larger."""
+"""One character per power of two: "0" is 1, "1" to "9" divide a channel by 2 to 2^9, "a" to "i" multiply it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerPlan:
-    """What one linear or convolution layer becomes.
+    """How one linear or convolution layer is quantized.
 
     Attributes:
-        weight_bits: 2, 4, 8 or 16 (16: kept as it is).
-        act_bits: 4, 8 or 16 (16: kept as it is). 4 uses 16 levels of an 8-bit container: it costs quality and
+        weight_bits: 2, 4, 8, or 16 (not quantized).
+        act_bits: 4, 8, or 16 (not quantized). 4 uses 16 levels of an 8-bit container: it costs quality and
             saves no time on current hardware.
         symmetric: weights without a zero point. Default: true at 8 and 16 bits, false at 4 and 2 (symmetric
             2 bit is ternary). 8 bit is always symmetric.
         act_range: (lo, hi) of the input, from calibration; (lo, hi) of the first half where ``split`` is set.
         split: channels of the first half of a concatenated input, quantized with its own range and scales.
         split_act_range: (lo, hi) of the second half where ``split`` is set.
-        bos: rows equal to the plan's BOS embedding give the precomputed full-precision output row.
-        weight_range: what each output channel's scale is made for: "minmax", all its weights; "mse", the least squared
-            error of the weights; "output", the least squared error of the layer's output. Same bytes, same speed.
-        rounding: "nearest", or "compensated": weights not yet rounded make up for the error of those that are. This
-            and "output" need the second moments of the layer's input when quantizing (``input_moments``).
-        smoothing: a character of SMOOTHING for each channel of the input: what makes the input gives that much less,
-            and the weight that reads it is made larger. Full precision computes the same. From
-            ``calibrate(smoothing=)``.
-        rotation: channels of the input are rotated in blocks of so many by a Hadamard matrix, within the heads of
-            attention: what makes the values is rotated, and so is the weight that reads them. From
-            ``calibrate(rotation=True)``. Ranges are those of the input after both.
+        bos: input rows equal to the plan's BOS embedding give a precomputed full-precision output row.
+        weight_range: the criterion for each output channel's scale: "minmax" covers all its weights, "mse" minimizes
+            the squared error of the weights, "output" the squared error of the layer's output. Size and speed are the
+            same.
+        rounding: "nearest", or "compensated": each column's rounding error is compensated by the columns that are not
+            rounded yet. This and "output" need the second moments of the layer's input (``input_moments``).
+        smoothing: one character of SMOOTHING per input channel, a power of two that the input is divided by and the
+            weight multiplied by; full precision computes the same. From ``calibrate(smoothing=)``.
+        rotation: block size of a Hadamard rotation of the input channels within attention heads, which is applied to
+            the value projection and undone in this layer's weight. From ``calibrate(rotation=True)``. ``act_range`` is
+            that of the input after smoothing and rotation.
     """
 
     weight_bits: int = 16
@@ -106,23 +106,23 @@ class LayerPlan:
 
     @property
     def calibrated(self) -> bool:
-        """Every range a static activation quantizer needs is there."""
+        """Whether all activation ranges that the layer needs are known."""
         return self.act_bits == 16 or (
             self.act_range is not None and (self.split is None or self.split_act_range is not None)
         )
 
     @property
     def needs_moment(self) -> bool:
-        """The weight cannot be rounded without the second moment of the layer's input."""
+        """Whether rounding the weight needs the second moment of the layer's input."""
         return self.weight_range == "output" or self.rounding == "compensated"
 
     @property
     def folds_input(self) -> bool:
-        """Planned for another input than the original model gives the layer: ``quantize_`` changes what makes it."""
+        """Whether the layer's input is smoothed or rotated; ``quantize_`` then also changes the input's producer."""
         return self.smoothing is not None or self.rotation is not None
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, ranges as lists; fields at their default are left out to keep the file readable."""
+        """The bits and every field that is not at its default; ranges as lists."""
         defaults = LayerPlan(weight_bits=self.weight_bits, act_bits=self.act_bits)
         values = {n: v for n, v in asdict(self).items() if n.endswith("_bits") or v != getattr(defaults, n)}
         return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
@@ -137,7 +137,7 @@ def _expect_one_of(name: str, value: object, offered: tuple[str, ...]) -> None:
 
 
 def check_folding(smoothing: object, rotation: object) -> None:
-    """Raises PlanError unless both are what a LayerPlan can hold."""
+    """Raises PlanError unless both are valid fields of a LayerPlan."""
     _expect(
         smoothing is None or (isinstance(smoothing, str) and smoothing != "" and not set(smoothing) - set(SMOOTHING)),
         "smoothing",
@@ -153,7 +153,7 @@ def check_folding(smoothing: object, rotation: object) -> None:
 
 
 LARGEST = 1e38
-"""What ranges and embeddings may hold: a span of two of them is a number of float32."""
+"""The largest magnitude in ranges and embeddings: the difference of two such numbers fits float32."""
 
 
 def parse_range(name: str, value: object) -> Range:

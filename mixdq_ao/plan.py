@@ -1,6 +1,6 @@
 """Plan: which bits, ranges and treatment each layer gets. One readable JSON file; nothing is unpickled.
 
-A plan is read and written without torch: what looks at a model is imported when there is one.
+Plans are read and written without importing torch; methods that take a model import what they need.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class PlanSummary:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Plan(Document):
-    """Bits and ranges of every layer of one model, keyed by the layer's name as ``named_modules`` gives it."""
+    """Bits and ranges of the layers of one model, keyed by their names in ``named_modules()``."""
 
     FORMAT, VERSION, ERROR = "mixdq-plan", 1, PlanError
     layers: Mapping[str, LayerPlan]
@@ -118,8 +118,8 @@ class Plan(Document):
     def with_calibration(self, calibration: Calibration, *, bos: bool = True, split: bool = True) -> Plan:
         """A copy with ranges, split points and BOS treatment filled in from a calibration.
 
-        ``bos=False`` takes the ranges with the BOS rows inside, as a quantizer that knows nothing of them
-        would; ``split=False`` one range for a concatenated input.
+        ``bos=False`` takes ranges that include the BOS rows, as an ordinary quantizer would; ``split=False`` takes one
+        range for a concatenated input.
         """
         calibration = Calibration.expect(calibration, "calibration")
         return replace(self, **calibration.applied(self.layers, self.metadata, bos=bos, split=split))
@@ -132,7 +132,7 @@ class Plan(Document):
         check_plan(self, model)
 
     def summary(self, model: nn.Module) -> PlanSummary:
-        """Average bits and bytes of this plan on ``model`` (works on the meta device)."""
+        """Average bits and bytes of this plan on ``model``, which may be on the meta device."""
         from .plan_size import summarize
 
         return summarize(self, model)

@@ -1,4 +1,4 @@
-"""Whether a plan's layers can be quantized in a model as it is, and what to do where they cannot."""
+"""Checks that a plan fits a model, and advice for layers that cannot be quantized in the model's present state."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .layers import JOINT_OF, JointLinear, check_module, find_layers, in_channel
 from .plan import Plan
 
 ADAPTED = re.compile(r"[.](base_layer$|lora_\w+[.])")
-"""In names of layers that peft has taken into one of its own, and of those it added."""
+"""In the names of layers that peft has wrapped or added."""
 
 
 def adapter_advice(name: str) -> str | None:
-    """What to do about a layer that is part of an adapter, by its name; None for any other."""
+    """The error message for a layer that is part of a peft adapter, judged by its name; None for other layers."""
     if not ADAPTED.search(name):
         return None
     return (
@@ -28,15 +28,15 @@ def adapter_advice(name: str) -> str | None:
 
 
 def prepared_advice(name: str, module: nn.Module) -> str | None:
-    """What to do about a layer that runs at the levels of a schedule; None for any other module."""
+    """The error message for a layer that was prepared for a schedule of precisions; None for other modules."""
     if not getattr(type(module), "switched", False):
         return None
     return f"layer {name!r} is prepared for a precision per step; load the original model for this, and prepare() that"
 
 
 def joint_advice(name: str, module: nn.Module) -> str | None:
-    """What to do about an attention whose projections diffusers computes at once, past its layers; None for any other
-    module, and where they are ours."""
+    """The error message for an attention whose projections diffusers has fused, so that its own layers are bypassed;
+    None for other modules, and for projections fused by this library."""
     if not getattr(module, "fused_projections", False):
         return None
     joint = [j for j, parts in JOINT_OF.items() if hasattr(module, j) and all(hasattr(module, part) for part in parts)]
@@ -50,7 +50,7 @@ def joint_advice(name: str, module: nn.Module) -> str | None:
 
 
 def check_plan(plan: Plan, model: nn.Module, *, need_ranges: bool = True) -> None:
-    """Raises PlanError unless ``plan`` fits ``model``. Nothing is changed."""
+    """Raises PlanError unless ``plan`` fits ``model``; ``need_ranges``: also unless every activation range is known."""
     model = check_module(model)
     for name, module in model.named_modules():
         if advice := prepared_advice(name, module) or joint_advice(name, module):
@@ -75,7 +75,7 @@ def check_plan(plan: Plan, model: nn.Module, *, need_ranges: bool = True) -> Non
 
 
 def check_calibrated(layer: LayerPlan) -> None:
-    """Raises PlanError where activations are to be quantized and their range is not known."""
+    """Raises PlanError if the layer's activations are to be quantized and their range is not known."""
     if not layer.calibrated:
         raise PlanError(
             f"act_bits is {layer.act_bits} but there is no act_range; run calibrate() and Plan.with_calibration(), or "

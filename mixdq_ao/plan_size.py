@@ -1,4 +1,4 @@
-"""What a plan costs on a model: bytes, and bits on average."""
+"""The size of a quantized model: bytes per layer, and average bits of a plan."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class LayerShape:
 
 
 def stored_bytes(shape: LayerShape, layer: LayerPlan) -> int:
-    """Bytes the layer's tensors hold when quantized as planned, or in the model's own type where it is not.
+    """Bytes of a layer's tensors when quantized as planned, or in the model's dtype if it is not quantized.
 
     Per output channel: packed codes (each run of input channels padded to a byte), a float32 scale, an int8 zero
-    point below 8 bits, a BOS row in the model's type where wanted. Per layer (or half of a split one) with
-    quantized activations: a float32 scale and its reciprocal, an int32 zero point. What several layers share, the
-    BOS embedding and equal activation parameters, is counted once by ``summarize``.
+    point below 8 bits, and an element of the BOS output row where the layer has one. Per layer (or half of a split
+    one) with quantized activations: a float32 scale and its reciprocal, an int32 zero point. The BOS embedding and
+    equal activation parameters are shared between layers; ``summarize`` counts them once.
     """
     if layer.weight_bits == 16:
         return shape.element * (shape.weights + shape.bias)
@@ -61,7 +61,7 @@ def stored_bytes(shape: LayerShape, layer: LayerPlan) -> int:
 
 
 def summarize(plan: Plan, model: nn.Module) -> PlanSummary:
-    """Figures of ``plan`` on ``model``; layers the plan does not name count as 16 bit."""
+    """Average bits, bytes and counts of ``plan`` on ``model``; layers that the plan does not name count as 16 bit."""
     check_plan(plan, model, need_ranges=False)
     layers = find_layers(model)
     for name, module in layers.items():
@@ -86,8 +86,8 @@ def summarize(plan: Plan, model: nn.Module) -> PlanSummary:
 
 
 def _repeated_bytes(layers: Iterable[LayerPlan]) -> int:
-    """Bytes of activation parameters beyond the first of each value (of each scale, for zero points): weights hold
-    equal ones once."""
+    """Bytes by which ``stored_bytes`` counts shared activation parameters too often: equal scales are stored once, and
+    so are equal zero points of the same scale."""
     acts = [
         act_params(*r, bits=layer.act_bits)
         for layer in layers

@@ -1,4 +1,4 @@
-"""One progress bar for everything that takes long: done, total, time left; one line each where there is no terminal."""
+"""The progress bar of every long operation; a single line of text where standard error is not a terminal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Bar:
         self._bar, self._task = bar, task
 
     def advance(self, by: int = 1, note: str | None = None) -> None:
-        """``by`` more items are done; ``note`` says what is being worked on."""
+        """Marks ``by`` more items as done; ``note`` names the current one."""
         if self._bar is not None:
             fields: dict[str, Any] = {} if note is None else {"note": note}
             self._bar.update(self._task, advance=by, **fields)

@@ -1,4 +1,4 @@
-"""One safetensors file: its header read with suspicion, and files written tensor by tensor without a copy of them all.
+"""safetensors files: headers are fully checked before use, and tensors are written one by one without a copy of all.
 
 The format (https://github.com/huggingface/safetensors#format): 8 bytes with the length of a JSON header, the header
 {name: {"dtype", "shape", "data_offsets"}, "__metadata__": {text: text}}, then the bytes of the tensors without a gap.
@@ -41,7 +41,7 @@ SAVE_AGAIN = "save the model again, or fetch the file again"
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Where one tensor lies: its type, its shape, and its bytes [begin, end) after the header."""
+    """The entry of one tensor: dtype, shape, and its bytes [begin, end) after the header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says about itself."""
+    """The checked header of one file."""
 
     path: Path
     tensors: Mapping[str, Stored]
@@ -59,7 +59,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The checked header of a safetensors file; no tensor is read.
+    """Reads and checks the header of a safetensors file; no tensor is read.
 
     Raises:
         CheckpointError: the file is missing, is no safetensors file, is damaged, or is cut off.
@@ -114,7 +114,7 @@ def _sizes(value: object) -> bool:
 
 
 def _check_layout(tensors: Mapping[str, Stored], size: int) -> None:
-    """Each tensor has the bytes of its shape, and together they are the rest of the file without gap or overlap."""
+    """Raises ValueError unless every tensor has the bytes of its shape and all fill the file without gap or overlap."""
     position = 0
     for name, t in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if t.begin != position or t.end - t.begin != prod(t.shape) * t.dtype.itemsize:
@@ -133,13 +133,13 @@ def _short(error: BaseException) -> str:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes plain tensors, one at a time; the file is on disk, whole, or as it was (``atomicfile.replacing``).
+    """Writes plain tensors one at a time and replaces ``path`` atomically.
 
-    Larger element types come first, so every tensor lies at a multiple of its element size. Tensors may share memory:
-    each is written in full.
+    Larger element types come first, so that every tensor is aligned to its element size. Tensors that share memory are
+    each written in full.
 
     Raises:
-        CheckpointError: a type the format lacks.
+        CheckpointError: the format has no such dtype.
         OSError: the file cannot be written.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
@@ -162,5 +162,5 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a plain tensor; a copy only where it is not contiguous or not on the CPU."""
+    """The bytes of a plain tensor, copied only if it is not contiguous or not on the CPU."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -1,4 +1,4 @@
-"""Reading text files that people write."""
+"""Reading text files written by people."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from .errors import MixDQError
 
 
 def read_text(path: str | os.PathLike[str], error: type[MixDQError], hint: str = "") -> str:
-    """The text of a file in UTF-8; a byte order mark is fine. Raises ``error``, naming the file and ending with
-    ``hint``, where it cannot be read."""
+    """The text of a UTF-8 file, with or without a byte order mark. Raises ``error`` if it cannot be read; the message
+    names the file and ends with ``hint``."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except OSError as e:
@@ -20,7 +20,7 @@ def read_text(path: str | os.PathLike[str], error: type[MixDQError], hint: str =
 
 
 def prompts_of(text: str, path: str | os.PathLike[str]) -> list[str]:
-    """One prompt a line; blank lines are skipped. Raises MixDQError, naming the file ``text`` is of, for none."""
+    """The prompts in ``text``, one per line, blank lines apart. Raises MixDQError naming ``path`` if there is none."""
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise MixDQError(f"{os.fspath(path)}: holds no prompt, expected one a line")

@@ -104,10 +104,55 @@ def video_models():
         )
 
 
-@pytest.mark.parametrize("model", video_models(), ids=lambda model: type(model).__name__)
+@pytest.mark.parametrize("model", list(video_models()), ids=lambda model: type(model).__name__)
 def test_attention_over_frames_reads_no_text(model):
     readers = text_readers(model)
     assert readers and all(model.get_submodule(n).in_features == 8 for n in readers)
     assert any(reads_text(n) for n in set(find_layers(model)) - readers) or "SpatioTemporal" in type(model).__name__
     layers = find_layers(model)
     assert all(0 < at < layers[n].in_channels for n, at in split_points(model).items())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "context_embedder",  # SD3, FLUX, FLUX.2, Chroma, AuraFlow
+        "context_embedder.proj_in",  # HunyuanVideo
+        "caption_projection.linear_1",  # PixArt, SANA, LTX
+        "caption_projection.0.linear",  # HiDream
+        "condition_embedder.text_embedder.linear_1",  # Wan
+        "patch_embed.text_proj",  # CogView4
+        "txt_in",  # Qwen-Image
+        "cap_embedder.1",  # Z-Image
+        "time_caption_embed.caption_embedder.1",  # Lumina2
+        "text_embeddings.in_layer",  # Kandinsky5
+    ],
+)
+def test_the_first_layer_of_a_text_embedder(name):
+    """The layer alone reads the encoders' output, not what comes after it, nor one of a pooled embedding."""
+    model = nn.Module()
+    for other in (name, f"{name}.later", f"time_text_embed.{name}", "pooled_text_embeddings.in_layer", "proj_out"):
+        parent = model
+        *path, last = other.split(".")
+        for part in path:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(last, nn.Linear(4, 4))
+    assert text_readers(model) == {name}
+    assert group_of(name) == "content"
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("transformer_blocks.0.img_mlp.net.0.proj", "content"),
+        ("layers.3.feed_forward.w1", "content"),
+        ("visual_transformer_blocks.0.cross_attention.to_query", "content"),
+        ("visual_transformer_blocks.0.self_attention.to_query", "quality"),
+        ("layers.3.attention.to_q", "quality"),
+        ("time_text_embed.timestep_embedder.linear_1", "quality"),
+    ],
+)
+def test_groups_by_other_names(name, group):
+    assert group_of(name) == group
