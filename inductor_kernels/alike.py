@@ -1,8 +1,9 @@
-"""Equal work of a graph with quantized layers, done once.
+"""Common subexpression elimination in graphs with quantized layers.
 
-Layers that read one tensor quantize it each for themselves: queries, keys and values; the text projections of all
-blocks, which look for the same BOS rows as well. Inductor puts such work into one kernel where it stands together, but
-writes every copy, and repeats what stands apart; torch eliminates common subexpressions of graphs for training only.
+Layers that read the same tensor each quantize it themselves: the query, key and value projections, and the text
+projections of all blocks, which also look for the same BOS rows. Inductor fuses equal computations that are adjacent
+into one kernel, which still writes every copy, and repeats those that are not adjacent. Torch eliminates common
+subexpressions of training graphs only.
 """
 
 import operator
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor, fx
 
 from . import compat
-from .nodes import is_ours, namespace
+from .nodes import is_our_op, namespace
 
 
 def _is_pure(node: fx.Node) -> bool:
-    """Whether it computes one tensor from others, always the same, and of a size that no later node knows by name."""
+    """Whether a node deterministically computes one tensor from others, without data-dependent sizes: later nodes refer
+    to such a size by the symbol of the node that made it."""
     if namespace(node) not in ("aten", "prims") or not isinstance(node.meta.get("val"), Tensor):
         return False
     named_size = torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
@@ -23,22 +25,25 @@ def _is_pure(node: fx.Node) -> bool:
 
 
 def _given_out(graph: fx.Graph) -> set[fx.Node]:
-    """What callers get, and what that is a view of: they may change each in place."""
+    """The graph's outputs and the tensors they are views of. Callers may change each of them in place, so none may be
+    replaced by another."""
     found: set[fx.Node] = set()
     waiting = list(graph.output_node().all_input_nodes)
     while waiting:
         node = waiting.pop()
         if node not in found:
             found.add(node)
-            if getattr(node.target, "is_view", False) or node.target is operator.getitem:  # one of several views
+            if (
+                getattr(node.target, "is_view", False) or node.target is operator.getitem
+            ):  # of an operator that returns several views
                 waiting += node.all_input_nodes
     return found
 
 
 def merge(graph: fx.Graph) -> int:
-    """Has the first of equal nodes read in place of the others; how many are gone. Only in graphs with operators of
-    this package."""
-    if not any(map(is_ours, graph.nodes)):
+    """Replace equal nodes by the first of them and return how many were erased. Graphs without operators of this
+    package are left alone."""
+    if not any(map(is_our_op, graph.nodes)):
         return 0
     apart, first, merged = _given_out(graph), {}, 0
     for node in list(graph.nodes):

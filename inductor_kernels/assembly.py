@@ -1,4 +1,4 @@
-"""What can be read off a kernel's machine code: its tensor-core products, and the loop they stand in."""
+"""Reads a kernel's machine code: its tensor-core instructions, and the size of its main loop."""
 
 import re
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ OF_FOUR_WARPS = r"[IH]GMMA\.(\d+)x(\d+)x(\d+)"  # IGMMA.64x128x32
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """One turn of a loop in one warp: instructions issued, and operations of the tensor cores among them.
+    """One iteration of a loop in one warp: instructions issued, and operations that tensor cores do for them.
 
-    A multiplication and an addition are two operations. A GPU that can do ``p`` of them per cycle and processor is kept
-    busy by a loop with more than ``p / 4`` operations for each instruction, as a processor issues four at a time; with
-    fewer, its schedulers are what the kernel waits for.
+    A multiplication and an addition are two operations. A processor (SM) issues four instructions per cycle. If its
+    tensor cores do ``p`` operations per cycle (``tiles.INT8_PER_CYCLE``), a loop keeps them busy with more than
+    ``p / 4`` operations per instruction; with fewer, the kernel is limited by instruction issue.
     """
 
     instructions: int
@@ -23,13 +23,13 @@ class Loop:
 
 
 def products(machine: str, ptx: str = "") -> set[str]:
-    """Names of the tensor-core instructions in the text of a disassembler and in PTX."""
+    """Names of the tensor-core instructions in disassembled machine code and in PTX."""
     return {*re.findall(PRODUCT, machine), *re.findall(PTX_PRODUCT, ptx)}
 
 
 def loop(machine: str) -> Loop | None:
-    """The longest loop with tensor-core products, None where there is none (a few steps are written out) or where its
-    products do not say how large they are (sm_100's)."""
+    """The longest loop with tensor-core instructions. None where there is none (loops of a few steps are unrolled), or
+    where the instructions' names do not contain their size (sm_100)."""
     lines: list[str] = []
     labels: dict[str, int] = {}
     found: list[str] = []
@@ -46,7 +46,7 @@ def loop(machine: str) -> Loop | None:
 
 
 def _operations(instruction: str) -> int:
-    """Of the tensor cores, for one warp."""
+    """Operations of a tensor-core instruction for one warp; 0 for other instructions."""
     for pattern, warps in ((OF_A_WARP, 1), (OF_FOUR_WARPS, 4)):
         if size := re.search(pattern, instruction):
             m, n, k = map(int, size.groups())

@@ -1,36 +1,36 @@
 // Exact products of 8-bit codes and 8-bit weights for x86 without VNNI: vpmaddwd on 16-bit pairs, twice the
-// multiplications per instruction of float32. A convolution is a GEMM whose rows are gathered as they are needed;
-// a linear layer is a convolution of 1x1 images.
+// multiplications per instruction of float32. A convolution is an implicit GEMM: rows are gathered as they are needed.
+// A linear layer is a convolution of 1x1 images.
 #include <immintrin.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define ROWS 6         // of the register tile: 6 x 16 sums in 12 registers
-#define COLUMNS 16
+#define COLUMNS 16     // of the register tile and of a panel
 #define CHUNK 96       // rows gathered at a time
-#define FEW_ROWS 24    // per thread; below, the threads share out the columns instead
-#define DEPTH 384      // pairs of a panel kept in the first-level cache
-#define WORTH 2000000  // multiplications that repay waking a thread, about 50 us of one
-#define WORTH_CODES 200000  // as many numbers to quantize
+#define FEW_ROWS 24    // rows per thread below which the threads divide the columns instead
+#define DEPTH 384      // pairs of a panel that stay in the first-level cache
+#define WORTH 2000000  // multiplications that repay waking a thread, about 50 us of its time
+#define WORTH_CODES 200000  // numbers to quantize that repay it
 
-// What stays the same from call to call. Panels: [columns / 16][pairs][16][2] 16-bit weights, zeros at the end.
+// The arguments that stay the same from call to call. panels: [columns / 16][pairs][16][2] weights, padded with zeros.
 typedef struct {
     const int16_t *panels;
     const int32_t *weight_sum;
     int64_t height, width, channels, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
     int64_t dilation_h, dilation_w, out_h, out_w, columns;
-} Plan;
+} PackedWeight;
 
 typedef struct {
     const uint8_t *codes;
-    const float *values;  // instead of codes, to be quantized as they are gathered; of a linear layer
+    const float *values;  // of a linear layer, instead of codes: quantized as they are gathered
     int16_t zero_point;
     uint8_t flip;  // 128 turns signed codes into unsigned ones
     float inverse, levels;
 } Input;
 
-// A panel's columns of the vectors, padded to the panel's width. Without a bias it is -0, which changes no sum.
+// The epilogue's vectors for the columns of one panel, padded to its width. A missing bias is -0, which changes no sum.
 typedef struct {
     int32_t zero[COLUMNS];  // zero point times weight sum
     float scale[COLUMNS], bias[COLUMNS];
@@ -59,7 +59,7 @@ static void quantize_wide(const Input *x, int64_t first, int64_t count, int16_t 
     int64_t i = 0;
     for (; i + 16 <= count; i += 16) {
         __m256i pair = _mm256_packs_epi32(codes_of(from + i, by, zero, most), codes_of(from + i + 8, by, zero, most));
-        _mm256_storeu_si256((__m256i *)(to + i), _mm256_permute4x64_epi64(pair, 0xd8));  // packing kept the halves
+        _mm256_storeu_si256((__m256i *)(to + i), _mm256_permute4x64_epi64(pair, 0xd8));  // packs works on halves
     }
     for (; i < count; i += 8) {
         float rest[8] = {0};
@@ -71,7 +71,7 @@ static void quantize_wide(const Input *x, int64_t first, int64_t count, int16_t 
     }
 }
 
-// count codes from place first on, 16 bits each
+// count codes from index first on, widened to 16 bits
 static void take(const Input *x, int64_t first, int64_t count, int16_t *to) {
     if (x->values) quantize_wide(x, first, count, to);
     else widen(x->codes + first, count, x->flip, to);
@@ -82,7 +82,7 @@ static void fill(int16_t value, int64_t count, int16_t *to) {
 }
 
 // The window of output pixel (b, oh, ow); outside the image it reads the zero point.
-static void gather_window(const Plan *p, const Input *x, int64_t b, int64_t oh, int64_t ow, int16_t *to) {
+static void gather_window(const PackedWeight *p, const Input *x, int64_t b, int64_t oh, int64_t ow, int16_t *to) {
     int64_t left = ow * p->stride_w - p->pad_w, line = p->kernel_w * p->channels;
     for (int64_t kh = 0; kh < p->kernel_h; kh++, to += line) {
         int64_t h = oh * p->stride_h - p->pad_h + kh * p->dilation_h;
@@ -103,8 +103,8 @@ static void gather_window(const Plan *p, const Input *x, int64_t b, int64_t oh, 
     }
 }
 
-// Rows [first, first + count) of the implied matrix into a[][stride], each padded with zeros to the stride.
-static void gather(const Plan *p, const Input *x, int64_t first, int64_t count, int64_t stride, int16_t *a) {
+// Rows [first, first + count) of the implicit matrix into a[][stride], each padded with zeros to the stride.
+static void gather(const PackedWeight *p, const Input *x, int64_t first, int64_t count, int64_t stride, int16_t *a) {
     int64_t depth = p->kernel_h * p->kernel_w * p->channels;
     int is_pointwise = p->kernel_h * p->kernel_w * p->stride_h * p->stride_w == 1 && !p->pad_h && !p->pad_w;
     if (is_pointwise) {
@@ -127,8 +127,8 @@ static void gather(const Plan *p, const Input *x, int64_t first, int64_t count, 
     }
 }
 
-static void load_finish(const Plan *p, int64_t column, int64_t zero_point, const float *scale, const float *bias,
-                        int64_t step, Finish *f) {
+static void load_finish(const PackedWeight *p, int64_t column, int64_t zero_point, const float *scale,
+                        const float *bias, int64_t step, Finish *f) {
     f->step = step;
     f->width = p->columns - column < COLUMNS ? p->columns - column : COLUMNS;
     for (int64_t n = 0; n < COLUMNS; n++) {
@@ -161,8 +161,8 @@ static void store_finished(const int32_t *sums, const Finish *f, float factor, f
     }
 }
 
-// sums[ROWS][COLUMNS] (+)= a[ROWS][2 * pairs] b[pairs][COLUMNS][2]; from zero if it is the first part. A function
-// of its own, and the step in assembly, because all 16 registers are taken and compilers spill the sums otherwise.
+// sums[ROWS][COLUMNS] (+)= a[ROWS][2 * pairs] b[pairs][COLUMNS][2], starting from zero if is_first. Not inlined, and
+// the inner step in assembly, because it uses all 16 registers and compilers spill the sums otherwise.
 __attribute__((noinline)) static void tile(const int16_t *a, int64_t stride, const int16_t *b, int64_t pairs,
                                            int is_first, int32_t *sums) {
     __m256i c[ROWS][2];
@@ -191,9 +191,9 @@ __attribute__((noinline)) static void tile(const int16_t *a, int64_t stride, con
         for (int h = 0; h < 2; h++) _mm256_storeu_si256((__m256i *)(sums + r * COLUMNS + 8 * h), c[r][h]);
 }
 
-// A tile's rows, the first of which is row `first` of the result, into y. With planes the result is [batch, columns,
+// Stores a tile into y, from row `first` of the result on. With planes (step != 1) the result is [batch, columns,
 // pixels], else [rows, columns].
-static void store_tile(const int32_t *sums, int64_t first, int64_t rows, int64_t column, const Plan *p,
+static void store_tile(const int32_t *sums, int64_t first, int64_t rows, int64_t column, const PackedWeight *p,
                        const Finish *f, const float *row_scale, float *y) {
     int64_t pixels = p->out_h * p->out_w;
     for (int64_t row = first; row < first + (rows < ROWS ? rows : ROWS); row++, sums += COLUMNS) {
@@ -203,7 +203,7 @@ static void store_tile(const int32_t *sums, int64_t first, int64_t rows, int64_t
     }
 }
 
-// How the rows and panels are shared out.
+// How rows and panels are divided into tasks: chunks of rows times parts of the panels.
 typedef struct {
     int64_t chunk, chunks, parts, threads;
 } Split;
@@ -218,12 +218,12 @@ static Split split(int64_t rows, int64_t depth, int64_t columns, int64_t panels,
     return s;
 }
 
-// codes, or for a linear layer the values they are made of: [batch, height, width, channels]; y: float [batch, out_h,
+// codes, or values to be quantized (linear layers only): [batch, height, width, channels]; y: float [batch, out_h,
 // out_w, columns], or [batch, columns, out_h, out_w] with planes; bias and row_scale may be NULL. Returns 0, or 1 when
 // there is no memory.
-int inductor_kernels_product(const Plan *p, const uint8_t *codes, const float *values, float *y, const float *scale,
-                             const float *bias, const float *row_scale, int64_t batch, int64_t zero_point,
-                             int64_t is_signed, int64_t planes, float inverse, float levels,
+int inductor_kernels_product(const PackedWeight *p, const uint8_t *codes, const float *values, float *y,
+                             const float *scale, const float *bias, const float *row_scale, int64_t batch,
+                             int64_t zero_point, int64_t is_signed, int64_t planes, float inverse, float levels,
                              int64_t threads) {
     int64_t rows = batch * p->out_h * p->out_w, depth = p->kernel_h * p->kernel_w * p->channels;
     int64_t pairs = (depth + 1) / 2, panels = (p->columns + COLUMNS - 1) / COLUMNS;
@@ -275,7 +275,7 @@ static int64_t threads_for(int64_t count, int64_t threads) {
 void inductor_kernels_quantize(const float *x, uint8_t *codes, int64_t count, float inverse, float zero_point,
                                float levels, int64_t threads) {
     __m256 by = _mm256_set1_ps(inverse), zero = _mm256_set1_ps(zero_point), most = _mm256_set1_ps(levels);
-    __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing works on each half of a register
+    __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packs works on each half of a register
     int64_t whole = count / 32;
     threads = threads_for(count, threads);
 #pragma omp parallel for schedule(static) num_threads((int)threads) if (threads > 1)
@@ -293,7 +293,7 @@ void inductor_kernels_quantize(const float *x, uint8_t *codes, int64_t count, fl
     }
 }
 
-// The same of x [batch, channels, pixels] into codes [batch, pixels, channels]; stride: from an image of x to the next.
+// The same for x [batch, channels, pixels] and codes [batch, pixels, channels]; stride: from an image of x to the next.
 void inductor_kernels_quantize_planes(const float *x, uint8_t *codes, int64_t batch, int64_t stride, int64_t channels,
                                       int64_t pixels, float inverse, float zero_point, float levels, int64_t threads) {
     __m256 by = _mm256_set1_ps(inverse), zero = _mm256_set1_ps(zero_point), most = _mm256_set1_ps(levels);
@@ -304,7 +304,7 @@ void inductor_kernels_quantize_planes(const float *x, uint8_t *codes, int64_t ba
         int64_t image = block / blocks, pixel = block % blocks * 8, wide = pixels - pixel < 8 ? pixels - pixel : 8;
         const float *from = x + image * stride + pixel;
         uint8_t *to = codes + (image * pixels + pixel) * channels;
-        for (int64_t c = 0; c < channels; c += 4) {  // four channels make the four bytes of a pixel's number
+        for (int64_t c = 0; c < channels; c += 4) {  // four channels of a pixel are the bytes of one number
             int64_t high = channels - c < 4 ? channels - c : 4;
             __m256i four = _mm256_setzero_si256();
             uint32_t numbers[8];

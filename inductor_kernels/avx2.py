@@ -1,6 +1,6 @@
-"""The C kernel for x86 without VNNI: built once with the machine's compiler, when there is one.
+"""The C kernel for x86 without VNNI (``avx2.c``), built once with the machine's compiler, where there is one.
 
-INDUCTOR_KERNELS_AVX2=0 turns it off; XDG_CACHE_HOME says where the library is kept.
+INDUCTOR_KERNELS_AVX2=0 turns it off; the library is kept under XDG_CACHE_HOME.
 """
 
 import ctypes
@@ -19,20 +19,22 @@ from torch import Tensor
 log = logging.getLogger("inductor_kernels")
 SOURCE = Path(__file__).with_name("avx2.c")
 FLAGS = ("-O3", "-mavx2", "-mfma", "-fopenmp", "-shared", "-fPIC", "-ffp-contract=off")
-COLUMNS = 16
+COLUMNS = 16  # outputs per panel
 _FIELDS = (
     "height width channels kernel_h kernel_w stride_h stride_w pad_h pad_w dilation_h dilation_w out_h out_w columns"
 ).split()
 POINTWISE = (1, 1, 1, 1, 0, 0, 1, 1)  # a 1x1 kernel, stride 1, no padding, no dilation
 
 
-class _Layout(ctypes.Structure):
+class _PackedWeight(ctypes.Structure):
+    """``PackedWeight`` of avx2.c."""
+
     _fields_ = [(name, ctypes.c_void_p) for name in ("panels", "weight_sum")] + [(n, ctypes.c_int64) for n in _FIELDS]
 
 
 @functools.cache
 def _openmp() -> list[str]:
-    """Torch's own copy of the OpenMP runtime: with a second one, two sets of threads would fight for the cores."""
+    """Torch's copy of the OpenMP runtime: with a second copy, two thread pools would compete for the cores."""
     found = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
     return [str(found[0])] if found else []
 
@@ -48,13 +50,13 @@ def _build(compiler: str) -> Path:
             made = Path(scratch, "avx2.so")
             command = [compiler, *FLAGS, str(SOURCE), *_openmp(), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-            made.replace(library)  # at once, so that another process never sees half a library
+            made.replace(library)  # atomically, so that no other process loads half a library
     return library
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The C functions, or None where they cannot be had."""
+    """The C functions; None on other CPUs, without a compiler, or where the kernel is turned off or does not build."""
     capability = torch.backends.cpu.get_cpu_capability()
     if os.environ.get("INDUCTOR_KERNELS_AVX2") == "0" or not capability.startswith("AVX"):
         return None
@@ -82,62 +84,62 @@ def _library() -> ctypes.CDLL | None:
 
 
 def available() -> bool:
-    """Whether the kernel runs here. The first call may compile it, which takes a second or two."""
+    """Whether the kernel runs on this machine. The first call may compile it, which takes a second or two."""
     return _library() is not None
 
 
 def pack(w: Tensor) -> Tensor:
-    """int8 weight [N, ...] as int16 panels [ceil(N / 16), ceil(K / 2), 16, 2]: pairs of inputs, 16 outputs abreast."""
+    """int8 weight [N, ...] as int16 panels [ceil(N / 16), ceil(K / 2), 16, 2]: pairs of inputs for 16 outputs each, K
+    being the product of the other dimensions; padded with zeros."""
     rows = w.flatten(1).to(torch.int16)
     rows = torch.nn.functional.pad(rows, (0, rows.shape[1] % 2, 0, -rows.shape[0] % COLUMNS))
     return rows.view(-1, COLUMNS, rows.shape[1] // 2, 2).permute(0, 2, 1, 3).contiguous()
 
 
-class Plan:
-    """A weight laid out for one geometry, with all the kernel need not be told again at each call.
+class PackedWeight:
+    """A weight laid out for one geometry, with all arguments of the kernel that stay the same from call to call.
 
-    panels: of :func:`pack`; weight_sum: int32 [N]; image: (H, W, C, OH, OW); geometry: kernel, stride, padding,
-    dilation, two numbers each. A linear layer has images of one pixel.
+    panels: from :func:`pack`; weight_sum: int32 [N]; image: (H, W, C, OH, OW); geometry: kernel, stride, padding,
+    dilation, two numbers each. A linear layer is a convolution of images of one pixel.
     """
 
     __slots__ = ("panels", "weight_sum", "layout", "address")
 
-    def __init__(
-        self, panels: Tensor, weight_sum: Tensor, image: tuple[int, int, int, int, int], geometry: tuple[int, ...]
-    ):
+    def __init__(self, panels: Tensor, weight_sum: Tensor, image: tuple[int, ...], geometry: tuple[int, ...]) -> None:
         self.panels, self.weight_sum = panels, weight_sum
         *size, out_h, out_w = image
         addresses = panels.data_ptr(), weight_sum.data_ptr()
-        self.layout = _Layout(*addresses, *size, *geometry, out_h, out_w, weight_sum.shape[0])
+        self.layout = _PackedWeight(*addresses, *size, *geometry, out_h, out_w, weight_sum.shape[0])
         self.address = ctypes.addressof(self.layout)
 
-    def of_images(self, image: tuple[int, int, int, int, int], geometry: tuple[int, ...]) -> "Plan":
+    def of_images(self, image: tuple[int, ...], geometry: tuple[int, ...]) -> "PackedWeight":
         """The same panels for other images."""
-        return Plan(self.panels, self.weight_sum, image, geometry)
+        return PackedWeight(self.panels, self.weight_sum, image, geometry)
 
 
-def linear_plan(w: Tensor) -> Plan:
-    """Of an int8 weight [N, K]."""
-    return Plan(pack(w), w.sum(1, dtype=torch.int32), (1, 1, w.shape[1], 1, 1), POINTWISE)
+def pack_linear(w: Tensor) -> PackedWeight:
+    """w: int8 [N, K]."""
+    return PackedWeight(pack(w), w.sum(1, dtype=torch.int32), (1, 1, w.shape[1], 1, 1), POINTWISE)
 
 
-def conv_plan(w: Tensor, image: tuple[int, int, int, int, int], geometry: tuple[int, ...]) -> Plan:
-    """Of an int8 weight [N, kh, kw, C]."""
-    return Plan(pack(w), w.flatten(1).sum(1, dtype=torch.int32), image, geometry)
+def pack_conv2d(w: Tensor, image: tuple[int, ...], geometry: tuple[int, ...]) -> PackedWeight:
+    """w: int8 [N, kh, kw, C]; image and geometry as in :class:`PackedWeight`."""
+    return PackedWeight(pack(w), w.flatten(1).sum(1, dtype=torch.int32), image, geometry)
 
 
 def product(
-    plan: Plan, x: Tensor, scale: Tensor, zero_point: int, bias: Tensor | None, row_scale: Tensor | None,
+    packed: PackedWeight, x: Tensor, scale: Tensor, zero_point: int, bias: Tensor | None, row_scale: Tensor | None,
     shape: tuple[int, ...], inv_scale: float = 0.0, levels: int = 0, planes: bool = False,
 ) -> Tensor:  # fmt: skip
-    """float32 ``shape`` [..., N] of the codes [..., C] of as many pixels or rows as the plan's images hold.
+    """float32 result of shape ``shape`` [..., N]: the product of codes ``x`` (rows [..., K], or images [B, H, W, C] of
+    the size that ``packed`` was made for) and the weight.
 
-    With ``levels``, which only linear layers take, ``x`` is float32 and quantized on the way. With ``planes`` the
-    memory of the result is that of its permutation [B, N, OH, OW].
+    With ``levels``, for linear layers only, ``x`` is float32 and quantized on the way. With ``planes`` the result lies
+    in memory as [B, N, OH, OW].
     """
     library = _library()
     assert library is not None
-    layout = plan.layout
+    layout = packed.layout
     x, scale = x.contiguous(), scale.contiguous()
     if bias is not None and not (bias.dtype is torch.float32 and bias.is_contiguous()):
         bias = bias.to(torch.float32).contiguous()
@@ -150,7 +152,7 @@ def product(
         y = torch.empty(shape, dtype=torch.float32)
     address = x.data_ptr()
     failed = library.inductor_kernels_product(
-        plan.address,
+        packed.address,
         None if levels else address,
         address if levels else None,
         y.data_ptr(),
@@ -175,7 +177,7 @@ def quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int) -> T
     library = _library()
     assert library is not None
     codes = torch.empty_like(x, dtype=torch.uint8)
-    if codes.stride() != x.stride():  # x has gaps or overlaps, its codes have not
+    if codes.stride() != x.stride():  # x has gaps or overlaps, which its codes do not have
         x = torch.empty_like(x).copy_(x)
     library.inductor_kernels_quantize(
         x.data_ptr(), codes.data_ptr(), x.numel(), inv_scale.item(), zero_point.item(), levels, torch.get_num_threads()
@@ -184,7 +186,7 @@ def quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int) -> T
 
 
 def quantize_planes(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
-    """uint8 codes [B, H, W, C], contiguous, of a float32 tensor whose images lie in planes."""
+    """uint8 codes [B, H, W, C], contiguous, of a float32 tensor whose images lie in memory as [C, H, W]."""
     library = _library()
     assert library is not None
     batch, height, width, channels = x.shape

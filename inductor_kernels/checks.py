@@ -1,4 +1,4 @@
-"""What the operators accept. One clear error per mistake: the argument, its value, what was expected."""
+"""Checks of the operators' arguments. An error names the operator, the argument, its value and what was expected."""
 
 from collections.abc import Sequence
 
@@ -28,7 +28,7 @@ def _vector(op: str, name: str, tensor: Tensor | None, length: int, dtypes: Sequ
 
 
 def weight(op: str, weight: Tensor, zero_point: Tensor | None, bits: int, length: int, ndim: int) -> None:
-    """weight: int8 ``[N, ..., length]`` or packed uint8; zero_point: int8 ``[N]`` exactly when packed."""
+    """Check a weight: int8 ``[N, ..., length]`` without a zero point, or packed uint8 with one, int8 ``[N]``."""
     _require(bits in (2, 4, 8), op, "weight_bits", bits, "2, 4 or 8")
     dtype = torch.int8 if bits == 8 else torch.uint8
     last = length if bits == 8 else packed_length(length, bits)
@@ -59,7 +59,9 @@ def _channels(op: str, n: int, scale: Tensor, bias: Tensor | None) -> None:
         _vector(op, "bias", bias, n, FLOATS)
 
 
-def _geometry(op: str, x: Tensor, w: Tensor, stride, padding, dilation, groups: int) -> None:
+def _geometry(
+    op: str, x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> None:
     _require(x.ndim == 4, op, "x", _describe(x), "4 dimensions, [B, H, W, C]")
     for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         good = len(value) == 2 and value[0] >= least and value[1] >= least
@@ -71,7 +73,9 @@ def _geometry(op: str, x: Tensor, w: Tensor, stride, padding, dilation, groups: 
     _require(height > 0 and width > 0, op, "x", small, "an image at least as large as the dilated kernel")
 
 
-def output_size(x: Tensor, w: Tensor, stride, padding, dilation) -> tuple[int, int]:
+def output_size(
+    x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int]:
     """Height and width of the convolution of ``x`` [B, H, W, C] by ``w`` [O, kh, kw, C]."""
     height, width = (
         (x.shape[1 + i] + 2 * padding[i] - dilation[i] * (w.shape[1 + i] - 1) - 1) // stride[i] + 1 for i in range(2)
@@ -80,7 +84,7 @@ def output_size(x: Tensor, w: Tensor, stride, padding, dilation) -> tuple[int, i
 
 
 def quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int) -> None:
-    """All arguments of ``inductor_kernels::quantize``."""
+    """Check all arguments of ``inductor_kernels::quantize``."""
     op = "quantize"
     _require(x.dtype in FLOATS, op, "x", _describe(x), "float32, bfloat16 or float16")
     _scalar(op, "inv_scale", inv_scale, torch.float32)
@@ -88,8 +92,11 @@ def quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int) -> N
     _require(0 < levels <= 255, op, "levels", levels, "the largest code, 1 to 255")
 
 
-def linear(x_q, w, weight_zero_point, weight_sum, scale, zero_point, bias, row_scale, weight_bits, out_dtype) -> None:
-    """All arguments of ``inductor_kernels::linear``."""
+def linear(
+    x_q: Tensor, w: Tensor, weight_zero_point: Tensor | None, weight_sum: Tensor | None, scale: Tensor,
+    zero_point: Tensor, bias: Tensor | None, row_scale: Tensor | None, weight_bits: int, out_dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Check all arguments of ``inductor_kernels::linear``."""
     op = "linear"
     _codes(op, x_q, zero_point, out_dtype)
     _require(x_q.ndim >= 1, op, "x_q", _describe(x_q), "at least one dimension")
@@ -102,8 +109,11 @@ def linear(x_q, w, weight_zero_point, weight_sum, scale, zero_point, bias, row_s
         _require(good, op, "row_scale", _describe(row_scale), f"float32 {list(x_q.shape[:-1])}")
 
 
-def post(x_q, w, out_dtype, other, activation, inv_scale, zero_point) -> None:
-    """What ``inductor_kernels::linear_post`` does after the product."""
+def post(
+    x_q: Tensor, w: Tensor, out_dtype: torch.dtype, other: Tensor | None, activation: str, inv_scale: Tensor | None,
+    zero_point: Tensor | None,
+) -> None:  # fmt: skip
+    """Check the arguments that ``inductor_kernels::linear_post`` has beside those of ``linear``."""
     op = "linear_post"
     if other is not None:
         good = other.dtype == out_dtype and other.shape == (*x_q.shape[:-1], w.shape[0])
@@ -115,17 +125,18 @@ def post(x_q, w, out_dtype, other, activation, inv_scale, zero_point) -> None:
 
 
 def glu(w: Tensor, activation: str) -> None:
-    """What ``inductor_kernels::linear_glu`` does after the product."""
+    """Check what ``inductor_kernels::linear_glu`` expects beyond ``linear``."""
     op = "linear_glu"
     _require(w.shape[0] % 2 == 0, op, "weight", _describe(w), "an even number of rows, values and gates")
     _require(activation in GATES, op, "activation", repr(activation), " or ".join(map(repr, GATES)))
 
 
 def conv2d(
-    x_q, w, weight_zero_point, weight_sum, scale, zero_point, bias, weight_bits,
-    stride, padding, dilation, groups, out_dtype,
+    x_q: Tensor, w: Tensor, weight_zero_point: Tensor | None, weight_sum: Tensor | None, scale: Tensor,
+    zero_point: Tensor, bias: Tensor | None, weight_bits: int, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int, out_dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    """All arguments of ``inductor_kernels::conv2d``."""
+    """Check all arguments of ``inductor_kernels::conv2d``."""
     op = "conv2d"
     _codes(op, x_q, zero_point, out_dtype)
     _require(w.ndim == 4, op, "weight", _describe(w), "4 dimensions, [O, kh, kw, C/groups]")
@@ -136,16 +147,21 @@ def conv2d(
     _channels(op, w.shape[0], scale, bias)
 
 
-def linear_weight_only(x, w, weight_zero_point, scale, bias, weight_bits) -> None:
-    """All arguments of ``inductor_kernels::linear_weight_only``."""
+def linear_weight_only(
+    x: Tensor, w: Tensor, weight_zero_point: Tensor | None, scale: Tensor, bias: Tensor | None, weight_bits: int
+) -> None:
+    """Check all arguments of ``inductor_kernels::linear_weight_only``."""
     op = "linear_weight_only"
     _require(x.dtype in FLOATS and x.ndim >= 1, op, "x", _describe(x), "float32, bfloat16 or float16 [..., K]")
     weight(op, w, weight_zero_point, weight_bits, x.shape[-1], 2)
     _channels(op, w.shape[0], scale, bias)
 
 
-def conv2d_weight_only(x, w, weight_zero_point, scale, bias, weight_bits, stride, padding, dilation, groups) -> None:
-    """All arguments of ``inductor_kernels::conv2d_weight_only``."""
+def conv2d_weight_only(
+    x: Tensor, w: Tensor, weight_zero_point: Tensor | None, scale: Tensor, bias: Tensor | None, weight_bits: int,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+) -> None:  # fmt: skip
+    """Check all arguments of ``inductor_kernels::conv2d_weight_only``."""
     op = "conv2d_weight_only"
     _require(x.dtype in FLOATS, op, "x", _describe(x), "float32, bfloat16 or float16")
     _require(w.ndim == 4, op, "weight", _describe(w), "4 dimensions, [O, kh, kw, C/groups]")

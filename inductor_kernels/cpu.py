@@ -1,7 +1,9 @@
-"""The operators on a CPU, by the kernel that :mod:`inductor_kernels.routes` says.
+"""The operators on a CPU, each by the kernel that :mod:`inductor_kernels.routes` chooses.
 
-Prepared weights are cached beside the graph (:mod:`inductor_kernels.weights`).
+Weights prepared for a kernel are cached outside the graph (:mod:`inductor_kernels.weights`).
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,14 +14,28 @@ from . import avx2, checks, onednn, reference, routes, weights
 CODES = (torch.uint8, torch.int8)
 
 
+class _Geometry(NamedTuple):
+    """Geometry of a convolution; its prepared weight is cached under it. ``shape``: of the codes, [B, H, W, C]."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def differs_in_batch_only(self, other: "_Geometry") -> bool:
+        return self.shape[1:] == other.shape[1:] and self[1:] == other[1:]
+
+
 def _centered(x_q: Tensor, zero_point: int) -> Tensor:
+    """float32 codes minus the zero point."""
     x = x_q.to(torch.float32)
     zero_point -= 128 if x_q.dtype == torch.int8 else 0
     return x.add_(float(-zero_point)) if zero_point else x  # half the cost of sub_ on a small tensor
 
 
 def _scaled(total: Tensor, scale: Tensor, row_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Scales and bias, in place on a float32 result the caller owns."""
+    """Apply scales and bias in place to ``total``, a float32 tensor that the caller owns."""
     if row_scale is not None:
         total.mul_(row_scale.unsqueeze(-1))
     if bias is None:
@@ -38,12 +54,13 @@ def _packed_linear(prepared: weights.Prepared, weight: Tensor, zero_point: Tenso
 
 
 def _written(out_dtype: torch.dtype) -> torch.dtype:
-    """What oneDNN is asked for where this type is."""
+    """The result type to request from oneDNN where the caller wants ``out_dtype``."""
     return out_dtype if onednn.writes(out_dtype) else torch.float32
 
 
 def _plain(x_q: Tensor, scale: Tensor, bias: Tensor | None, n: int) -> bool:
-    """The checks that a known weight leaves open, cheaply; when they fail the full ones name the mistake."""
+    """Cheap checks of the arguments beside a weight that was checked before; where they fail, the full checks run and
+    name the mistake."""
     return x_q.dtype in CODES and _vectors(scale, bias, n)
 
 
@@ -76,11 +93,11 @@ def linear(
     z = int(zero_point)
     if not routes.takes_onednn(x_q.numel() * n, prepared, weight):
         if routes.has_avx2():
-            plan = prepared.forms.get("avx2")
-            if plan is None:
+            packed = prepared.forms.get("avx2")
+            if packed is None:
                 w = weights.integers(weight, weight_zero_point, weight_bits, k)
-                plan = prepared.keep("avx2", avx2.linear_plan(w))
-            y = avx2.product(plan, x_q, scale, z, bias, row_scale, (*x_q.shape[:-1], n))
+                packed = prepared.keep("avx2", avx2.pack_linear(w))
+            y = avx2.product(packed, x_q, scale, z, bias, row_scale, (*x_q.shape[:-1], n))
             return y if out_dtype is torch.float32 else y.to(out_dtype)
         total = F.linear(_centered(x_q, z), _float_linear(prepared, weight, weight_zero_point))
         return _scaled(total, scale, row_scale, bias, out_dtype)
@@ -91,7 +108,7 @@ def linear(
     return (total if bias is None else total.add_(bias)).to(out_dtype)
 
 
-linear_glu = reference.linear_glu  # graphs for a CPU do not get it
+linear_glu = reference.linear_glu  # never in graphs for a CPU
 
 
 def linear_post(
@@ -99,8 +116,8 @@ def linear_post(
     zero_point: Tensor, bias: Tensor | None, row_scale: Tensor | None, weight_bits: int, out_dtype: torch.dtype,
     other: Tensor | None, activation: str, out_inv_scale: Tensor | None, out_zero_point: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """``inductor_kernels::linear_post``: oneDNN does it where it multiplies; for a sum the bits are those of adding
-    afterwards."""
+    """``inductor_kernels::linear_post``: fused where oneDNN multiplies. A fused sum has the same bits as a separate
+    addition."""
     n, k = weight.shape[0], x_q.shape[-1] if x_q.ndim else 0
     product = (x_q, weight, weight_zero_point, weight_sum, scale, zero_point, bias, row_scale, weight_bits)
     post = (other, activation, out_inv_scale, out_zero_point)
@@ -131,15 +148,15 @@ def quantize_linear(
     x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int, weight: Tensor, weight_zero_point: Tensor | None,
     weight_sum: Tensor | None, scale: Tensor, bias: Tensor | None, weight_bits: int,
 ) -> Tensor:  # fmt: skip
-    """``inductor_kernels::quantize_linear``: the C kernel quantizes rows as it reads them."""
+    """``inductor_kernels::quantize_linear``; the C kernel quantizes rows as it reads them."""
     n, k = weight.shape[0], x.shape[-1] if x.ndim else 0
     if x.dtype is torch.float32 and routes.has_avx2() and _vectors(scale, bias, n):
         prepared = weights.find(weight, weight_zero_point, weight_bits, k)
-        plan = None if prepared is None else prepared.forms.get("avx2")
-        if prepared is not None and plan is not None and not routes.takes_onednn(x.numel() * n, prepared, weight):
+        packed = None if prepared is None else prepared.forms.get("avx2")
+        if prepared is not None and packed is not None and not routes.takes_onednn(x.numel() * n, prepared, weight):
             checks.quantize(x, inv_scale, zero_point, levels)
             z, shape = int(zero_point), (*x.shape[:-1], n)
-            return avx2.product(plan, x, scale, z, bias, None, shape, float(inv_scale), levels)
+            return avx2.product(packed, x, scale, z, bias, None, shape, float(inv_scale), levels)
     codes = quantize(x, inv_scale, zero_point, levels)
     rest = (weight, weight_zero_point, weight_sum, scale, zero_point, bias, None, weight_bits)
     return linear(codes, *rest, x.dtype)
@@ -173,11 +190,12 @@ def _conv2d(
     zero_point: Tensor, bias: Tensor | None, weight_bits: int, stride: list[int], padding: list[int],
     dilation: list[int], groups: int, out_dtype: torch.dtype, planes: bool,
 ) -> Tensor:  # fmt: skip
-    """``planes``: the result's memory is that of [B, O, OH, OW] where the C kernel serves; else what costs nothing."""
+    """``inductor_kernels::conv2d``. With ``planes`` the C kernel writes the result in the memory order of [B, O, OH,
+    OW]; other kernels write their usual order."""
     length = x_q.shape[-1] // groups if groups > 0 else 0
     prepared = weights.find(weight, weight_zero_point, weight_bits, length)
     n = weight.shape[0]
-    geometry = (x_q.shape, *stride, *padding, *dilation, groups)
+    geometry = _Geometry(x_q.shape, tuple(stride), tuple(padding), tuple(dilation), groups)
     packed = None if prepared is None else prepared.forms.get(geometry)
     z = int(zero_point)
     if packed is None or not _plain(x_q, scale, bias, n):
@@ -188,7 +206,7 @@ def _conv2d(
         prepared = prepared or weights.add(weight, weight_zero_point, weight_bits, length)
         packed = _layout_conv(x_q, weight, weight_zero_point, prepared, geometry)
         prepared.keep(geometry, packed)
-    if isinstance(packed, avx2.Plan):
+    if isinstance(packed, avx2.PackedWeight):
         size = (packed.layout.out_h, packed.layout.out_w)
         y = avx2.product(packed, x_q, scale, z, bias, None, (x_q.shape[0], *size, n), planes=planes)
         return y if out_dtype is torch.float32 else y.to(out_dtype)
@@ -205,7 +223,7 @@ def quantize_conv2d(
     weight_sum: Tensor | None, scale: Tensor, bias: Tensor | None, weight_bits: int, stride: list[int],
     padding: list[int], dilation: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
-    """``inductor_kernels::quantize_conv2d``: the result lies in memory as ``x`` does."""
+    """``inductor_kernels::quantize_conv2d``; the result has the memory layout (NHWC or NCHW) of ``x``."""
     checks.quantize(x, inv_scale, zero_point, levels)
     planes = reference.in_planes(x)
     if planes and x.dtype is torch.float32 and avx2.available():
@@ -218,13 +236,13 @@ def quantize_conv2d(
 
 
 def _layout_conv(
-    x_q: Tensor, weight: Tensor, zero_point: Tensor | None, prepared: weights.Prepared, geometry
-) -> Tensor | avx2.Plan:
-    """The weight as the route of this geometry wants it. oneDNN's layout depends on the size of the images, not on how
-    many there are; the C kernel's panels on neither."""
-    shape, sh, sw, ph, pw, dh, dw, groups = geometry
-    height, width = checks.output_size(x_q, weight, (sh, sw), (ph, pw), (dh, dw))
-    multiplications = shape[0] * height * width * weight.shape[0] * weight.shape[1] * weight.shape[2]
+    x_q: Tensor, weight: Tensor, zero_point: Tensor | None, prepared: weights.Prepared, geometry: _Geometry
+) -> Tensor | avx2.PackedWeight:
+    """The weight in the form that the kernel for this geometry reads. oneDNN's layout depends on the size of the images
+    but not on the batch size; the C kernel's panels depend on neither."""
+    shape, stride, padding, dilation, groups = geometry
+    out_size = checks.output_size(x_q, weight, stride, padding, dilation)
+    multiplications = shape[0] * out_size[0] * out_size[1] * weight.shape[0] * weight.shape[1] * weight.shape[2]
     with_onednn = _onednn_is_right(prepared.length, weight.shape, geometry) and routes.takes_onednn(
         multiplications * prepared.length, prepared, weight
     )
@@ -233,32 +251,33 @@ def _layout_conv(
     known = list(prepared.forms.items())
     if with_onednn:
         for key, form in known:
-            if isinstance(key, tuple) and key[0][1:] == shape[1:] and key[1:] == geometry[1:] and _is_onednn(form):
+            if isinstance(key, _Geometry) and geometry.differs_in_batch_only(key) and _is_onednn(form):
                 return form
         w = weights.integers(weight, zero_point, prepared.bits, prepared.length).permute(0, 3, 1, 2)
         batch, high, wide, channels = shape
-        return onednn.pack_conv2d(w, [sh, sw], [ph, pw], [dh, dw], groups, [batch, channels, high, wide])
-    image = (shape[1], shape[2], shape[3], height, width)
-    window = (weight.shape[1], weight.shape[2], sh, sw, ph, pw, dh, dw)
+        return onednn.pack_conv2d(w, list(stride), list(padding), list(dilation), groups, [batch, channels, high, wide])
+    image = (shape[1], shape[2], shape[3], *out_size)
+    window = (weight.shape[1], weight.shape[2], *stride, *padding, *dilation)
     for _, form in known:
-        if isinstance(form, avx2.Plan):
+        if isinstance(form, avx2.PackedWeight):
             return form.of_images(image, window)
-    return avx2.conv_plan(weights.integers(weight, zero_point, prepared.bits, prepared.length), image, window)
+    return avx2.pack_conv2d(weights.integers(weight, zero_point, prepared.bits, prepared.length), image, window)
 
 
-def _onednn_is_right(channels: int, weight_shape: torch.Size, geometry) -> bool:
-    """Whether oneDNN makes up for the zero point. With one input channel to a group its kernels for AVX-512 do so in
-    depthwise convolutions, and only where no row of the result lies in the padding alone; with several, always."""
-    _, _, _, ph, pw, _, _, groups = geometry
+def _onednn_is_right(channels: int, weight_shape: torch.Size, geometry: _Geometry) -> bool:
+    """Whether oneDNN corrects for the zero point in this convolution. With several input channels per group it always
+    does. With one, its AVX-512 kernels do so in depthwise convolutions only, and only where no output pixel's window
+    lies entirely in the padding."""
     outputs, high, wide, _ = weight_shape
-    return channels > 1 or (outputs == groups > 1 and ph < high and pw < wide)
+    inside = geometry.padding[0] < high and geometry.padding[1] < wide
+    return channels > 1 or (outputs == geometry.groups > 1 and inside)
 
 
 def _is_onednn(form: object) -> bool:
     return isinstance(form, Tensor) and form.is_mkldnn
 
 
-def _forms(weight: Tensor, zero_point: Tensor | None, bits: int, length: int) -> weights.Prepared:
+def _prepared(weight: Tensor, zero_point: Tensor | None, bits: int, length: int) -> weights.Prepared:
     known = weights.find(weight, zero_point, bits, length)
     return known or weights.add(weight, zero_point, bits, length)
 
@@ -269,7 +288,7 @@ def linear_weight_only(
 ) -> Tensor:  # fmt: skip
     """``inductor_kernels::linear_weight_only``: float32 arithmetic, whatever the type of ``x``."""
     checks.linear_weight_only(x, weight, weight_zero_point, scale, bias, weight_bits)
-    prepared = _forms(weight, weight_zero_point, weight_bits, x.shape[-1])
+    prepared = _prepared(weight, weight_zero_point, weight_bits, x.shape[-1])
     total = F.linear(x.to(torch.float32), _float_linear(prepared, weight, weight_zero_point))
     return _scaled(total, scale, None, bias, x.dtype)
 
@@ -280,7 +299,7 @@ def conv2d_weight_only(
 ) -> Tensor:  # fmt: skip
     """``inductor_kernels::conv2d_weight_only``: float32 arithmetic, whatever the type of ``x``."""
     checks.conv2d_weight_only(x, weight, weight_zero_point, scale, bias, weight_bits, stride, padding, dilation, groups)
-    prepared = _forms(weight, weight_zero_point, weight_bits, x.shape[-1] // groups)
+    prepared = _prepared(weight, weight_zero_point, weight_bits, x.shape[-1] // groups)
     w = _float_conv(prepared, weight, weight_zero_point)
     total = F.conv2d(x.to(torch.float32).permute(0, 3, 1, 2), w, None, stride, padding, dilation, groups)
     return _scaled(total.permute(0, 2, 3, 1).contiguous(), scale, None, bias, x.dtype)

@@ -1,30 +1,33 @@
-"""Gated products on a GPU: a program computes values and their gates, and writes what is left of both.
+"""Gated products on a GPU: one program computes a tile of values and of their gates, and writes only the result.
 
     value, gate = linear(...).chunk(2, -1); value * f(gate)   ->   linear_glu(..., f)
 
-with f GELU, its tanh form or SiLU, where nothing else reads the product. What it made is twice as wide as what comes
-of it and, in SDXL, the largest tensor between two kernels; the quantize behind it then fuses into the product too.
+with f GELU, its tanh form or SiLU, where nothing else reads the product. The unfused product is twice as wide as the
+result and, in SDXL, the largest tensor between two kernels. The quantize behind it fuses into the product as well.
 """
 
+import functools
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from . import compat
-from .compat import CallFunction, KeywordArg, ops
+from .compat import CallFunction, KeywordArg, Match, PatternExpr, Value, ops
 from .patterns import convert, linear
 
 OPS = torch.ops.inductor_kernels
 aten = torch.ops.aten
 
 
-def activation(name: str, x):
-    """GELU, its tanh form or SiLU of a float32 value in Inductor's ``ops``, as templates/dequantize.jinja has them."""
+def activation(name: str, x: Value) -> Value:
+    """GELU, its tanh form or SiLU of a float32 value in Inductor's ``ops``; templates/dequantize.jinja has them as
+    Triton code."""
     if name == "silu":
         return ops.mul(x, ops.sigmoid(x))
-    constant = lambda value: ops.constant(value, torch.float32)  # noqa: E731
+    constant = functools.partial(ops.constant, dtype=torch.float32)
     if name == "gelu":
         erf = ops.erf(ops.mul(x, constant(math.sqrt(0.5))))
         return ops.mul(ops.mul(x, constant(0.5)), ops.add(erf, constant(1.0)))
@@ -32,16 +35,16 @@ def activation(name: str, x):
     return ops.mul(x, ops.sigmoid(ops.mul(ops.add(x, cubed), constant(2 * math.sqrt(2 / math.pi)))))
 
 
-def _register(name: str, of: Any, readers: int, capability: int) -> None:
-    """``of``: the pattern of an activation of a pattern that it reads ``readers`` times, in float32 where results have
-    16 bits."""
+def _register(name: str, of: Callable[[PatternExpr], CallFunction], readers: int, capability: int) -> None:
+    """``of``: from the pattern of an argument, which ``readers`` nodes read, to that of the activation. 16-bit results
+    are converted to float32 for it and back."""
 
-    def gates(match: Any, *product: Any, size: int, dim: int, dtype=None) -> bool:
+    def gates(match: Match, *product: Any, size: int, dim: int, dtype: torch.dtype | None = None) -> bool:
         y, weight = match.output_node().meta["val"], product[1].meta["val"]
         in_halves = dim in (-1, y.ndim - 1) and 2 * size == weight.shape[0] and y.dtype == product[-1]
         return in_halves and (compat.triton_device(y.device) or 0) >= capability
 
-    def gate(match: Any, *product: Any, size: int, dim: int, dtype=None) -> None:
+    def gate(match: Match, *product: Any, size: int, dim: int, dtype: torch.dtype | None = None) -> None:
         compat.replace_output(match, OPS.linear_glu.default, (*product, name))
 
     for wide in (True, False):
@@ -57,6 +60,6 @@ def _register(name: str, of: Any, readers: int, capability: int) -> None:
 
 
 def register(capability: int) -> None:
-    """``capability``: the least of a GPU that has kernels."""
+    """``capability``: the lowest compute capability for which templates are generated."""
     for name, (of, readers) in compat.activation_patterns().items():
         _register(name, of, readers, capability)

@@ -1,7 +1,7 @@
-"""Integer sums on a GPU without a kernel of ours: ``torch._int_mm``, int8 times int8 added up in int32.
+"""Integer products on a GPU in eager mode: ``torch._int_mm``, int8 times int8 with int32 sums.
 
-It wants more than 16 rows, and inputs and outputs in multiples of 8 (aten/src/ATen/native/cuda/Blas.cpp): zeros fill up
-to these. The second operand is a transposed view: other layouts cuBLAS lacks on some GPUs.
+It requires more than 16 rows and multiples of 8 inputs and outputs (aten/src/ATen/native/cuda/Blas.cpp); operands are
+padded with zeros. The second operand is a transposed view, the only layout that cuBLAS supports on all GPUs.
 """
 
 import math
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import checks
+from . import checks, compat_eager
 
-LONGEST = 1 << 16  # terms of at most 255 * 127 each, whose sum int32 holds
-PIECE = 1 << 26  # bytes of windows of a convolution that are gathered at a time
-ROWS = 32  # at least
+LONGEST = 1 << 16  # terms of a sum: int32 holds that many of at most 255 * 127
+PIECE = 1 << 26  # bytes of a convolution's windows gathered at a time
+ROWS = 32  # the first operand is padded to at least as many
 
 
 def _signed(x_q: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def _signed(x_q: Tensor) -> Tensor:
 
 
 def _filled(a: Tensor, rows: int, columns: int) -> Tensor:
-    """Contiguous, with zeros below and to the right up to this size."""
+    """``a`` contiguous, padded with zeros to this size."""
     a = a.contiguous()
     return a if a.shape == (rows, columns) else F.pad(a, (0, columns - a.shape[1], 0, rows - a.shape[0]))
 
@@ -36,16 +36,16 @@ def _product(a: Tensor, w: Tensor) -> Tensor:
     deep = k + -k % 8
     a, w = _filled(a, max(m, ROWS), deep), _filled(w, n + -n % 8, deep)
     try:
-        total = torch._int_mm(a, w.t())
+        total = compat_eager.int_mm(a, w.t())
     except RuntimeError as error:
         if "BLAS_STATUS_NOT_SUPPORTED" not in str(error):
             raise
-        total = (a.double() @ w.t().double()).to(torch.int32)  # this GPU's library lacks it
+        total = (a.double() @ w.t().double()).to(torch.int32)  # exact; some GPUs' cuBLAS lacks int8 products
     return total[:m, :n]
 
 
 def _corrected(total: Tensor, w: Tensor, weight_sum: Tensor | None, zero_point: Tensor) -> Tensor:
-    """What sums of signed codes have too much taken off, ``w`` [N, ...]."""
+    """``total`` of signed codes, minus the signed zero point times the sums of ``w`` [N, ...]."""
     weight_sum = w.flatten(1).sum(1, dtype=torch.int32) if weight_sum is None else weight_sum
     return total - (zero_point - 128) * weight_sum
 
@@ -79,7 +79,7 @@ def conv2d(
 
 
 def _framed(x: Tensor, zero_point: Tensor, padding: list[int]) -> Tensor:
-    """Contiguous, with the zero point's code around each image of int8 ``x`` [B, H, W, C]."""
+    """int8 ``x`` [B, H, W, C], contiguous, each image padded with the zero point's code."""
     top, left = padding
     if not (top or left):
         return x.contiguous()

@@ -1,8 +1,10 @@
-"""What Triton's interpreter lacks: device functions, inline PTX, fma with one rounding, and bfloat16 in products and
-conversions."""
+"""Repairs of Triton's interpreter for tests without a GPU: it lacks libdevice functions, inline PTX, an fma with one
+rounding, and bfloat16 in products and conversions."""
 
 import contextlib
 import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -20,11 +22,12 @@ _UNARY = {
 _BINARY = {"atan2": np.arctan2, "copysign": np.copysign, "fast_dividef": np.divide, "fmod": np.fmod, "pow": np.power}
 
 
-def _on_tensors(function, predicate: bool):
+def _on_tensors(function: Callable[..., Any], predicate: bool) -> Callable[..., Any]:
+    """A NumPy function as a function of the interpreter's tensors. ``predicate``: it returns booleans."""
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle
 
-    def call(*args):
+    def call(*args: Any) -> Any:
         first = next(arg for arg in args if isinstance(arg, tl.tensor))
         values = [arg.handle.data if isinstance(arg, tl.tensor) else arg for arg in args]
         with np.errstate(all="ignore"):
@@ -38,8 +41,8 @@ def _on_tensors(function, predicate: bool):
 
 
 @contextlib.contextmanager
-def libdevice():
-    """Triton's libdevice functions return None in the interpreter; give them a body for a while."""
+def libdevice() -> Iterator[None]:
+    """Implement Triton's libdevice functions, which return None in the interpreter."""
     from triton.language.extra import libdevice as module
 
     names = {**_UNARY, **_BINARY}
@@ -56,8 +59,8 @@ def libdevice():
                 setattr(module, name, function)
 
 
-def _wide(handle):
-    """A handle of bfloat16, which the interpreter keeps as raw 16-bit integers, as float32 numbers."""
+def _wide(handle: Any) -> np.ndarray:
+    """The data of a handle; bfloat16, which the interpreter stores as raw 16-bit integers, is converted to float32."""
     import triton.language as tl
 
     if handle.dtype.scalar != tl.bfloat16:
@@ -65,27 +68,27 @@ def _wide(handle):
     return (handle.data.astype(np.uint32) << 16).view(np.float32)
 
 
-def _narrow(data) -> np.ndarray:
-    """Numbers as raw bfloat16, rounded to nearest as the hardware does (the interpreter cuts off)."""
+def _narrow(data: Any) -> np.ndarray:
+    """Numbers as raw bfloat16, rounded to nearest as on hardware; the interpreter truncates."""
     array = np.asarray(data, dtype=np.float32)
     rounded = torch.from_numpy(np.atleast_1d(array).copy()).to(torch.bfloat16).view(torch.uint16).numpy()
     return rounded.reshape(array.shape)
 
 
 @contextlib.contextmanager
-def bfloat16():
+def bfloat16() -> Iterator[None]:
     """Repair the interpreter's arithmetic on bfloat16."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
-    def cast_impl(self, src, dst_type):
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
         if dst_type.scalar == tl.bfloat16 and src.dtype.scalar != tl.bfloat16:
             return TensorHandle(_narrow(src.data), tl.bfloat16)
         return cast(self, src, dst_type)
 
-    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
         if tl.bfloat16 not in (a.dtype.scalar, b.dtype.scalar):
             return dot(self, a, b, d, input_precision, max_num_imprecise_acc)
         return TensorHandle(np.matmul(_wide(a), _wide(b)) + d.data, d.dtype.scalar)
@@ -98,9 +101,9 @@ def bfloat16():
 
 
 @contextlib.contextmanager
-def fma():
-    """Give the interpreter of Triton before 3.9, which rounds the product as well, one rounding (of float32 by way of
-    float64: it differs in about one case in 2^29)."""
+def fma() -> Iterator[None]:
+    """Give fma one rounding; before Triton 3.9 the interpreter rounds the product as well. float32 is computed in
+    float64 and rounded twice, which differs in about one case in 2^29."""
     from triton._C.libtriton import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -109,7 +112,7 @@ def fma():
         return
     twice = InterpreterBuilder.create_fma
 
-    def create_fma(self, x, y, z):
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
         if z.data.dtype != np.float32:
             return twice(self, x, y, z)
         wide = [value.data.astype(np.float64) for value in (x, y, z)]
@@ -119,17 +122,21 @@ def fma():
         yield
 
 
-class _Results(list):
-    def get_result(self, index: int):
+class _Results(list[Any]):
+    """The results of inline assembly, as MLIR's operations have them."""
+
+    def get_result(self, index: int) -> Any:
         return self[index]
 
 
 @contextlib.contextmanager
-def inline_asm():
-    """Give the interpreter inline assembly whose operands are 8-bit numbers, four to a register."""
+def inline_asm() -> Iterator[None]:
+    """Run inline assembly whose operands are 8-bit numbers, four to a register."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    def create_inline_asm(self, text, constraints, values, types, is_pure, pack):
+    def create_inline_asm(
+        self: Any, text: str, constraints: str, values: Sequence[Any], types: Sequence[Any], is_pure: bool, pack: int
+    ) -> _Results:
         arrays = [np.ascontiguousarray(value.data) for value in values]
         shape = arrays[0].shape
         if pack != 4 or any(array.itemsize != 1 or array.shape != shape or array.size % 4 for array in arrays):
@@ -143,5 +150,5 @@ def inline_asm():
 
 
 def repairs() -> tuple[contextlib.AbstractContextManager, ...]:
-    """All of them, to be entered one after the other."""
+    """All repairs, each a context manager to enter."""
     return libdevice(), bfloat16(), fma(), inline_asm()

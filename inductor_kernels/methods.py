@@ -1,14 +1,20 @@
-"""What asks for a device's runtime before anything can intercept it, for tensors on a device that this build of torch
-does not have: ``x[...]``, ``x.contiguous()``, and the choice of an attention kernel."""
+"""Replacements for functions that query the device's runtime before a dispatch mode can intercept them: ``x[...]``,
+``x.contiguous()`` and ``scaled_dot_product_attention``. With them, code that uses fake CUDA tensors can be traced by a
+build of torch without CUDA."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from .compat_eager import flash_attention
 
-def _select(x: Tensor, index: tuple) -> Tensor:
-    """Basic indexing by integers, slices, None and Ellipsis, and by tensors, through dispatched operators."""
+
+def _select(x: Tensor, index: tuple[Any, ...]) -> Tensor:
+    """``x[index]`` by dispatched operators; an index may hold integers, slices, None, Ellipsis and tensors."""
     if not any(part is Ellipsis for part in index):
         index = (*index, Ellipsis)
     dim, tensors = 0, {}
@@ -33,21 +39,26 @@ def _contiguous(x: Tensor, memory_format: torch.memory_format = torch.contiguous
     return torch.ops.aten.clone.default(x, memory_format=memory_format)
 
 
-def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """The flash kernel where a GPU takes it: 16 bits, no mask, heads of at most 256."""
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """The flash kernel where a GPU would choose it: 16-bit types, no mask, heads of at most 256."""
     flash = query.dtype.itemsize == 2 and attn_mask is None and not enable_gqa and query.shape[-1] <= 256
     if not flash or not query.is_cuda:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    flash = torch.ops.aten._scaled_dot_product_flash_attention.default
-    return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    return flash_attention(query, key, value, dropout_p, is_causal, scale)
 
 
 class Methods(TorchFunctionMode):
-    """Replaces what would ask for the runtime."""
+    """Calls the replacements instead of the functions."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # fmt: skip
         if func is Tensor.__getitem__:
             x, index = args
             return _select(x, index if isinstance(index, tuple) else (index,))

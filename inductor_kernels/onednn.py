@@ -1,17 +1,19 @@
-"""oneDNN's int8 products, as torch calls them: codes of any zero point times symmetric int8 weights.
+"""oneDNN's int8 products through torch's operators: codes with any zero point times symmetric int8 weights.
 
-Activations are unsigned here; signed codes are moved up by 128, zero points are those of the unsigned ones anyway. A
-weight is laid out once, that of a convolution for one shape of the input: ``packed``. oneDNN reads scales and biases as
-if they were contiguous, whatever their strides.
+oneDNN takes unsigned activations, so 128 is added to signed codes; zero points refer to unsigned codes already. Weights
+are laid out once (``packed``), those of convolutions for one input shape. oneDNN reads scales and biases as if they
+were contiguous, whatever their strides.
 
 Without VNNI or AMX it multiplies with ``vpmaddubsw``, which adds two products in 16 bits and *saturates*: 8-bit codes
-times 8-bit weights come out 13-22 % wrong, unless the weights are small (see :mod:`inductor_kernels.routes`).
+times 8-bit weights are 13-22 % wrong, unless the weights are small (see :mod:`inductor_kernels.routes`).
 """
 
 import functools
 
 import torch
 from torch import Tensor
+
+from . import compat_eager
 
 POST_OPS = {"none": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", "")}
 
@@ -28,11 +30,8 @@ def avx512() -> bool:
 
 @functools.cache
 def int8_is_exact() -> bool:
-    """Whether the products are exact for all codes and weights on this machine: the flags say so and a trial agrees."""
-    if not available():
-        return False
-    flags = (getattr(torch.cpu, name, None) for name in ("_is_vnni_supported", "_is_amx_tile_supported"))
-    if not any(flag is not None and flag() for flag in flags):
+    """Whether products of all codes and weights are exact on this machine: by the CPU's flags and by a trial."""
+    if not available() or not compat_eager.has_int8_dot_products():
         return False
     x = torch.full((64, 128), 255, dtype=torch.uint8)
     w = torch.full((64, 128), 127, dtype=torch.int8)
@@ -40,8 +39,8 @@ def int8_is_exact() -> bool:
 
 
 def writes(out_dtype: torch.dtype) -> bool:
-    """Whether the products write this type themselves: bfloat16 from AVX-512 on; below, a 100x slower kernel is
-    taken."""
+    """Whether the fast products can write this type: float32, and with AVX-512 bfloat16. Without AVX-512 oneDNN
+    writes bfloat16 with a kernel that is 100 times slower."""
     return out_dtype is torch.float32 or (out_dtype is torch.bfloat16 and avx512())
 
 
@@ -64,7 +63,7 @@ def linear(
 def linear_add(
     x_q: Tensor, zero_point: int, packed: Tensor, scale: Tensor, bias: Tensor | None, other: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """The product plus ``other`` [..., N], which is of the type ``dtype`` that is written."""
+    """The product plus ``other`` [..., N]; ``dtype`` is the type of both ``other`` and the result."""
     return torch.ops.onednn.qlinear_pointwise.binary(
         _unsigned(x_q), 1.0, zero_point, packed, scale.contiguous(), _zeros(scale.shape[0]), other.contiguous(),
         _float(bias), 1.0, 0, dtype, 1.0, 0, "add", 1.0, "none", [], "",
@@ -74,8 +73,8 @@ def linear_add(
 def pack_conv2d(
     w: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int, shape: list[int]
 ) -> Tensor:
-    """w: int8 [O, C / groups, kh, kw]; shape: that of the input, [B, C, H, W]. Any zero point but 0 gives the layout
-    that serves all of them."""
+    """w: int8 [O, C / groups, kh, kw]; shape: of the input, [B, C, H, W]. The layout for a zero point other than 0
+    (here 1) serves all zero points."""
     return torch.ops.onednn.qconv_prepack(w, torch.ones(w.shape[0]), 1.0, 1, stride, padding, dilation, groups, shape)
 
 
@@ -83,7 +82,7 @@ def conv2d(
     x_q: Tensor, zero_point: int, packed: Tensor, scale: Tensor, bias: Tensor | None, stride: list[int],
     padding: list[int], dilation: list[int], groups: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """[B, OH, OW, O] of codes [B, H, W, C]; what lies past the edge is the zero point."""
+    """[B, OH, OW, O] of codes [B, H, W, C]; padding reads the zero point."""
     y = torch.ops.onednn.qconv_pointwise.default(
         _unsigned(x_q).permute(0, 3, 1, 2), 1.0, zero_point, packed, scale.contiguous(), _zeros(scale.shape[0]),
         _float(bias), stride, padding, dilation, groups, 1.0, 0, dtype, "none", [], "",
@@ -97,7 +96,7 @@ def _unsigned(x_q: Tensor) -> Tensor:
 
 
 def _float(bias: Tensor | None) -> Tensor | None:
-    """A bias of 16 bits is added by a reference path that is thousands of times slower."""
+    """The bias as float32: with a 16-bit bias oneDNN runs a reference kernel, thousands of times slower."""
     return None if bias is None else bias.float().contiguous()
 
 

@@ -1,10 +1,10 @@
-"""Storage of 2- and 4-bit codes: packed along the last dimension, in runs of neighbours.
+"""Storage of 2- and 4-bit codes: packed along the last dimension, in runs of bytes.
 
-The bytes of a row come in runs of :func:`run_length`, 16 where the row has as many. Byte ``j`` of a run holds code
-``j`` of the codes in its run, lowest bits first, then code ``run + j``, and at 2 bits ``2 run + j`` and ``3 run + j``.
-So four bytes hold four neighbours in every field, which is what a lane of an integer tensor core reads; with
-neighbours in one byte, each would have to be moved.
-A row is filled up with zero codes to whole bytes.
+A row's bytes are divided into runs of :func:`run_length` bytes, at most 16. A byte has ``8 / bits`` fields, lowest bits
+first. In byte ``j`` of a run of ``r`` bytes they hold codes ``j`` and ``r + j`` of the run's codes, with 2 bits also
+``2 r + j`` and ``3 r + j``. The same field of four adjacent bytes thus holds four adjacent codes, as a lane of an
+integer tensor core reads them; with adjacent codes in one byte, each code would have to be moved. Rows are padded with
+zero codes to whole bytes.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 PACKED_BITS = (2, 4)
-LONGEST_RUN = 16  # bytes, as many as are copied and loaded at once
+LONGEST_RUN = 16  # bytes: the widest copy and load of a GPU's thread
 
 
 def _check_bits(bits: int) -> None:
@@ -22,20 +22,20 @@ def _check_bits(bits: int) -> None:
 
 
 def packed_length(length: int, bits: int) -> int:
-    """Bytes that ``length`` codes of ``bits`` bits take (``length`` itself for 8 bit)."""
+    """Bytes of a row of ``length`` codes of ``bits`` bits (``length`` itself for 8 bits)."""
     per_byte = 8 // bits
     return (length + per_byte - 1) // per_byte
 
 
 def run_length(length: int, bits: int) -> int:
-    """Bytes of a run in rows of ``length`` codes: the largest power of two up to 16 that divides the bytes of a row."""
+    """Bytes of a run in rows of ``length`` codes: the largest power of two, at most 16, that divides a row's bytes."""
     return math.gcd(packed_length(length, bits), LONGEST_RUN)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes ``[..., K]`` in ``[0, 2**bits)`` to uint8 ``[..., ceil(K * bits / 8)]``.
 
-    Bits above ``bits`` are ignored rather than checked: looking at the values would force a device to wait.
+    Bits above ``bits`` are ignored rather than checked: reading the values would synchronize with the device.
     """
     _check_bits(bits)
     if codes.dtype != torch.uint8 or codes.ndim == 0:

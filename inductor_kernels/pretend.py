@@ -2,7 +2,8 @@
 
 import contextlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -14,49 +15,49 @@ from .tiles import SHARED_BYTES, SMS, family
 
 
 class Driver(DriverBase):
-    """What Triton asks its driver before it compiles."""
+    """Answers what Triton asks its driver before it compiles."""
 
-    def __init__(self, capability: int, device: str):
+    def __init__(self, capability: int, device: str) -> None:
         self._target, self._device = GPUTarget("cuda", capability, 32), torch.device(device)
         shared = SHARED_BYTES[family(capability)]
         properties = dict(max_shared_mem=shared, max_num_regs=65536, multiprocessor_count=SMS[family(capability)])
         properties.update(warpSize=32, sm_clock_rate=1, mem_clock_rate=1, mem_bus_width=1)
         self.utils = types.SimpleNamespace(get_device_properties=lambda index: properties)
 
-    def get_current_target(self):
+    def get_current_target(self) -> GPUTarget:
         return self._target
 
-    def get_current_device(self):
+    def get_current_device(self) -> int:
         return 0
 
-    def set_current_device(self, device):
+    def set_current_device(self, device: int) -> None:
         pass
 
-    def get_current_stream(self, device=None):
+    def get_current_stream(self, device: int | None = None) -> int:
         return 0
 
-    def get_active_torch_device(self):
+    def get_active_torch_device(self) -> torch.device:
         return self._device
 
-    def get_device_interface(self):
+    def get_device_interface(self) -> Any:
         return torch.cuda
 
     @staticmethod
-    def is_active():
+    def is_active() -> bool:
         return True
 
-    def map_python_to_cpp_type(self, ty):
+    def map_python_to_cpp_type(self, ty: str) -> str:
         return ty
 
-    def get_benchmarker(self):
+    def get_benchmarker(self) -> Callable[..., Any]:
         from triton.testing import do_bench
 
         return do_bench
 
 
 @contextlib.contextmanager
-def driver(capability: int, device: str):
-    """Make :class:`Driver` the active one."""
+def driver(capability: int, device: str) -> Iterator[None]:
+    """Make :class:`Driver` Triton's active driver."""
     config = triton.runtime.driver
     before = getattr(config, "_active", None)
     config.set_active(Driver(capability, device))
@@ -78,7 +79,7 @@ def _properties(capability: int) -> types.SimpleNamespace:
 
 
 def _answers(capability: int) -> dict[str, Callable[..., object]]:
-    """What ``torch.cuda`` and Inductor's interface to it say, by function name."""
+    """Replacements for functions of ``torch.cuda`` and of Inductor's interface to it, by name."""
     properties = _properties(capability)
     pair = (capability // 10, capability % 10)
     return {
@@ -99,8 +100,8 @@ def _answers(capability: int) -> dict[str, Callable[..., object]]:
 
 
 @contextlib.contextmanager
-def _forgetting():
-    """Torch remembers whether there is a working Triton: let it look again, now and afterwards."""
+def _forgetting() -> Iterator[None]:
+    """Clear torch's cached answers whether Triton works, on entry and on exit."""
     import torch.utils._triton as answers
 
     caches = [f for f in vars(answers).values() if hasattr(f, "cache_clear")]
@@ -114,8 +115,8 @@ def _forgetting():
 
 
 @contextlib.contextmanager
-def cuda(capability: int):
-    """Torch believes that it has one GPU; only fake tensors can live there."""
+def cuda(capability: int) -> Iterator[None]:
+    """Make torch believe that it has one GPU. Only fake tensors can live there."""
     import torch._inductor.fx_passes.fuse_attention as attention
     import torch._inductor.fx_passes.misc_patterns as misc
     import torch._inductor.fx_passes.pad_mm as pad
@@ -131,7 +132,7 @@ def cuda(capability: int):
                     value = answer if owner is torch.cuda else staticmethod(answer)
                     stack.enter_context(mock.patch.object(owner, name, value))
         for owner, name in (
-            # these patterns are made by tracing real CUDA tensors
+            # the first three trace patterns with real CUDA tensors, the last one initializes the runtime
             (attention, "_sfdp_init"),
             (pad, "_pad_mm_init"),
             (misc, "_misc_patterns_init"),

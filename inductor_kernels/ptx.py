@@ -1,6 +1,6 @@
-"""Inline PTX on NumPy arrays: the few instructions with which the templates unpack codes.
+"""Interprets inline PTX on NumPy arrays: the few instructions with which the templates unpack codes.
 
-The text that a GPU's assembler gets is what tests run, so that none needs a kernel of its own.
+Tests without a GPU thus run the same text that a GPU's assembler gets.
 """
 
 import re
@@ -16,17 +16,17 @@ BINARY: dict[str, Callable[..., np.ndarray]] = {
 
 
 def lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: int) -> np.ndarray:
-    """Any bitwise function of three numbers: bit ``4 a + 2 b + c`` of ``table``, for each of their bits."""
+    """The bitwise function of three numbers with truth table ``table``: its bit ``4 a + 2 b + c`` for bits a, b, c."""
     ones = (i for i in range(8) if table >> i & 1)
     cases = ((a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c) for i in ones)
     return np.bitwise_or.reduce([*cases, np.zeros_like(a)])
 
 
 def run(text: str, outputs: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
-    """The outputs of ``{ .reg .b32 x, y; instruction; ... }``, whose ``$0`` is the first of them.
+    """Run ``{ .reg .b32 x, y; instruction; ... }`` and return its outputs, the registers ``$0`` and following.
 
-    inputs: uint32, one shape; they follow the outputs in number. Raises NotImplementedError naming an instruction that
-    is not known here.
+    inputs: uint32, of one shape, in the registers after the outputs. Raises NotImplementedError naming an unsupported
+    instruction.
     """
     registers = {f"${outputs + i}": value for i, value in enumerate(inputs)}
     for line in filter(None, map(str.strip, text.strip("{} ").split(";"))):

@@ -1,9 +1,10 @@
-"""The operators in plain torch: their specification, and what runs wherever no kernel serves.
+"""The operators in plain torch: their specification, and the implementation on devices without a kernel.
 
-Integer sums are formed in float64, where they are exact (below 2**53), on every device that has it; on CUDA, which may
-have little of that, by its integer units (:mod:`inductor_kernels.int_mm`), grouped convolutions apart. Products take
-another type as ``sums``: in float32 they are exact below 2**24, then rounded, and some times as fast. Weights-only
-products, which round anyhow, form theirs in float32 on a GPU, as its kernels do.
+Integer sums are accumulated in float64, where they are exact (below 2**53). On CUDA, where float64 may be slow, integer
+units accumulate them (:mod:`inductor_kernels.int_mm`), except in grouped convolutions; MPS has no float64 and uses
+float32. The argument ``sums`` selects another type: float32 is several times as fast, exact below 2**24 and rounded
+above. Weight-only products, whose sums are rounded in any case, use float64 on a CPU and float32 elsewhere, as the GPU
+kernels do.
 """
 
 import functools
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from . import checks, int_mm
 from .packing import unpack_weight
 
-INTEGER_UNITS = ("cuda",)  # kinds of devices that have them
+INTEGER_UNITS = ("cuda",)  # device types on which int_mm runs
 
 
 def code_dtype(device: torch.device) -> torch.dtype:
@@ -25,9 +26,10 @@ def code_dtype(device: torch.device) -> torch.dtype:
 
 
 def quantize(x: Tensor, inv_scale: Tensor | float, zero_point: Tensor | float, levels: int) -> Tensor:
-    """Codes of ``x`` [...]: a product with a stored reciprocal, so that all kinds of code agree to the code.
+    """Codes of ``x`` [...]: clamp(round(x * inv_scale + zero_point), 0, levels), minus 128 as int8 on CUDA.
 
-    Plain aten operators in float32, which Inductor fuses into whatever produced ``x``.
+    The reciprocal of the scale is stored, and every implementation multiplies by it, so that their codes are equal.
+    These are plain aten operators in float32, which Inductor fuses into the producer of ``x``.
     """
     codes = torch.round(x.to(torch.float32) * inv_scale + zero_point).clamp(0, levels)
     dtype = code_dtype(x.device)
@@ -35,27 +37,28 @@ def quantize(x: Tensor, inv_scale: Tensor | float, zero_point: Tensor | float, l
 
 
 def in_planes(x: Tensor) -> bool:
-    """Whether each image of ``x`` [B, H, W, C] lies in memory as [C, H, W], which is how images come in eager mode."""
+    """Whether each image of ``x`` [B, H, W, C] lies in memory as [C, H, W], as eager models' NCHW images do."""
     return x.ndim == 4 and not x.is_contiguous() and x.stride()[1:] == (x.shape[2], 1, x.shape[1] * x.shape[2])
 
 
 def like_planes(y: Tensor) -> Tensor:
-    """``y`` [B, H, W, C] in such memory."""
+    """``y`` [B, H, W, C], copied so that each image lies in memory as [C, H, W]."""
     return y.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
 
 
 def _exact(device: torch.device) -> torch.dtype:
+    """The type that sums of integer products are accumulated in."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _rounding(device: torch.device) -> torch.dtype:
-    """What sums of floating-point products are formed in."""
+    """The type that sums of floating-point products are accumulated in."""
     return torch.float64 if device.type == "cpu" else torch.float32
 
 
 def _has_wide_sums(x: Tensor) -> bool:
-    """Whether ``torch.mm`` gives the float32 sums of 16-bit products, of which a weight's integers are exact operands:
-    on NVIDIA GPUs, whose tensor cores form them."""
+    """Whether ``torch.mm`` of 16-bit operands, which hold 8-bit weights exactly, can return its float32 sums: on
+    NVIDIA GPUs."""
     return x.device.type == "cuda" and x.dtype.itemsize == 2 and torch.version.hip is None
 
 
@@ -67,7 +70,8 @@ def _centered(x_q: Tensor, zero_point: Tensor, sums: torch.dtype | None) -> Tens
 
 
 def _by_integers(x_q: Tensor, w: Tensor, sums: torch.dtype | None) -> bool:
-    """Whether integer units form the sums over all but the first dimension of ``w``."""
+    """Whether to accumulate on integer units; their int32 limits how many terms (``w`` without its first dimension)
+    a sum may have."""
     return sums is None and x_q.device.type in INTEGER_UNITS and w.shape[1:].numel() <= int_mm.LONGEST
 
 
@@ -81,8 +85,8 @@ def _finish(total: Tensor, scale: Tensor, row_scale: Tensor | None, bias: Tensor
     return y.to(dtype)
 
 
-def _conv(x: Tensor, w: Tensor, stride, padding, dilation, groups: int) -> Tensor:
-    """NHWC convolution in the type of ``x``; zero padding, which is the zero point of centered codes."""
+def _conv(x: Tensor, w: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Tensor:
+    """NHWC convolution in the type of ``x``, padded with 0, which for centered codes stands for the zero point."""
     y = F.conv2d(x.permute(0, 3, 1, 2), w.to(x.dtype).permute(0, 3, 1, 2), None, stride, padding, dilation, groups)
     return y.permute(0, 2, 3, 1).contiguous()
 
@@ -110,7 +114,7 @@ def linear_post(
     zero_point: Tensor, bias: Tensor | None, row_scale: Tensor | None, weight_bits: int, out_dtype: torch.dtype,
     other: Tensor | None, activation: str, out_inv_scale: Tensor | None, out_zero_point: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """``linear``, then what else is asked for, all in float32."""
+    """``linear``, then :func:`post`, all in float32."""
     checks.post(x_q, weight, out_dtype, other, activation, out_inv_scale, out_zero_point)
     product = (x_q, weight, weight_zero_point, weight_sum, scale, zero_point, bias, row_scale, weight_bits)
     return post(linear(*product, torch.float32), out_dtype, other, activation, out_inv_scale, out_zero_point)
@@ -121,14 +125,14 @@ def linear_glu(
     zero_point: Tensor, bias: Tensor | None, row_scale: Tensor | None, weight_bits: int, out_dtype: torch.dtype,
     activation: str,
 ) -> Tensor:  # fmt: skip
-    """``linear``, then its first half times the activation of its second, in float32."""
+    """``linear``, then :func:`glu`, all in float32."""
     checks.glu(weight, activation)
     product = (x_q, weight, weight_zero_point, weight_sum, scale, zero_point, bias, row_scale, weight_bits)
     return glu(linear(*product, torch.float32), out_dtype, activation)
 
 
 def glu(y: Tensor, out_dtype: torch.dtype, activation: str) -> Tensor:
-    """What ``linear_glu`` does with the float32 product ``y`` [..., N]."""
+    """The first half of the float32 product ``y`` [..., N] times the activation of its second half."""
     value, gate = y.chunk(2, -1)
     return (value * ACTIVATIONS[activation](gate)).to(out_dtype)
 
@@ -145,7 +149,8 @@ def post(
     y: Tensor, out_dtype: torch.dtype, other: Tensor | None, activation: str, inv_scale: Tensor | None,
     zero_point: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """What ``linear_post`` does with the float32 product ``y`` [..., N]."""
+    """The activation of the float32 product ``y`` [..., N] plus ``other``; its codes where ``inv_scale`` and
+    ``zero_point`` are given."""
     y = ACTIVATIONS[activation](y if other is None else y + other)
     if inv_scale is None or zero_point is None:
         return y.to(out_dtype)
@@ -198,19 +203,24 @@ def conv2d_weight_only(
     return _finish(total, scale, None, bias, x.dtype)
 
 
-def quantize_linear(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int, *rest) -> Tensor:
+def quantize_linear(
+    x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int, weight: Tensor, weight_zero_point: Tensor | None,
+    weight_sum: Tensor | None, scale: Tensor, bias: Tensor | None, weight_bits: int,
+) -> Tensor:  # fmt: skip
     """``quantize``, then ``linear``."""
     checks.quantize(x, inv_scale, zero_point, levels)
-    weight, weight_zero_point, weight_sum, scale, bias, bits = rest
     codes = quantize(x, inv_scale, zero_point, levels)
-    return linear(codes, weight, weight_zero_point, weight_sum, scale, zero_point, bias, None, bits, x.dtype)
+    return linear(codes, weight, weight_zero_point, weight_sum, scale, zero_point, bias, None, weight_bits, x.dtype)
 
 
-def quantize_conv2d(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int, *rest) -> Tensor:
-    """``quantize``, then ``conv2d``; the result lies in memory as ``x`` does."""
+def quantize_conv2d(
+    x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int, weight: Tensor, weight_zero_point: Tensor | None,
+    weight_sum: Tensor | None, scale: Tensor, bias: Tensor | None, weight_bits: int, stride: list[int],
+    padding: list[int], dilation: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """``quantize``, then ``conv2d``; the result has the memory layout (NHWC or NCHW) of ``x``."""
     checks.quantize(x, inv_scale, zero_point, levels)
-    weight, weight_zero_point, weight_sum, scale, bias, bits, stride, padding, dilation, groups = rest
     codes = quantize(x, inv_scale, zero_point, levels)
-    product = (weight, weight_zero_point, weight_sum, scale, zero_point, bias, bits)
+    product = (weight, weight_zero_point, weight_sum, scale, zero_point, bias, weight_bits)
     y = conv2d(codes, *product, stride, padding, dilation, groups, x.dtype)
     return like_planes(y) if in_planes(x) else y

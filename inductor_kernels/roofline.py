@@ -1,8 +1,8 @@
-"""How long a kernel must take on a GPU: bytes, operations, and the machine's limits.
+"""A roofline model: how long a product takes on a GPU by its bytes, its operations and the machine's limits.
 
-Decides what cannot be measured where code is generated (which tile is the default, whether a product computes its own
-codes), and says beside measurements what there is to reach. Limits are those of the vendors' data sheets, dense; shares
-of them that kernels reach are round numbers, not measurements.
+It decides what cannot be measured while code is generated: the default tile, and whether a product computes its own
+codes. Benchmarks print its bounds beside measured times. Limits are from the vendors' data sheets, dense; overheads and
+latencies are assumed round numbers, not measurements.
 """
 
 from __future__ import annotations
@@ -34,17 +34,19 @@ MACHINES = {
     100: Machine("B200", 4500e12, 2250e12, 37e12, 7.7e12, 126e6),
     120: Machine("RTX 5090", 838e12, 210e12, 52e12, 1.79e12, 96e6),
 }
-OTHERS = (  # the same architectures with other limits
+OTHERS = (  # other GPUs of the same architectures
     Machine("H100", 1979e12, 989e12, 33.5e12, 3.35e12, 50e6),
     Machine("4090", 660e12, 165e12, 41e12, 1.01e12, 72e6),
 )
-LAUNCH = 2e-6  # seconds from one kernel of a CUDA graph to the next
-CACHE = 60e9  # bytes per second that the second-level cache delivers to each processor
-LATENCY = 0.7e-6  # seconds from asking memory for the first bytes of a tile to having them
-BETWEEN = 0.1e-6  # seconds from one step's products to the next step's in the same program: a barrier, fences, copies
-FINISH, FINISH_GATED = 12, 27  # instructions for each sum behind its reduction, as assembled; activations add to it
+# "Processor" below is a streaming multiprocessor (SM).
+LAUNCH = 2e-6  # assumed: seconds between two kernels of a CUDA graph
+CACHE = 60e9  # assumed: bytes per second that the second-level cache delivers to each processor
+LATENCY = 0.7e-6  # assumed: seconds from requesting the first bytes of a tile to receiving them from memory
+OVERLAP = 4  # assumed: with copies in flight, a round of pipeline stages waits for a quarter of LATENCY
+BETWEEN = 0.1e-6  # assumed: seconds between the products of two steps of one program (a barrier, fences, copies)
+FINISH, FINISH_GATED = 12, 27  # epilogue instructions per sum, counted in machine code; activations come on top
 REGISTERS = 65536  # per processor
-THREADS = 1536  # that a processor holds at least
+THREADS = 1536  # per processor, the least of all architectures
 
 
 def machine(device_name: str) -> Machine | None:
@@ -56,8 +58,8 @@ def machine(device_name: str) -> Machine | None:
 class Product:
     """[m, k] times [k, n] with integer activations; for a convolution m is pixels and k runs over taps and channels.
 
-    bits: of a weight; out: bytes of a result; taps: of a convolution, which need not read its input once for each;
-    finish: instructions from a sum to what is written of it.
+    bits: of a weight; out: bytes of a result; taps: of a convolution, which reads its input once for all of them;
+    finish: instructions per sum in the epilogue.
     """
 
     m: int
@@ -74,21 +76,21 @@ class Product:
 
     @property
     def bytes(self) -> float:
-        """Read and written once: codes, weights, results."""
+        """Bytes of codes, weights and results, each read or written once."""
         return self.m * self.k / self.taps + self.n * self.k * self.bits / 8 + self.m * self.n * self.out
 
 
 def least(product: Product, limits: Machine) -> float:
-    """Seconds that no kernel beats: all at the peak of the tensor cores, or all bytes at that of the memory."""
+    """A lower bound in seconds: all operations at the tensor cores' peak, or all bytes at the memory's."""
     return max(product.operations / limits.int8, product.bytes / limits.bandwidth)
 
 
 def seconds(product: Product, tile: Tile, capability: int, split_k: int = 1) -> float:
-    """What a product is expected to take with a tile: programs come in waves over the processors, each limited by its
-    products, by what the cache delivers, by the steps it takes one after the other and the work behind them, or by
-    waiting for memory. Steps are whole ones: what a tile is deeper than a tap's channels is multiplied too.
+    """Expected seconds for a product with a tile. Programs run in waves over the processors. A wave is limited by its
+    operations, by the bandwidth of the cache, by the sequence of steps and epilogue in a program, or by waiting for
+    memory. Steps are counted whole: where a tile is deeper than a tap's channels, the rest is multiplied too.
 
-    split_k: programs that share the reduction of a tile. Their sums, 4 bytes each, are added by what reads them.
+    split_k: programs that share the reduction of a tile. The next kernel reads and adds their sums, 4 bytes each.
     """
     architecture = family(capability)
     limits, processors = MACHINES[architecture], SMS[architecture]
@@ -98,7 +100,7 @@ def seconds(product: Product, tile: Tile, capability: int, split_k: int = 1) -> 
     steps = math.ceil(product.taps * math.ceil(product.k / product.taps / tile.k) / split_k)
     depth = steps * tile.k
     finish = tile.m * tile.n * product.finish / (limits.vector / processors)
-    waiting = LATENCY * (1 + steps / max(1, tile.stages - 1) / 4)  # with copies in flight, a quarter of a round trip
+    waiting = LATENCY * (1 + steps / max(1, tile.stages - 1) / OVERLAP)
 
     def wave(each: int) -> float:
         """Seconds with ``each`` programs on a processor."""
@@ -115,26 +117,27 @@ def seconds(product: Product, tile: Tile, capability: int, split_k: int = 1) -> 
 
 
 def resident_programs(tile: Tile) -> int:
-    """Programs whose registers a processor holds: 32 and half as many again as sums for each thread, as the assembler
-    gives them (benchmarks/results/tiles.md)."""
+    """How many programs fit a processor's registers: each thread takes 32 registers plus 1.5 per sum, a fit to the
+    assembler's counts (benchmarks/results/tiles.md)."""
     threads = 32 * tile.warps
     return min(THREADS // threads, int(REGISTERS // (threads * 32 + 1.5 * tile.m * tile.n)))
 
 
 def shared_bytes(tile: Tile, read: int = 1) -> int:
-    """Shared memory a tile takes at most. ``read``: bytes from which one activation code is made (1: it is read)."""
+    """The most shared memory a tile takes. ``read``: bytes read per activation code; more than 1 where the kernel
+    computes it."""
     return tile.stages * tile.k * (tile.m * read + tile.n)
 
 
 def prologue_fits(tile: Tile, capability: int, *, read: int) -> bool:
-    """Whether a tile leaves room for ``read`` bytes from which each code is made."""
+    """Whether a tile fits shared memory where each code is computed from ``read`` bytes."""
     return shared_bytes(tile, read) <= SHARED_BYTES[family(capability)]
 
 
 def prologue_seconds(product: Product, tile: Tile, capability: int, *, work: int, read: int) -> float:
-    """What a product is expected to take that computes its codes itself, once per column of tiles.
+    """Expected seconds for a product that computes its own codes, again for every column of tiles.
 
-    work: operations per code; read: bytes from which a code is made.
+    work: operations per code; read: bytes read per code.
     """
     architecture = family(capability)
     codes = product.m * product.k * math.ceil(product.n / tile.n)
@@ -143,6 +146,7 @@ def prologue_seconds(product: Product, tile: Tile, capability: int, *, work: int
 
 
 def prologue_pays(product: Product, tile: Tile, capability: int, *, work: int, read: int, otherwise: float) -> bool:
-    """Whether that is sooner than a kernel that makes the codes and one that reads them, ``otherwise`` seconds."""
+    """Whether :func:`prologue_seconds` is at most the time of two kernels: one that writes the codes, and a product
+    that reads them and takes ``otherwise`` seconds."""
     apart = LAUNCH + product.m * product.k / product.taps * (read + 1) / MACHINES[family(capability)].bandwidth
     return prologue_seconds(product, tile, capability, work=work, read=read) <= apart + otherwise

@@ -1,8 +1,8 @@
-"""How a product is computed by default, with which tile and by how many programs a tile: from a table of SDXL's shapes,
-else from a model of the machine.
+"""The default tile of a product, and how many programs share its reduction: from a table of SDXL's shapes, for other
+shapes from a model of the machine.
 
-``tuned.json`` says of each architecture where its numbers come from: "modelled" (:func:`roofline.seconds`; nothing was
-measured) or the name of the GPU that timed them. ``benchmarks/gpu.sh tiles-512`` measures and replaces a table.
+``tuned.json`` names the source of each architecture's table: "modelled" (:func:`roofline.seconds`; nothing was
+measured) or the GPU that timed it. ``benchmarks/gpu.sh tiles-512`` measures a table and replaces it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .roofline import Product
 from .tiles import Tile
 
 PATH = Path(__file__).with_name("tuned.json")
-SHARES = (2, 3, 4, 6, 8)
-GAIN = 1.2  # that the model must promise before a reduction is shared
+SHARES = (2, 3, 4, 6, 8)  # numbers of programs that may share a reduction
+GAIN = 1.2  # modelled speedup from which a reduction is shared: a margin, chosen by hand, for the errors of the model
 
 
 class Way(NamedTuple):
@@ -35,12 +35,13 @@ class Way(NamedTuple):
 
 
 def key(product: Product) -> str:
-    """Name of a shape in the table: rows, outputs, inputs, and the taps of a convolution."""
+    """A shape's key in the table: rows x outputs x inputs, with the taps of a convolution."""
     return f"{product.m}x{product.n}x{product.k}" + (f"/{product.taps}" if product.taps > 1 else "")
 
 
 def read(text: str) -> dict[int, dict[str, Way]]:
-    """Ways by capability and shape. Raises ValueError naming the entry that is not one of the listed tiles."""
+    """The ways in the text of ``tuned.json``, by capability and shape. Raises ValueError naming an entry whose tile is
+    not listed."""
     document: dict[str, Any] = json.loads(text)
     found: dict[int, dict[str, Way]] = {}
     for arch, table in document.items():
@@ -68,7 +69,7 @@ def _table() -> dict[int, dict[str, Way]]:
 
 
 def document(tables: Mapping[int, tuple[str, Mapping[str, Way]]]) -> str:
-    """The text of ``tuned.json``: by capability, where the ways come from and which they are."""
+    """The text of ``tuned.json``. ``tables``: (source, ways by shape) by capability."""
     arches = []
     for capability, (source, found) in sorted(tables.items()):
         lines = [f'   "{shape}": {json.dumps(_numbers(way))}' for shape, way in sorted(found.items())]
@@ -83,30 +84,30 @@ def _numbers(way: Way) -> list[int]:
 
 
 def expected(capability: int, product: Product, way: Way) -> float:
-    """Seconds that the model expects, with the tile no deeper than the product is long."""
+    """Seconds by the model, with the tile no deeper than the product is long."""
     tile = tiles.narrowed(way.tile, product.k // product.taps, bits=product.bits)
     return roofline.seconds(product, tile, capability, way.shares)
 
 
 def _by_model(capability: int, product: Product, ways: list[Way]) -> list[Way]:
-    """Best first; of equals the larger tile, which reads less."""
+    """``ways``, the fastest first; of equally fast ones the larger tile first, which reads less."""
     return sorted(ways, key=lambda way: (expected(capability, product, way), -way.tile.m * way.tile.n, way.shares))
 
 
 def modelled(capability: int, product: Product, among: Sequence[Tile] = (), shares: int = 1) -> Tile:
-    """The tile (of all that fit, or ``among`` these) with which the model expects the product to be done first."""
+    """The tile (of all that fit, or of ``among``) that is fastest by the model."""
     fitting = among or tiles.fitting(capability, product.m, product.n)
     return _by_model(capability, product, [Way(tile, shares) for tile in fitting])[0].tile
 
 
 def ranked(capability: int, product: Product) -> list[Way]:
-    """Every way, in the order of the model."""
+    """Every way, the fastest by the model first."""
     every = [Way(t, n) for t in tiles.fitting(capability, product.m, product.n) for n in (1, *SHARES)]
     return _by_model(capability, product, every)
 
 
 def modelled_way(capability: int, product: Product) -> Way:
-    """What the model chooses: reductions are shared where it promises clearly more."""
+    """The fastest way by the model; a reduction is shared only for a speedup of at least ``GAIN``."""
     best, *others = ranked(capability, product)
     whole = next(way for way in (best, *others) if way.shares == 1)
     gain = expected(capability, product, whole) / expected(capability, product, best)
@@ -114,14 +115,14 @@ def modelled_way(capability: int, product: Product) -> Way:
 
 
 def way(capability: int, product: Product) -> Way:
-    """The default for a product with integer activations."""
+    """The default way for a product with integer activations."""
     known = _table().get(tiles.family(capability), {}).get(key(product))
     return known or modelled_way(capability, product)
 
 
 def candidates(capability: int, product: Product, *, shares: int = 1, bytes_per_code: int = 1) -> list[Tile]:
-    """Tiles worth timing for a product whose reductions so many programs share, the default first. bytes_per_code: of
-    an activation, 1 for integer ones."""
+    """Tiles to time for a product, the default first. shares: how many programs share a reduction; bytes_per_code: size
+    of an activation, 1 for integer ones."""
     default, length = way(capability, product), product.k // product.taps
     fitting = tiles.fitting(capability, product.m, product.n, bytes_per_code=bytes_per_code)
     known = shares == default.shares and default.tile in fitting

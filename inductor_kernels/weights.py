@@ -1,25 +1,23 @@
-"""Forms of a weight that a kernel wants but a state dict should not hold, made once and dropped with the weight.
+"""A cache of weights in the forms that kernels read and state dicts should not hold. A form is made once and dropped
+with its weight.
 
-An entry belongs to a storage, an address in it and a version counter: a weight that is replaced, freed or changed in
-place never meets a stale form. Inference tensors carry no version; after changing one in place call :func:`clear`.
+An entry is valid for one storage, address and version counter, so a weight that was replaced, freed or changed in place
+never gets a stale form. Inference tensors have no version counter; after changing one in place call :func:`clear`.
 """
 
 import threading
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from .compat_eager import version
 from .packing import unpack_weight
 
 Form = TypeVar("Form")
-MAX_FORMS = 8  # kept per weight: convolutions are laid out anew for every input size
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+MAX_FORMS = 8  # kept per weight: oneDNN lays out a convolution's weight for one input size
 
 
 class Prepared:
@@ -27,13 +25,13 @@ class Prepared:
 
     __slots__ = ("bits", "length", "forms", "exact")
 
-    def __init__(self, bits: int, length: int):
+    def __init__(self, bits: int, length: int) -> None:
         self.bits, self.length = bits, length
         self.forms: dict[Hashable, Any] = {}
-        self.exact: bool | None = None  # whether pairs of products fit 16 bits; None: not looked at yet
+        self.exact: bool | None = None  # whether oneDNN's products are exact; None: not checked yet
 
     def keep(self, key: Hashable, form: Form) -> Form:
-        """``form``, which is remembered; the oldest one is not any more where there are too many."""
+        """Remember ``form`` and return it; at ``MAX_FORMS`` the oldest form is dropped."""
         with _lock:
             while len(self.forms) >= MAX_FORMS:
                 del self.forms[next(iter(self.forms))]
@@ -42,18 +40,18 @@ class Prepared:
 
 
 class _Identity:
-    """Which memory a tensor shows, and in which state; holds no reference to it."""
+    """The memory, version and geometry of a tensor, without a reference that would keep it alive."""
 
     __slots__ = ("storage", "address", "version", "shape", "stride")
 
-    def __init__(self, tensor: Tensor, dropped=None):
+    def __init__(self, tensor: Tensor, dropped: Callable[[Any], None] | None = None) -> None:
         self.storage = weakref.ref(tensor.untyped_storage(), dropped)
-        self.address, self.version = tensor.data_ptr(), _version(tensor)
+        self.address, self.version = tensor.data_ptr(), version(tensor)
         self.shape, self.stride = tensor.shape, tensor.stride()
 
-    def still(self, tensor: Tensor) -> bool:
+    def matches(self, tensor: Tensor) -> bool:
         return (
-            self.version == _version(tensor)
+            self.version == version(tensor)
             and self.storage() is tensor.untyped_storage()
             and self.address == tensor.data_ptr()
             and self.shape == tensor.shape
@@ -71,7 +69,7 @@ _mode = "speed"
 
 
 def weight_cache(mode: str) -> None:
-    """ "speed" keeps the prepared form of every weight; "memory" unpacks at each call and keeps nothing."""
+    """ "speed" keeps the prepared forms of every weight; "memory" prepares weights at each call and keeps nothing."""
     global _mode
     if mode not in ("speed", "memory"):
         raise ValueError(f"weight_cache mode={mode!r}: expected 'speed' or 'memory'")
@@ -87,7 +85,7 @@ def clear() -> None:
 
 
 def count() -> int:
-    """How many weights are prepared at the moment."""
+    """How many weights have an entry."""
     return len(_entries)
 
 
@@ -95,7 +93,7 @@ def _insert(key: tuple[int, int, int], weight: Tensor, zero_point: Tensor | None
     entry = _Entry()
     this = weakref.ref(entry)
 
-    def drop(_):
+    def drop(_: Any) -> None:
         with _lock:
             if key in _entries and _entries[key] is this():
                 del _entries[key]
@@ -108,17 +106,17 @@ def _insert(key: tuple[int, int, int], weight: Tensor, zero_point: Tensor | None
 
 
 def find(weight: Tensor, zero_point: Tensor | None, bits: int, length: int) -> Prepared | None:
-    """The prepared forms of this weight, if it is known and unchanged. ``length``: unpacked last dimension."""
+    """The entry of this weight; None if there is none or the weight changed. ``length``: unpacked last dimension."""
     entry = _entries.get((weight.data_ptr(), bits, length))
-    if entry is None or not entry.weight.still(weight):
+    if entry is None or not entry.weight.matches(weight):
         return None
     kept = entry.zero_point
-    same = zero_point is None if kept is None else zero_point is not None and kept.still(zero_point)
+    same = zero_point is None if kept is None else zero_point is not None and kept.matches(zero_point)
     return entry.value if same else None
 
 
 def add(weight: Tensor, zero_point: Tensor | None, bits: int, length: int) -> Prepared:
-    """A new set of forms; remembered in "speed" mode only."""
+    """A new entry without forms; kept in "speed" mode only."""
     value = Prepared(bits, length)
     if _mode == "speed":
         _insert((weight.data_ptr(), bits, length), weight, zero_point, value)
@@ -126,11 +124,11 @@ def add(weight: Tensor, zero_point: Tensor | None, bits: int, length: int) -> Pr
 
 
 def keeps() -> bool:
-    """Whether prepared weights outlive the call."""
+    """Whether entries outlive the call."""
     return _mode == "speed"
 
 
 def integers(weight: Tensor, zero_point: Tensor | None, bits: int, length: int) -> Tensor:
-    """int8 weight as it enters the product, contiguous."""
+    """The contiguous int8 weight that enters the product: unpacked, its zero point subtracted."""
     with torch.no_grad():
         return unpack_weight(weight, zero_point, bits, length).contiguous()

@@ -1,6 +1,6 @@
 """Undocumented names of torch that the library uses, in one place; torch 2.11, 2.13 and 2.15 have them all.
 
-Those of code generation are in :mod:`inductor_kernels.compat`.
+Those of the kernels are in :mod:`inductor_kernels.compat` and :mod:`inductor_kernels.compat_eager`.
 """
 
 from __future__ import annotations

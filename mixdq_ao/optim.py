@@ -1,6 +1,6 @@
 """The optimizers under a short name: ``from mixdq_ao.optim import MemoryEfficientAdamW``.
 
-What they do is described in ``mixdq_ao.training.optim``; steps inside backward in ``mixdq_ao.training.in_backward``.
+``mixdq_ao.training.optim`` documents them, ``mixdq_ao.training.in_backward`` steps inside backward.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""diffusers, transformers and peft learn of quantized weights as soon as both they and we are imported, in any order.
+"""Registers quantized weights with diffusers, transformers and peft once both they and we are imported, in any order.
 
     import mixdq_ao
     pipe = DiffusionPipeline.from_pretrained("saved-quantized-pipeline")
 
-Importing ``mixdq_ao`` imports none of them: their modules are watched for, and what is put into their tables then only
-stands for our classes, which are imported when the tables are asked for them.
+Importing ``mixdq_ao`` imports none of them: an import hook waits for their modules and enters stand-ins (``Lazy``) into
+their tables, which import our classes when first used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ METHOD = "mixdq"
 
 
 class Lazy:
-    """Stands for a name of ours in a module that is imported when the name is first used."""
+    """A stand-in for an object of ours, whose module is imported on first use."""
 
     def __init__(self, home: str, name: str) -> None:
         self._home, self._name = home, name
@@ -40,37 +40,39 @@ class Lazy:
 
 
 def _tables(home: str, quantizer: str) -> Callable[[ModuleType], None]:
+    """Enters our config and quantizer into a library's tables of quantization methods."""
+
     def fill(module: ModuleType) -> None:
-        module.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, Lazy("models.diffusers_quantizer", "MixDQConfig"))
+        module.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, Lazy("models.diffusers_config", "MixDQConfig"))
         module.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, Lazy(home, quantizer))
 
     return fill
 
 
-ATTACH = Lazy("models.diffusers_quantizer", "attach_quantizer")
-DECLARE = Lazy("models.prepared_quantizer", "declare_prepared")
-QUANTIZED: set[Lazy] = set()
-"""Called with a model that has just been quantized, and its plan: the library it is of learns to save it."""
-PREPARED: set[Lazy] = set()
-"""Called with a model that has just been prepared for the levels of a schedule: its library learns that it cannot."""
+QUANTIZED: list[Lazy] = []
+"""Callbacks ``(model, plan)`` run after quantization, so that the model's library can save it; one for each library
+that is imported, which ignores models of others."""
+PREPARED: list[Lazy] = []
+"""Callbacks ``(model)`` run after ``prepare``, so that the model's library refuses to save it."""
 
 
 def _diffusers_models(module: ModuleType) -> None:
-    QUANTIZED.add(ATTACH)
-    PREPARED.add(DECLARE)
+    QUANTIZED.append(Lazy("models.diffusers_quantizer", "attach_to_diffusers"))
+    PREPARED.append(Lazy("models.prepared_quantizer", "declare_prepared"))
 
 
 def _transformers_models(module: ModuleType) -> None:
-    QUANTIZED.add(ATTACH)
+    QUANTIZED.append(Lazy("models.transformers_quantizer", "attach_to_transformers"))
 
 
 def is_ours(weight: object) -> bool:
-    """Whether a tensor is a quantized weight, told by name: nothing is imported."""
+    """Whether a tensor is a quantized weight. Compares class names, so that nothing is imported."""
     return type(weight).__name__ in ("MixDQTensor", "SplitMixDQTensor")
 
 
 def _adapters(module: ModuleType) -> None:
-    """peft takes every tensor of torchao's kind for the weight of an nn.Linear; ours go to layers of our own."""
+    """Makes peft wrap our quantized layers in LoRA layers of ours; peft's dispatcher takes every torchao tensor for the
+    weight of an nn.Linear."""
     theirs = module.dispatch_torchao
 
     def dispatch_torchao(target: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -85,10 +87,11 @@ def _adapters(module: ModuleType) -> None:
 
 
 def _adapted(kind: str) -> Callable[[ModuleType], None]:
-    """Pipelines find the adapters of models that ``torch.compile`` has wrapped; models refuse useless ones."""
+    """Patches the LoRA methods of pipelines or models in a module (``models.lora_compiled``)."""
     return lambda module: getattr(import_module(".models.lora_compiled", __package__), f"watch_{kind}")(module)
 
 
+# {module: callback, called with the module after its import}
 WATCHED: dict[str, Callable[[ModuleType], None]] = {
     "diffusers.quantizers.auto": _tables("models.diffusers_quantizer", "MixDQQuantizer"),
     "transformers.quantizers.auto": _tables("models.transformers_quantizer", "MixDQTransformersQuantizer"),
@@ -102,7 +105,8 @@ WATCHED: dict[str, Callable[[ModuleType], None]] = {
 
 
 class _Watcher(MetaPathFinder):
-    """Lets the ordinary finders find a watched module, and has ``WATCHED`` called when it is imported."""
+    """A finder that leaves the search to the other finders, and calls the ``WATCHED`` callback of a module after its
+    import."""
 
     def __init__(self) -> None:
         self.searching: set[str] = set()
@@ -123,7 +127,7 @@ class _Watcher(MetaPathFinder):
 
 
 class _Then(Loader):
-    """A loader, and what is done to the module afterwards."""
+    """A loader that calls ``then(module)`` after executing the module."""
 
     def __init__(self, loader: Loader, then: Callable[[ModuleType], None]) -> None:
         self.loader, self.then = loader, then
@@ -135,12 +139,12 @@ class _Then(Loader):
         self.loader.exec_module(module)
         self.then(module)
 
-    def __getattr__(self, name: str) -> Any:  # resources, source lines: the loader's own
+    def __getattr__(self, name: str) -> Any:  # resources and source lines come from the loader
         return getattr(self.loader, name)
 
 
 def register() -> None:
-    """Called when ``mixdq_ao`` is imported; may be called again."""
+    """Installs the import hook, and registers with libraries imported before. May be called again."""
     if any(type(finder) is _Watcher for finder in sys.meta_path):
         return
     for name, then in WATCHED.items():

@@ -1,4 +1,4 @@
-"""Modules import each other in one direction, so that any of them can be the first."""
+"""Imports: no cycles, no Inductor in eager mode, and private names of torch in a few files only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def imported(path: Path) -> set[str]:
-    """Modules that a file names in imports which run when it is imported itself."""
+    """The modules that a file imports when it is imported itself."""
     package, found = [*path.relative_to(ROOT).parent.parts], set()
     for node in _running(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -26,7 +26,7 @@ def imported(path: Path) -> set[str]:
 
 
 def _running(node: ast.AST):
-    """Everything but what is in functions and under ``if TYPE_CHECKING``."""
+    """All nodes except those in functions and under ``if TYPE_CHECKING``."""
     for child in ast.iter_child_nodes(node):
         checking = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
         if not checking and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
@@ -34,23 +34,38 @@ def _running(node: ast.AST):
             yield from _running(child)
 
 
+def modules_of(package: str) -> dict[str, Path]:
+    files = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in (ROOT / package).rglob("*.py")}
+    return {name.removesuffix(".__init__"): path for name, path in files.items()}
+
+
 @pytest.mark.parametrize("package", ["mixdq_ao", "inductor_kernels"])
 def test_no_module_needs_itself(package):
-    files = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in (ROOT / package).rglob("*.py")}
-    modules = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    modules = modules_of(package)
     graph = {name: imported(path) & modules.keys() - {name} for name, path in modules.items()}
-    # a package is there before what lies in it: naming it in an import of one of its modules needs nothing of it
+    # a package is initialized before its modules, so they may import from a package that is still being imported
     graph = {name: {n for n in needs if not name.startswith(f"{n}.")} for name, needs in graph.items()}
     assert len(list(TopologicalSorter(graph).static_order())) == len(modules) > 20  # CycleError names a cycle
 
 
+def test_operators_load_without_inductor():
+    modules, loaded, waiting = modules_of("inductor_kernels"), set(), ["inductor_kernels"]
+    while waiting:
+        name = waiting.pop()
+        if name not in loaded:
+            loaded.add(name)
+            waiting += imported(modules[name]) if name in modules else ()
+    assert "inductor_kernels.ops" in loaded and "inductor_kernels.compat_eager" in loaded
+    assert not [name for name in loaded if name.startswith("torch._inductor") or name == "inductor_kernels.compat"]
+
+
 PRIVATE = re.compile(r"torch(\.\w+)*\._[a-zA-Z]\w*")
-HOMES = {"compat.py", "pretend.py", "interpreted.py"}
-"""Where they may be: the last two put something in the place of torch's and Triton's own, for tests without a GPU."""
+HOMES = {"compat.py", "compat_eager.py", "pretend.py", "interpreted.py"}
+"""The files that may use private names. The last two replace internals of torch and Triton, for tests without a GPU."""
 
 
 def private(tree: ast.AST) -> set[str]:
-    """What a file takes of torch by a private name: imports, and attributes written out from ``torch`` on."""
+    """The private names of torch that a file imports, or uses as attributes written out from ``torch`` on."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -67,7 +82,7 @@ def test_private_names_are_found():
     assert private(tree) == {"torch.utils._pytree", "torch._foreach_norm"}
 
 
-@pytest.mark.parametrize("package", ["mixdq_ao"])
+@pytest.mark.parametrize("package", ["mixdq_ao", "inductor_kernels"])
 def test_what_torch_does_not_document_is_in_one_place(package):
     files = [path for path in (ROOT / package).rglob("*.py") if path.name not in HOMES]
     found = {str(path.relative_to(ROOT)): private(ast.parse(path.read_text(encoding="utf-8"))) for path in files}

@@ -1,11 +1,11 @@
-"""How good pictures are, by metrics others use, with intervals: FID, CLIPScore, ImageReward, LPIPS, SSIM, PSNR.
+"""Picture quality by established metrics, with confidence intervals: FID, CLIPScore, ImageReward, LPIPS, SSIM, PSNR.
 
     from mixdq_ao.evaluate import CLIPScore, Run, Settings, Shard, read_prompts
     run = Run(directory, settings, prompts, [CLIPScore.load()], load=lambda: pipe)
     run.work(Shard(1, 2), batch_size=8)   # on one machine; Shard(2, 2) on another
     run.figures()                         # {"clip": Figure(value, interval, ...)}
 
-A run is a directory; what is done is not done again. The command is ``mixdq evaluate``.
+A run is a directory; finished work is not repeated. The command is ``mixdq evaluate``.
 """
 
 from .bootstrap import Interval, interval

@@ -1,4 +1,4 @@
-"""ImageReward's network, from transformers' BLIP and the published weights under their own names."""
+"""ImageReward's network, built from transformers' BLIP; loads the published weights by their original names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .weights import fill, read_weights
 MLP = (1024, 128, 64, 16, 1)
 """Outputs of the reward's linear layers (Xu et al. 2023; no activation between them)."""
 VISION_EPS = 1e-6
-"""Of BLIP's layer norms in the picture encoder; transformers' default is another."""
+"""Epsilon of the layer norms in BLIP's picture encoder; differs from transformers' default."""
 RENAMED = (
     (r"^blip\.visual_encoder\.cls_token$", "vision.embeddings.class_embedding"),
     (r"^blip\.visual_encoder\.pos_embed$", "vision.embeddings.position_embedding"),
@@ -29,7 +29,7 @@ RENAMED = (
     (r"^blip\.text_encoder\.", "text."),
     (r"^mlp\.layers\.(\d+)\.", r"reward.\1."),
 )
-"""The published names, and those of ``RewardModel``."""
+"""(pattern of a published name, name in ``RewardModel``)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +49,7 @@ class Shape:
 
 
 class RewardModel(nn.Module):
-    """BLIP's text encoder reading the picture by cross attention; its first row through linear layers to one number."""
+    """BLIP's text encoder with cross attention to the picture; linear layers map its first row to one number."""
 
     def __init__(self, shape: Shape | None = None) -> None:
         from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
@@ -65,7 +65,7 @@ class RewardModel(nn.Module):
         self.vision: Any = BlipVisionModel(BlipVisionConfig(**vision))
         self.text: Any = BlipTextModel(BlipTextConfig(**text), add_pooling_layer=False)
         widths = (s.text_width, *MLP)
-        # Dropout between them, which does nothing here, keeps the numbers of the published names.
+        # dropout, inactive here, keeps the indices in the published names
         layers = [nn.Linear(i, o) for i, o in zip(widths, MLP, strict=False)]
         with_dropout = [m for n in layers[:3] for m in (n, nn.Dropout())] + layers[3:]
         self.reward = nn.Sequential(*with_dropout)
@@ -99,7 +99,7 @@ def load_reward(path: Path, shape: Shape | None = None) -> RewardModel:
 
 
 def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published names to those of ``RewardModel``; what it has no use for keeps its name."""
+    """Renames published tensors to ``RewardModel``'s names; unused ones keep their names."""
     return {_rename(name): tensor for name, tensor in state.items()}
 
 

@@ -13,19 +13,19 @@ CHUNK = 1 << 22  # drawn at once: 32 MiB
 
 
 class Interval(NamedTuple):
-    """Bounds that hold the figure of an endless number of such pictures with probability ``LEVEL``."""
+    """A confidence interval at ``LEVEL`` for the figure of infinitely many such pictures."""
 
     low: float
     high: float
 
 
 def interval(value: float, linear: NDArray[np.float64], *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """The percentile interval of a figure whose pictures add ``linear`` [n] to it.
+    """The percentile interval of a figure ``value``, given the influence ``linear`` [n] of each picture on it.
 
     A resample draws n pictures with replacement; its figure is ``value`` plus the mean of their influences. For a mean
-    that is the bootstrap itself (Efron 1979); for other figures its first-order part, which leaves the bias of the
-    figure alone: the figure of n pictures is compared with the same figure of n others. The same ``seed`` draws the
-    same pictures, whatever the figure.
+    this is the bootstrap itself (Efron 1979); for other figures it is its first-order approximation, which does not
+    correct the bias: the figure of n pictures estimates that of n other pictures. The same ``seed`` draws the same
+    pictures, whatever the figure.
     """
     count = len(linear)
     rng = np.random.default_rng(seed)

@@ -1,10 +1,11 @@
-"""Metrics by name, with the networks they need from where the user has them."""
+"""Creates metrics by name, with networks loaded from the user's files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,16 +26,18 @@ NAMES = ("fid", "clip", "imagereward", "lpips", "ssim", "psnr")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sources:
-    """Where networks and figures of real pictures are. Paths and names are looked at when a metric needs them.
+    """Locations of networks and of the statistics of real pictures. They are accessed only if a metric needs them.
 
     Attributes:
-        inception: FID's weights, a safetensors file; ``resize``: how pictures get to its size.
-        features: "module:function" in place of Inception: the function takes uint8 pictures [B, 3, H, W] to features
-            [B, d], or is a factory without arguments of an object with ``features(pictures in [0, 1])``.
-        real: mean and covariance of the features of real pictures.
-        clip: directory or name on the hub. bert: the same, of ImageReward's tokenizer.
-        imagereward: its weights, a safetensors file.
-        lpips: the network LPIPS looks with.
+        inception: FID's weights, a safetensors file.
+        resize: how pictures are resized for Inception (see ``Inception``).
+        features: "module:function", used instead of Inception: a function from uint8 pictures [B, 3, H, W] to features
+            [B, d], or a factory without arguments that returns an object with ``features(pictures in [0, 1])``.
+        real: file with mean and covariance of the features of real pictures.
+        clip: directory or hub name of the CLIP model.
+        imagereward: ImageReward's weights, a safetensors file.
+        bert: directory or hub name of ImageReward's tokenizer.
+        lpips: the network of LPIPS.
         device: of all networks.
     """
 
@@ -50,7 +53,7 @@ class Sources:
 
 
 def choose(names: Sequence[str], sources: Sources) -> list[Metric]:
-    """Metrics of ``NAMES``. Raises MixDQError naming a metric that is unknown or lacks something."""
+    """The metrics with these names, of ``NAMES``. Raises MixDQError naming a metric that is unknown or lacks a file."""
     unknown = next((n for n in names if n not in NAMES), None)
     if unknown is not None:
         raise MixDQError(f"metric {unknown!r} is unknown, expected some of {', '.join(NAMES)}")
@@ -70,7 +73,7 @@ def choose(names: Sequence[str], sources: Sources) -> list[Metric]:
 
 
 def features_of(sources: Sources) -> tuple[Features, str]:
-    """The features of ``fid``, and their identity."""
+    """The feature function of ``fid``, and its identity."""
     if sources.features is not None:
         return _custom(sources.features), sources.features
     what = "weights-inception-2015-12-05 of torch-fidelity, as safetensors; or give other --features"
@@ -94,7 +97,7 @@ def _needed(path: Path | None, option: str, what: str) -> Path:
 
 
 def _custom(spec: str) -> Features:
-    """A function, or what a factory makes. Raises MixDQError where the name leads nowhere."""
+    """The feature function of a "module:function" (see ``Sources``). Raises MixDQError if it cannot be imported."""
     module, colon, name = spec.partition(":")
     if not (module and colon and name):
         raise MixDQError(f"--features is {spec!r}, expected module:function")
@@ -111,9 +114,7 @@ def _custom(spec: str) -> Features:
 
 
 def _takes_nothing(function: Callable[..., Any]) -> bool:
-    """Whether it can be called without arguments, as a factory is."""
-    from inspect import signature
-
+    """Whether a function can be called without arguments, which makes it a factory."""
     try:
         signature(function).bind()
     except TypeError:

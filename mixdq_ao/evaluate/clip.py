@@ -1,4 +1,4 @@
-"""CLIPScore: whether picture and prompt point the same way in CLIP's space."""
+"""CLIPScore: the cosine similarity of picture and prompt in CLIP's embedding space."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .metric import Batch, MeanMetric, Rows, column
 from .resize import clip_pixels
@@ -16,14 +16,14 @@ DEFAULT = "openai/clip-vit-large-patch14"
 
 
 class CLIPScore(MeanMetric):
-    """Mean over pictures of ``100 max(cos(picture, prompt), 0)`` in CLIP's space.
+    """Mean over pictures of ``100 max(cos(picture, prompt), 0)`` in CLIP's embedding space.
 
-    Hessel et al. 2021, equation 1, with 100 in place of their 2.5, as is usual for pictures from text; divide by 100
-    for papers that print the cosine. Prompts are cut to what CLIP reads (77 tokens).
+    Hessel et al. 2021, equation 1, with the factor 100 instead of their 2.5, as usual for text-to-image models; divide
+    by 100 to compare with papers that print the cosine. Prompts are truncated to CLIP's 77 tokens.
 
     Args:
         model, tokenizer: transformers' CLIPModel and its tokenizer.
-        source: name or directory they are from.
+        source: name or directory that they were loaded from.
     """
 
     name = "clip"
@@ -37,7 +37,7 @@ class CLIPScore(MeanMetric):
 
     @classmethod
     def load(cls, name: str = DEFAULT, device: str = "cpu") -> CLIPScore:
-        """From a directory or by a name on the hub. Raises MixDQError where it cannot be had."""
+        """Loads from a directory or by a hub name. Raises MixDQError if that fails."""
         from transformers import AutoTokenizer, CLIPModel
 
         model: Any = pretrained(CLIPModel, name, "CLIPScore")
@@ -54,14 +54,9 @@ class CLIPScore(MeanMetric):
             list(batch.prompts or ()), padding=True, truncation=True, max_length=self._longest(), return_tensors="pt"
         ).to(device)
         pixels = clip_pixels(batch.images, self._size).to(device, self._model.dtype)
-        text = _embedding(self._model.get_text_features(**texts))
-        image = _embedding(self._model.get_image_features(pixel_values=pixels))
+        text = self._model.get_text_features(**texts).pooler_output.double()
+        image = self._model.get_image_features(pixel_values=pixels).pooler_output.double()
         return column(100 * nn.functional.cosine_similarity(image, text).clamp_min(0))
 
     def _longest(self) -> int:
         return self._model.config.text_config.max_position_embeddings
-
-
-def _embedding(found: Any) -> Tensor:
-    """transformers 5 gives an output object, transformers 4 the tensor."""
-    return (found if isinstance(found, Tensor) else found.pooler_output).double()

@@ -1,4 +1,4 @@
-"""Frechet distance to real pictures, in the features of any network: FID where that is Inception v3."""
+"""Frechet distance to real pictures in the features of a network; with Inception v3 this is FID."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Features = Callable[[Tensor], Tensor]
 class FID(Metric):
     """Frechet distance between the features of the pictures and those of real ones (Heusel et al. 2017).
 
-    With fewer pictures than features the distance is still defined, but says more of the number of pictures than of
-    them; it then has no interval. Figures are comparable at equal counts only: the bias falls with 1 / n (Chong and
-    Forsyth 2020). The real pictures count as given, not as a sample.
+    With fewer pictures than features the distance is dominated by the bias of the small sample, and has no interval.
+    Compare figures only at equal counts: the bias falls with 1 / n (Chong and Forsyth 2020). The statistics of the real
+    pictures are taken as exact.
 
     Args:
-        features: uint8 pictures [B, 3, H, W] to features [B, d].
-        real: of the real pictures, in the same features; a Gaussian, or a function that reads it when it is needed.
-        identity: what the features depend on, as a short text (a network's name and the digest of its weights).
+        features: function from uint8 pictures [B, 3, H, W] to features [B, d].
+        real: the Gaussian of the real pictures in the same features, or a function that loads it on first use.
+        identity: a short text that identifies the features (a network's name and the digest of its weights).
     """
 
     name = "fid"
@@ -67,7 +67,7 @@ class FID(Metric):
 
 @torch.no_grad()
 def feature_rows(features: Features, images: Tensor) -> Rows:
-    """Features [B, d] of uint8 pictures, float32. Raises MixDQError where the function gives another shape."""
+    """Features [B, d] of uint8 pictures, float32. Raises MixDQError if the function returns another shape."""
     found = features(images)
     if found.ndim != 2 or len(found) != len(images):
         raise MixDQError(f"features are {tuple(found.shape)} for {len(images)} pictures, expected [{len(images)}, d]")

@@ -1,4 +1,4 @@
-"""How near pictures are to those of full precision: SSIM and PSNR."""
+"""Similarity of pictures to those of full precision: SSIM and PSNR."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class SSIM(MeanMetric):
 class PSNR(MeanMetric):
     """Mean over pictures of the peak signal to noise ratio to the reference pictures, in dB; 100 for equal pictures.
 
-    Pictures are rounded to 8 bits on both sides, so that differences below half a level do not count.
+    Both pictures are rounded to 8 bits, so differences below half a level do not count.
     """
 
     name = "psnr"

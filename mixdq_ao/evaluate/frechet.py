@@ -1,4 +1,4 @@
-"""Frechet distance of two Gaussians, and what each sample adds to it."""
+"""Frechet distance of two Gaussians, and the influence of each sample on it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..search.metrics import gaussian_distance
 from ..tensorfile import write_safetensors
 
 SMALLEST = 1e-12
-"""Of the largest eigenvalue: smaller ones are rounding errors of zero."""
+"""Eigenvalues below this fraction of the largest are treated as zero."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gaussian:
-    """Mean [d] and covariance [d, d] of features, float64, and of how many pictures (None: not known)."""
+    """Mean [d] and covariance [d, d] of features, float64, and the number of pictures (None: not known)."""
 
     mean: Tensor
     covariance: Tensor
@@ -38,23 +38,24 @@ class Gaussian:
 
     @property
     def digest(self) -> str:
-        """Of the bytes of mean and covariance."""
+        """Digest of the bytes of mean and covariance."""
         found = hashlib.blake2b(digest_size=16)
         for tensor in (self.mean, self.covariance):
             found.update(tensor.cpu().numpy().tobytes())
         return found.hexdigest()
 
     def save(self, path: str | os.PathLike[str], features: str) -> None:
-        """Writes a safetensors file that also says by which ``features`` it was made."""
+        """Writes a safetensors file that also names the ``features`` it was computed with."""
         tensors = {"mean": self.mean, "covariance": self.covariance, "count": torch.tensor(self.count or 0)}
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(Path(path), tensors, {"features": features})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], features: str | None = None) -> Gaussian:
-        """From ``save``, or an .npz with ``mu`` and ``sigma`` as other tools write; nothing is unpickled.
+        """Reads a file of ``save``, or an .npz with ``mu`` and ``sigma`` as other tools write; nothing is unpickled.
 
-        ``features``: what they must be made by; an .npz does not say. Raises MixDQError naming the file.
+        ``features``: the features that the file must be computed with; an .npz does not name them. Raises MixDQError
+        naming the file.
         """
         path = Path(path)
         read = _from_npz if path.suffix == ".npz" else _from_safetensors
@@ -98,15 +99,15 @@ def _from_safetensors(path: Path) -> tuple[Tensor, Tensor, int, str | None]:
 
 
 def distance(a: Gaussian, b: Gaussian) -> float:
-    """Of Heusel et al. 2017, equation 6 (see ``gaussian_distance``). Raises MixDQError where they differ in
-    dimension."""
+    """The Frechet distance (Heusel et al. 2017, equation 6; see ``gaussian_distance``). Raises MixDQError if the
+    dimensions differ."""
     _same_size(a, b)
     return gaussian_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 
 def influence(features: NDArray[np.floating] | Tensor, b: Gaussian) -> NDArray[np.float64]:
-    """[n]: by how much the distance of features [n, d] to ``b`` grows, to first order, per share of weight that moves
-    from all of them to one: ``2 (ma - mb) (x - ma) + (x - ma)' (I - T) (x - ma) - tr((I - T) Ca)``.
+    """[n]: the influence function of the distance between features [n, d] and ``b``, at each sample x: the derivative
+    by its weight, ``2 (ma - mb) (x - ma) + (x - ma)' (I - T) (x - ma) - tr((I - T) Ca)``.
 
     T = Cb^(1/2) (Cb^(1/2) Ca Cb^(1/2))^(-1/2) Cb^(1/2) is the optimal map between the centred Gaussians; I - T is the
     derivative of the distance by Ca. Needs n > d, for Ca to be of full rank.
@@ -122,7 +123,7 @@ def influence(features: NDArray[np.floating] | Tensor, b: Gaussian) -> NDArray[n
 
 
 def _power(matrix: Tensor, exponent: float) -> Tensor:
-    """Of a symmetric matrix without negative eigenvalues; what is zero stays zero."""
+    """A power of a positive semidefinite matrix; zero eigenvalues stay zero."""
     values, vectors = torch.linalg.eigh(matrix)
     smallest = SMALLEST * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
     powers = torch.where(values > smallest, values.clamp_min(smallest).pow(exponent), torch.zeros_like(values))

@@ -1,4 +1,4 @@
-"""ImageReward: what people prefer, as a network learned it."""
+"""ImageReward: a network's prediction of human preference."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .resize import clip_pixels
 from .weights import digest_of, pretrained
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""Of the network's output over its training data, as published with the weights."""
+"""Mean and standard deviation of the network's output on its training data, as published with the weights."""
 LONGEST = 35
-"""Tokens of a prompt that the network was trained with."""
+"""Number of tokens that prompts are truncated or padded to, as in the network's training."""
 TOKENIZER = "google-bert/bert-base-uncased"
 
 
@@ -26,7 +26,7 @@ class ImageReward(MeanMetric):
     Args:
         model: the network.
         tokenizer: BERT's, uncased.
-        source: what the weights are, as text.
+        source: identifies the weights, as text.
     """
 
     name = "imagereward"
@@ -39,7 +39,7 @@ class ImageReward(MeanMetric):
 
     @classmethod
     def load(cls, weights: Path, tokenizer: str = TOKENIZER, device: str = "cpu") -> ImageReward:
-        """From the published weights as a safetensors file, and a tokenizer's directory or name on the hub."""
+        """Loads the published weights from a safetensors file, and the tokenizer from a directory or by a hub name."""
         from transformers import AutoTokenizer
 
         model = load_reward(weights).to(device)

@@ -1,4 +1,4 @@
-"""Features of FID: Inception v3 as it was for the first FID, by the package torch-fidelity."""
+"""Features of FID: the Inception v3 of the original FID, from the package torch-fidelity."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SIZE = 299
 
 
 class Inception:
-    """uint8 pictures [B, 3, H, W] to the 2048 features before the last layer, float32.
+    """Maps uint8 pictures [B, 3, H, W] to the 2048 features before the last layer, float32.
 
-    ``tensorflow`` resizes as the first FID did: bilinear, without antialiasing, inside the network. ``clean`` resizes
-    first with Pillow's antialiased bicubic filter (Parmar et al. 2022), rounded to 8 bits because the network reads
-    those (clean-fid does not round). Figures of the two are not comparable.
+    ``tensorflow`` resizes like the original FID: bilinear, without antialiasing, inside the network. ``clean`` resizes
+    before, with Pillow's antialiased bicubic filter (Parmar et al. 2022), and rounds to the network's 8-bit input
+    (clean-fid does not round). Figures of the two are not comparable.
     """
 
     def __init__(self, network: Any, *, resize: Resize = "tensorflow", source: str = "") -> None:
@@ -31,11 +31,10 @@ class Inception:
 
     @classmethod
     def load(cls, weights: Path, *, resize: Resize = "tensorflow", device: str = "cpu") -> Inception:
-        """From a safetensors file of the weights that torch-fidelity and pytorch-fid use
-        (weights-inception-2015-12-05, converted)."""
+        """Loads torch-fidelity's and pytorch-fid's weights (weights-inception-2015-12-05) from a safetensors file."""
         module = package("torch_fidelity.feature_extractor_inceptionv3", "FID")
         state = read_weights(weights, "the weights of FID's Inception v3")
-        # The package reads weights by unpickling and not otherwise: it is given a file that was written here.
+        # the package only unpickles weights, so it gets a pickle that is written here
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "weights.pth"
             torch.save(state, path)

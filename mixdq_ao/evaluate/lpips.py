@@ -1,4 +1,4 @@
-"""LPIPS: how different pictures look to a network's first layers."""
+"""LPIPS: a perceptual distance from the features of a network."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .metric import Batch, MeanMetric, Rows, column
 from .weights import package
 
 Distance = Callable[[Tensor, Tensor], Tensor]
-"""Two batches [B, 3, H, W] in [-1, 1] to a distance each, [B]."""
+"""Maps two batches [B, 3, H, W] in [-1, 1] to the distance of each pair, [B]."""
 
 
 class LPIPS(MeanMetric):
     """Mean learned perceptual distance to the reference pictures (Zhang et al. 2018); 0 for equal pictures.
 
     Args:
-        distance: two batches [B, 3, H, W] in [-1, 1] to [B].
-        source: what computes it, as text.
+        distance: maps two batches [B, 3, H, W] in [-1, 1] to [B].
+        source: identifies the network, as text.
     """
 
     name = "lpips"
@@ -34,8 +34,8 @@ class LPIPS(MeanMetric):
 
     @classmethod
     def load(cls, network: Literal["alex", "vgg", "squeeze"] = "alex", device: str = "cpu") -> LPIPS:
-        """By torchmetrics and torchvision, whose weights are downloaded on first use into torch's hub directory
-        (TORCH_HOME). Raises MixDQError where a package or the weights are missing."""
+        """Loads the network of torchmetrics and torchvision; its weights are downloaded on first use into torch's hub
+        directory (TORCH_HOME). Raises MixDQError if a package or the weights are missing."""
         package("torchvision", "LPIPS")
         module = package("torchmetrics.image.lpip", "LPIPS")
         try:

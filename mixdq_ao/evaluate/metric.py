@@ -1,4 +1,4 @@
-"""What a metric is: numbers kept of every picture, and the figure they add up to."""
+"""The interface of metrics: numbers per picture, and the figure computed from them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Need = Literal["prompts", "reference"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """Pictures to judge.
+    """Pictures to measure.
 
     Attributes:
         images: [B, 3, H, W], uint8.
-        prompts: the texts they were drawn from, one each; for metrics that need "prompts".
-        reference: pictures of the same shape to compare with, one each; for metrics that need "reference".
+        prompts: the prompt of each picture; for metrics that need "prompts".
+        reference: a picture of the same shape to compare each one with; for metrics that need "reference".
     """
 
     images: Tensor
@@ -37,16 +37,16 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """What a metric says of a set of pictures.
+    """The value of a metric for a set of pictures.
 
     Attributes:
-        value: the figure.
-        interval: 95 % by bootstrap over the pictures; None where there are too few.
-        count: pictures.
-        linear: [count], float64: what each picture adds to the figure, to first order; None where there is no interval.
-            The difference of two figures over the same prompts has the interval of the difference of these.
-        against: digests of what the pictures are compared with, by kind: "real pictures", "reference" (the run) or
-            "reference pictures"; empty where there is nothing, or it is not known.
+        value: the value.
+        interval: 95 % confidence, by bootstrap over the pictures; None if there are too few.
+        count: number of pictures.
+        linear: [count], float64: the influence of each picture on the value, to first order; None without an interval.
+            The interval of the difference of two figures over the same prompts follows from the difference of these.
+        against: {kind: digest} of what the pictures are compared with; kinds are "real pictures", "reference" (a run)
+            and "reference pictures". Empty if that is nothing, or not known.
     """
 
     value: float
@@ -57,16 +57,15 @@ class Figure:
 
 
 class Metric(ABC):
-    """Numbers kept of every picture (a score, or features), and the figure they add up to.
+    """Computes a row of numbers for every picture (a score, or features), and a figure from all rows.
 
-    What is kept of a picture depends on that picture alone, so that runs can be stopped, continued, divided and put
-    together.
+    The row of a picture depends on that picture alone, so that runs can be stopped, continued, sharded and merged.
 
     Attributes:
-        name: column of the table; also the name of files.
+        name: column of the table; also used in file names.
         unit: shown beside the name.
-        better: whether more is better.
-        needs: what must be in a Batch besides the images.
+        better: whether higher or lower values are better.
+        needs: fields of a Batch required besides the images.
     """
 
     name: ClassVar[str]
@@ -80,30 +79,30 @@ class Metric(ABC):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """All that the kept numbers depend on besides the pictures, as JSON values."""
+        """Everything that rows depend on besides the pictures, as JSON values."""
         return {}
 
     @property
     def against(self) -> Mapping[str, str]:
-        """What ``against`` of the figure says besides the reference of a Batch."""
+        """``against`` of figures, without the reference of a Batch."""
         return {}
 
     @abstractmethod
     def measure(self, batch: Batch) -> Rows:
-        """What is kept of each picture: [B, width], float32 or float64, finite."""
+        """The row of each picture: [B, width], float32 or float64, finite."""
 
     @abstractmethod
     def value(self, rows: Rows) -> float:
-        """The figure of the pictures whose rows [n, width] these are."""
+        """The figure's value for the pictures with these rows [n, width]."""
 
     @abstractmethod
     def linear(self, rows: Rows) -> NDArray[np.float64] | None:
-        """[n]: the influence of each picture on ``value``; mean zero. None where n is too small to say."""
+        """[n]: the influence of each picture on ``value``, with mean zero; None if n is too small."""
 
     def judge(self, batch: Batch) -> Rows:
-        """What ``measure`` says of pictures, checked.
+        """The checked result of ``measure``.
 
-        Raises MixDQError where the batch lacks what the metric needs, or the result is not finite.
+        Raises MixDQError if the batch lacks a field that the metric needs, or the result is not finite.
         """
         self._check(batch)
         rows = self.measure(batch)
@@ -117,7 +116,7 @@ class Metric(ABC):
         return rows
 
     def update(self, batch: Batch) -> Rows:
-        """Judges pictures and keeps what it says of them for ``compute``; returns what is kept. Raises as ``judge``."""
+        """Measures pictures and stores their rows for ``compute``; returns the rows. Raises like ``judge``."""
         rows = self.judge(batch)
         self._kept.append(rows)
         if "reference" in self.needs and batch.reference is not None:
@@ -126,7 +125,7 @@ class Metric(ABC):
         return rows
 
     def compute(self) -> Figure:
-        """The figure of all pictures so far. Raises MixDQError where there are none."""
+        """The figure of all pictures so far. Raises MixDQError if there are none."""
         if not self._kept:
             raise MixDQError(f"{self.name} has seen no picture; call update first")
         figure = self.figure(np.concatenate(self._kept))
@@ -135,7 +134,7 @@ class Metric(ABC):
         return replace(figure, against={**figure.against, "reference pictures": digest(self._compared)})
 
     def figure(self, rows: Rows) -> Figure:
-        """The figure of kept rows [n, width], with its interval."""
+        """The figure of rows [n, width], with its interval."""
         value, linear = self.value(rows), self.linear(rows)
         return Figure(value, None if linear is None else interval(value, linear), len(rows), linear, self.against)
 
@@ -148,7 +147,7 @@ class Metric(ABC):
 
 
 class MeanMetric(Metric):
-    """A metric whose figure is the mean of a score per picture."""
+    """A metric whose figure is the mean of one score per picture."""
 
     def value(self, rows: Rows) -> float:
         return float(rows.astype(np.float64).mean())

@@ -1,4 +1,4 @@
-"""Pictures on disk: 8-bit PNG files by number, written whole or not at all."""
+"""Pictures on disk: numbered 8-bit PNG files, written atomically."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PER_FOLDER = 1000
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """[B, 3, H, W] in [0, 1] to uint8, rounded. Raises MixDQError where one is not finite."""
+    """Converts [B, 3, H, W] in [0, 1] to uint8, rounded to nearest. Raises MixDQError if a value is not finite."""
     bad = (~images.isfinite().flatten(1).all(1)).nonzero().flatten()
     if len(bad):
         raise MixDQError(f"picture {int(bad[0])} of the batch is not finite; try another --dtype, or another plan")
@@ -36,7 +36,7 @@ class Pictures:
         return self.path(number).exists()
 
     def save(self, number: int, image: Tensor) -> None:
-        """Writes uint8 [3, H, W]. Raises MixDQError where it cannot be written."""
+        """Writes uint8 [3, H, W]. Raises MixDQError if the file cannot be written."""
         path = self.path(number)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ class Pictures:
 
 
 def read_picture(path: Path) -> Tensor:
-    """Any picture as uint8 [3, H, W], RGB. Raises MixDQError naming the file."""
+    """Reads any picture file as uint8 [3, H, W], RGB. Raises MixDQError naming the file."""
     try:
         with Image.open(path) as image:
             return from_pillow(image)

@@ -1,4 +1,4 @@
-"""Prompts of the usual benchmarks: COCO's captions, MJHQ-30K, a text file, or a file of a data set on the hub."""
+"""Reads the prompts of common benchmarks: COCO captions, MJHQ-30K, a text file, or a file of a data set on the hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..textfile import prompts_of, read_text
 
 EXPECTED = "COCO's captions_*.json, MJHQ-30K's meta_data.json, or a text file with one prompt a line"
 HUB_FILE = "meta_data.json"
-"""Of a data set that is named without a file, as playgroundai/MJHQ-30K."""
+"""File of a data set that is named without one, such as playgroundai/MJHQ-30K."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class Prompts:
     """Prompts in the order of their file.
 
     Attributes:
-        texts: one prompt per picture to draw.
-        files: name of the real picture each belongs to, where the file says; else None.
+        texts: one prompt per picture to generate.
+        files: name of the real picture of each prompt; None if the file has none.
         kind: "COCO", "MJHQ" or "text".
     """
 
@@ -34,7 +34,7 @@ class Prompts:
     kind: str
 
     def first(self, count: int | None) -> Prompts:
-        """The first ``count``; all where None. Raises MixDQError where there are fewer."""
+        """The first ``count`` prompts, or all if None. Raises MixDQError if there are fewer."""
         if count is None:
             return self
         if not 1 <= count <= len(self.texts):
@@ -43,16 +43,16 @@ class Prompts:
 
     @property
     def digest(self) -> str:
-        """Of the texts, in order."""
+        """Digest of the texts, in order."""
         return hashlib.blake2b(json.dumps(self.texts).encode(), digest_size=16).hexdigest()
 
     def begins_with(self, count: int, digest: str) -> bool:
-        """Whether ``digest`` is that of the first ``count``."""
+        """Whether the first ``count`` prompts have this ``digest``."""
         return count <= len(self.texts) and self.first(count).digest == digest
 
 
 def read_prompts(source: str | Path) -> Prompts:
-    """The prompts in a file, or in ``org/dataset`` or ``org/dataset:path/in/it.json`` on the hub.
+    """Reads a file, or ``org/dataset`` or ``org/dataset:path/in/it.json`` on the hub.
 
     - COCO: the first caption of every picture, pictures in the order of their first caption (as the released MixDQ
       reads them).
@@ -76,7 +76,7 @@ def read_prompts(source: str | Path) -> Prompts:
 
 
 def _local(source: str) -> Path:
-    """The file itself; one on the hub is downloaded once."""
+    """The path of the file, after downloading it if it is on the hub."""
     name, _, file = source.partition(":")
     local = Path(source).exists() or Path(name).suffix in (".json", ".txt")
     if local or not re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", source):
@@ -140,5 +140,5 @@ def _text(where: str, field: str, value: object) -> str:
 
 
 def _plain(name: object) -> bool:
-    """A file name, and no way out of the directory."""
+    """Whether this is a file name that stays inside the directory."""
     return isinstance(name, str) and bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts

@@ -1,4 +1,4 @@
-"""Features of real pictures, as mean and covariance: computed once, for all runs."""
+"""Mean and covariance of the features of real pictures, computed once for all runs."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ KINDS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 def real_files(directory: Path, names: Sequence[str] | None = None) -> list[Path]:
-    """The pictures in a directory and below, by name; or only those of ``names``, in that order.
+    """The picture files in a directory tree, sorted by path; or only those of ``names``, in that order.
 
-    Raises MixDQError where there are none, or one of ``names`` is missing.
+    Raises MixDQError if there are fewer than two, or one of ``names`` is missing.
     """
     if not directory.is_dir():
         raise MixDQError(f"{directory}: is no directory, expected one with real pictures")
@@ -49,16 +49,16 @@ def measure_real(
     crop: int | None = None,
     batch_size: int = 32,
 ) -> Gaussian:
-    """Mean and covariance of the features of ``files``, saved to ``out``; a stopped run goes on where it was.
+    """Computes mean and covariance of the features of ``files`` and saves them to ``out``; a stopped run continues.
 
     Args:
-        features: uint8 pictures [B, 3, H, W] to [B, d].
-        out: a .safetensors file; features so far lie beside it until it is written.
-        identity: what the features depend on.
-        crop: pixels: pictures are resized to it by their shorter side and cut to a square; None leaves them as they
-            are, and those of equal size go in one batch.
+        features: function from uint8 pictures [B, 3, H, W] to features [B, d].
+        out: a .safetensors file; a .part file beside it holds the features computed so far.
+        identity: identifies the features (see ``FID``).
+        crop: size in pixels: the shorter side is resized to it, and the center square is cut out. None leaves pictures
+            as they are; only adjacent ones of equal size share a batch.
 
-    Raises MixDQError naming a file that cannot be read, or the features so far where they are of other files.
+    Raises MixDQError naming a file that cannot be read, or a .part file of other pictures.
     """
     subject = {"features": identity, "crop": crop, "files": digest_files((f.name, f) for f in files)}
     part = out.with_suffix(".part")
@@ -80,7 +80,7 @@ def measure_real(
 def _batches(
     files: Sequence[Path], missing: Sequence[int], crop: int | None, batch_size: int
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Pictures of equal size that follow each other, at most ``batch_size``."""
+    """Batches of adjacent pictures of equal size, at most ``batch_size`` each."""
     numbers: list[int] = []
     images: list[Tensor] = []
     for number in missing:

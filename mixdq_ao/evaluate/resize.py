@@ -1,6 +1,6 @@
-"""Pictures as the networks want them: resized by Pillow with its antialiasing filter, cropped, normalized.
+"""Prepares pictures for the networks: resized with Pillow's antialiasing filter, cropped, normalized.
 
-Resizing without antialiasing is the commonest way to get figures nobody can compare (Parmar et al. 2022, "On aliased
+Figures computed after resizing without antialiasing are not comparable with others (Parmar et al. 2022, "On aliased
 resizing and surprising subtleties in GAN evaluation").
 """
 
@@ -15,11 +15,11 @@ from torch import Tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of CLIP's training pictures; BLIP uses the same."""
+"""Mean and standard deviation of CLIP's training pictures; BLIP uses the same."""
 
 
 def crop_to(image: Image.Image, size: int) -> Image.Image:
-    """The shorter side resized to ``size`` (bicubic), the middle size x size of that, RGB."""
+    """Resizes the shorter side to ``size`` (bicubic) and cuts out the center size x size, RGB."""
     image = image.convert("RGB")
     shorter = min(image.size)
     if shorter != size:
@@ -30,7 +30,7 @@ def crop_to(image: Image.Image, size: int) -> Image.Image:
 
 
 def stretch_to(images: Tensor, size: int) -> Tensor:
-    """uint8 [B, 3, H, W] to uint8 [B, 3, size, size]: bicubic, channel by channel in floating point, rounded once."""
+    """Resizes uint8 [B, 3, H, W] to uint8 [B, 3, size, size]: bicubic, each channel in floating point, rounded once."""
     planes = images.float().cpu().numpy()
     resized = np.stack(
         [
@@ -42,18 +42,18 @@ def stretch_to(images: Tensor, size: int) -> Tensor:
 
 
 def to_pillow(image: Tensor) -> Image.Image:
-    """uint8 [3, H, W]."""
+    """Converts uint8 [3, H, W]."""
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def from_pillow(image: Image.Image) -> Tensor:
-    """uint8 [3, H, W], RGB."""
+    """Converts to uint8 [3, H, W], RGB."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
 def clip_pixels(
     images: Tensor, size: int, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
 ) -> Tensor:
-    """uint8 [B, 3, H, W] as CLIP reads them: [B, 3, size, size], float32, normalized."""
+    """CLIP's input for uint8 [B, 3, H, W]: float32 [B, 3, size, size], cropped and normalized."""
     cropped = torch.stack([from_pillow(crop_to(to_pillow(image), size)) for image in images]).float() / 255
     return (cropped - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)

@@ -1,8 +1,8 @@
-"""The figures of a run in a file, with what they were measured on, and what each picture adds to them.
+"""Stores the figures of a run, the settings they were measured with, and the influence of each picture on them.
 
-A directory holds ``results.json`` and, for intervals of differences, ``linear/<metric>.npy``: what each picture adds to
-the figure. ``results.json`` is written last and holds digests of the others: after a crash in between, no figure takes
-what belongs to another.
+A directory holds ``results.json`` and, for intervals of differences, ``linear/<metric>.npy`` with the influences
+(``Figure.linear``). ``results.json`` is written last and holds digests of the others, so that after a crash in between
+no figure is combined with the influences of another.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from ..atomicfile import replacing
 from ..errors import MixDQError
-from ..expect import is_number
+from ..expect import expect, is_number
 from ..jsonfile import read_document, write_document
 from .bootstrap import LEVEL, RESAMPLES, Interval
 from .metric import Figure, Metric
@@ -32,9 +32,9 @@ class Results:
     """Figures by metric.
 
     Attributes:
-        figures: by name of metric.
-        units: by name of metric, as "higher" or "lower" is better, and the unit: {"fid": ("lower", "")}.
-        settings: what the pictures depend on.
+        figures: {name of metric: figure}.
+        units: {name of metric: (which is better, unit)}, such as {"fid": ("lower", "")}.
+        settings: of the run.
         metadata: command, machine, versions, commit, identities of the metrics.
     """
 
@@ -52,7 +52,7 @@ class Results:
         return cls(figures, units, settings, {"identities": identities, **more})
 
     def save(self, directory: Path) -> None:
-        """Writes the figures, and what each picture adds to them; metrics that were there stay."""
+        """Writes the figures and influences; other metrics of the same settings in the directory stay."""
         known, digests = _read(directory) if (directory / FILE).exists() else (self, {})
         if known.settings != self.settings:
             known, digests = self, {}
@@ -73,7 +73,7 @@ class Results:
 
     @classmethod
     def load(cls, directory: Path) -> Results:
-        """Raises MixDQError naming the file where there are none, or they are not as written."""
+        """Reads a directory. Raises MixDQError naming the file if it is missing or damaged."""
         found, digests = _read(directory)
         figures = dict(found.figures)
         for name, figure in found.figures.items():
@@ -84,7 +84,7 @@ class Results:
 
 
 def _read(directory: Path) -> tuple[Results, dict[str, str]]:
-    """The figures without what pictures add to them, and digests of that by metric."""
+    """The figures without influences, and the digests of these by metric."""
     path = directory / FILE
     if not path.exists():
         raise MixDQError(f"{directory}: has no {FILE}; expected the directory of a finished mixdq evaluate run")
@@ -92,7 +92,7 @@ def _read(directory: Path) -> tuple[Results, dict[str, str]]:
     settings, metrics = document.pop("settings", None), document.pop("metrics", None)
     if not isinstance(settings, dict) or not isinstance(metrics, dict):
         raise MixDQError(f"{path}: settings or metrics is missing, expected an object each")
-    digests = document.pop(LINEAR, {})  # files written before there were digests have none
+    digests = document.pop(LINEAR, None)
     for name, value in ((LINEAR, digests), ("identities", document.get("identities", {}))):
         if not isinstance(value, dict):
             raise MixDQError(f"{path}: {name} is {value!r:.60}, expected an object")
@@ -109,11 +109,10 @@ def _to_json(figure: Figure, better: str, unit: str) -> dict[str, Any]:
 
 
 def _from_json(where: str, document: Any) -> Figure:
-    keys = {"value", "interval", "pictures", "better", "unit"}
-    if not isinstance(document, dict) or set(document) - {"against"} != keys:
+    keys = {"value", "interval", "pictures", "better", "unit", "against"}
+    if not isinstance(document, dict) or set(document) != keys:
         raise MixDQError(f"{where}: expected an object with {sorted(keys)}")
-    value, bounds, count = document["value"], document["interval"], document["pictures"]
-    against = document.get("against", {})  # files written before it was kept have none
+    value, bounds, count, against = (document[n] for n in ("value", "interval", "pictures", "against"))
     texts = isinstance(against, dict) and all(isinstance(text, str) for text in against.values())
     ends = isinstance(bounds, list) and len(bounds) == 2 and all(map(is_number, bounds)) and bounds[0] <= bounds[1]
     for name, right, expected in (
@@ -124,8 +123,7 @@ def _from_json(where: str, document: Any) -> Figure:
         ("unit", isinstance(document["unit"], str), "a text"),
         ("against", texts, "an object of texts"),
     ):
-        if not right:
-            raise MixDQError(f"{where}: {name} is {document[name]!r:.60}, expected {expected}")
+        expect(right, f"{where}: {name}", document[name], expected)
     return Figure(value, None if bounds is None else Interval(*bounds), count, None, against)
 
 
@@ -136,7 +134,7 @@ def _write_linear(path: Path, linear: np.ndarray) -> None:
 
 
 def _linear(path: Path, count: int, digest: str | None) -> np.ndarray | None:
-    """Raises MixDQError unless the file is that of this digest (None: not known)."""
+    """The influences [count]; None if there is no file. Raises MixDQError unless the file has this digest."""
     again = f"measure {path.stem} again with mixdq evaluate run"
     if not path.exists():
         return None
@@ -147,7 +145,7 @@ def _linear(path: Path, count: int, digest: str | None) -> np.ndarray | None:
         raise MixDQError(f"{path}: cannot be read: {e}; {again}") from e
     if linear.shape != (count,) or linear.dtype != np.float64:
         raise MixDQError(f"{path}: is {linear.dtype} {linear.shape}, expected float64 ({count},); {again}")
-    if digest is not None and digest != _digest(linear):
+    if digest != _digest(linear):
         raise MixDQError(f"{path}: is not what {FILE} was written with; {again}")
     return linear
 

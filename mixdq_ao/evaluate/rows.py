@@ -1,7 +1,7 @@
-"""What a metric keeps of pictures, on disk: an append-only file that a killed run leaves readable.
+"""Stores a metric's rows of pictures in an append-only file that stays readable after a killed run.
 
-A line of JSON (format, version, what the rows are of, width, type), then records of one size: the number of the picture
-(int64), its row, a checksum of both (uint32); little-endian. A torn record at the end is cut off.
+The file is a line of JSON (format, version, subject, width, type), then records of one size: the number of the picture
+(int64), its row, and a checksum of both (uint32); little-endian. An incomplete record at the end is cut off.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class RowFile:
     """Rows by number of picture, one writer at a time; use as a context manager.
 
     Args:
-        path: made where it does not exist.
-        subject: what the rows depend on, as JSON; a file of another subject is refused.
+        path: the file; created if it does not exist.
+        subject: everything that the rows depend on, as JSON; opening a file of another subject raises MixDQError.
     """
 
     def __init__(self, path: Path, subject: Mapping[str, Any]) -> None:
@@ -59,8 +59,8 @@ class RowFile:
             self._file = None
 
     def append(self, numbers: Sequence[int], rows: Rows) -> None:
-        """Stores rows [B, width]; they are on disk when this returns. Raises MixDQError on a full disk: what was
-        stored before stays readable."""
+        """Stores rows [B, width]; they are on disk when this returns. Raises MixDQError on a full disk; earlier rows
+        stay readable."""
         assert self._file is not None
         dtype, header = self._dtype, b""
         if dtype is None:
@@ -77,7 +77,7 @@ class RowFile:
 
 
 def read_rows(paths: Iterable[Path], subject: Mapping[str, Any]) -> dict[int, np.ndarray]:
-    """Rows by number of picture in all the files, which may still be written to. Raises MixDQError naming a file."""
+    """{number of picture: row} of all files, which may still be written to. Raises MixDQError naming a file."""
     found: dict[int, np.ndarray] = {}
     for path in paths:
         found = _parse(path, path.read_bytes(), subject)[1] | found
@@ -105,7 +105,7 @@ def _check(record: np.void) -> int:
 
 
 def _parse(path: Path, data: bytes, subject: Mapping[str, Any]) -> tuple[np.dtype | None, dict[int, np.ndarray], int]:
-    """Type of the records (None: no header yet), rows, and where the last whole record ends."""
+    """Dtype of the records (None: no header yet), rows, and the offset at which the last complete record ends."""
     line, newline, _ = data.partition(b"\n")
     begun = json.dumps({"format": FORMAT, "version": VERSION, "subject": dict(subject)}).encode()[:-1]
     if not newline and len(line) < LONGEST_HEADER and (begun.startswith(line) or line.startswith(begun)):

@@ -1,8 +1,8 @@
-"""Draws pictures and judges them, batch by batch: what is done is on disk, and nothing is done twice.
+"""Generates and measures pictures, batch by batch; results are stored at once, so finished work is never repeated.
 
-A directory holds ``run.json`` (what the pictures depend on), ``pictures/`` and ``rows/`` (what metrics keep of each
-picture, a file for each metric and shard). A killed run loses the batch it was at. Shards write to files of their own:
-their directories can be one, on a shared disk, or be copied into one.
+A directory holds ``run.json`` (the settings), ``pictures/`` and ``rows/`` (metrics' rows of each picture, one file per
+metric and shard). A killed run loses its current batch. Shards write to separate files: they can share a directory, or
+their directories can be copied into one.
 """
 
 from __future__ import annotations
@@ -21,30 +21,29 @@ from torch import Tensor
 from ..errors import MixDQError
 from ..models.pipelines import generate
 from ..progress import progress
-from ..search.part import WHOLE
 from .metric import Batch, Figure, Metric, Rows
 from .pictures import Pictures, to_bytes
 from .prompts import Prompts
 from .rows import RowFile, read_rows
 from .settings import Settings, check_reference, claim, settings_of
-from .shard import Shard, numbers_of, suffix_of
+from .shard import WHOLE, Shard, numbers_of, suffix_of
 
 Todo = tuple[bool, tuple[str, ...]]
-"""What is missing of a picture: itself, and the metrics that have not judged it."""
+"""What is missing for a picture: the picture itself, and the metrics that have not measured it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The run whose pictures others are compared with, one by one."""
+    """The run whose pictures are the reference of metrics that need one."""
 
     directory: Path
 
     def digest(self, settings: Settings) -> str:
-        """Of the pictures that those of a run of ``settings`` are compared with; the reference may hold more."""
+        """Digest of the reference pictures for a run of ``settings``; the reference may hold more pictures."""
         return replace(settings_of(self.directory), prompts=settings.prompts, count=settings.count).digest
 
     def load(self, numbers: Sequence[int]) -> Tensor:
-        """uint8 [B, 3, H, W]. Raises MixDQError where one has not been drawn."""
+        """uint8 [B, 3, H, W]. Raises MixDQError if a picture is missing."""
         pictures = Pictures(self.directory / "pictures")
         missing = next((n for n in numbers if not pictures.has(n)), None)
         if missing is not None:
@@ -53,19 +52,18 @@ class Reference:
 
 
 class Run:
-    """Pictures of a pipeline for prompts, and what metrics say of them.
+    """Generates the pictures of a pipeline for prompts, and measures them with metrics.
 
     Args:
-        directory: of the run; made where it does not exist.
-        settings: what the pictures depend on.
-        prompts: of which the first ``settings.count`` are drawn; the others tell whether a larger reference is of the
-            same prompts.
-        metrics: whose names differ.
-        load: gives the pipeline; called when there is something to draw.
-        reference: the run of full precision, for metrics that need "reference".
+        directory: of the run; created if it does not exist.
+        settings: everything that the pictures depend on.
+        prompts: the first ``settings.count`` are generated; the others only identify a larger reference.
+        metrics: metrics with different names.
+        load: returns the pipeline; called before the first picture is generated.
+        reference: directory of the full-precision run, for metrics that need "reference".
 
     Raises:
-        MixDQError: the directory is of another run, or a metric needs what is not given.
+        MixDQError: the directory belongs to another run, or a metric needs a reference and none is given.
     """
 
     def __init__(
@@ -96,7 +94,7 @@ class Run:
         self._load, self._pipe = load, None
 
     def work(self, shard: Shard = WHOLE, batch_size: int = 16) -> int:
-        """Does what is missing of a shard; returns how many pictures were drawn or judged."""
+        """Does the remaining work of a shard; returns how many pictures were generated or measured."""
         with ExitStack() as stack:
             own = {n: stack.enter_context(self._file(n, shard)) for n in self.metrics}
             batches = list(self._missing(shard, batch_size))
@@ -111,7 +109,7 @@ class Run:
         return total
 
     def figures(self) -> dict[str, Figure] | None:
-        """Of every metric over all pictures; None while some are missing, in this shard or another."""
+        """The figure of every metric over all pictures; None while pictures or rows of any shard are missing."""
         wanted = range(self.settings.count)
         found = {}
         for name, metric in self.metrics.items():
@@ -128,12 +126,12 @@ class Run:
         return figure
 
     def done(self) -> int:
-        """Pictures that are drawn and judged by every metric, in all shards."""
+        """Number of pictures, over all shards, that are generated and measured by every metric."""
         rows = [self._rows(name) for name in self.metrics]
         return sum(self.pictures.has(n) and all(n in r for r in rows) for n in range(self.settings.count))
 
     def _missing(self, shard: Shard, batch_size: int) -> Iterator[tuple[list[int], Todo]]:
-        """Batches of adjacent pictures that lack the same."""
+        """Batches of adjacent pictures with the same work left."""
         rows = {name: self._rows(name) for name in self.metrics}
 
         def lacks(number: int) -> Todo:

@@ -1,4 +1,4 @@
-"""What the pictures of a run depend on, written beside them, so that a directory never holds pictures of two kinds."""
+"""The settings of a run, stored with its pictures so that a directory never mixes pictures of different settings."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .prompts import Prompts
 FORMAT, VERSION = "mixdq-evaluation-run", 1
 FILE = "run.json"
 WHOLE = 1 << 20
-"""Bytes of a file up to which all of it enters a digest; of larger ones three samples do."""
+"""Files of up to this many bytes are digested completely; larger ones by three samples of ``SAMPLE`` bytes."""
 SAMPLE = 1 << 16
 SHARED = ("prompts", "steps", "guidance_scale", "seed", "height", "width")
-"""What two runs must have in common for their pictures to be compared one by one."""
+"""Settings that must be equal for the pictures of two runs to be compared pairwise."""
 
 TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("pipeline", "content", "prompts", "dtype"), (str,)),
@@ -34,12 +34,14 @@ TYPES: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What the pictures of a run depend on. Batch size, shards, metrics and machine are none of it.
+    """Everything that the pictures of a run depend on; batch size, shards, metrics and machine do not matter.
 
     Attributes:
-        pipeline: its name or directory; ``content``: what tells it from another under that name.
-        plan: digest of the plan it was quantized by; None for none.
-        prompts: digest of the ``count`` prompts that are drawn.
+        pipeline: its name or directory.
+        content: distinguishes pipelines of the same name (see ``content_of``).
+        plan: digest of the quantization plan, or None.
+        prompts: digest of the prompts.
+        count: number of prompts.
         steps, guidance_scale, seed, height, width: see ``Sampling``.
         dtype: of the weights.
     """
@@ -77,7 +79,7 @@ class Settings:
         return digest(self.to_json())
 
     def sampling(self, start: int, count: int) -> Sampling:
-        """For prompts ``start`` to ``start + count`` at once: each from its own noise, whatever the batch."""
+        """The sampling of ``count`` prompts from ``start`` on; a prompt's noise does not depend on the batch."""
         size = {"height": self.height, "width": self.width}
         return Sampling(
             steps=self.steps, guidance_scale=self.guidance_scale, seed=self.seed + start, batch_size=count, **size
@@ -85,16 +87,16 @@ class Settings:
 
 
 def digest(value: Any) -> str:
-    """Of a JSON value."""
+    """Digest of a JSON value."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def claim(directory: Path, settings: Settings) -> None:
-    """Makes ``directory`` the place of the run, or checks that it is. Raises MixDQError naming what differs."""
+    """Assigns ``directory`` to a run, or checks that it belongs to it. Raises MixDQError naming the difference."""
     path = directory / FILE
-    if not path.exists():
-        strange = directory.is_dir() and any(not _hidden(Path(p.name)) for p in directory.iterdir())
-        if strange and not path.exists():  # not a shard that began beside this one
+    occupied = directory.is_dir() and any(not _hidden(Path(p.name)) for p in directory.iterdir())
+    if not path.exists():  # checked after listing: a shard that started meanwhile wrote FILE before anything else
+        if occupied:
             raise MixDQError(f"{directory}: is not empty and holds no {FILE}; give a free name")
         write_document(path, {"format": FORMAT, "version": VERSION, "settings": settings.to_json()})
     found = settings_of(directory).to_json()
@@ -107,7 +109,7 @@ def claim(directory: Path, settings: Settings) -> None:
 
 
 def settings_of(directory: Path) -> Settings:
-    """Of the run in a directory. Raises MixDQError where there is none."""
+    """The settings of the run in a directory. Raises MixDQError if there is none."""
     path = directory / FILE
     document = read_document(path, FORMAT, VERSION, MixDQError)
     settings = document.get("settings")
@@ -117,8 +119,11 @@ def settings_of(directory: Path) -> Settings:
 
 
 def check_reference(directory: Path, reference: Settings, settings: Settings, prompts: Prompts) -> None:
-    """Raises MixDQError unless each picture of a run belongs to that of its number in the reference, which may hold
-    more: ``prompts``, those of the run and what follows them, are then told from others by their first."""
+    """Raises MixDQError unless each picture of a run corresponds to that of the same number in the reference.
+
+    The reference may hold more pictures; ``prompts``, the run's and those that follow them, must then begin with the
+    reference's prompts.
+    """
     if reference.count < settings.count:
         raise MixDQError(f"{directory}: holds {reference.count} pictures, expected at least {settings.count}")
     for name in SHARED:
@@ -129,8 +134,8 @@ def check_reference(directory: Path, reference: Settings, settings: Settings, pr
 
 
 def content_of(pipeline: str) -> str:
-    """What tells a pipeline's directory from another of its name: names and sizes of its files, all bytes of small
-    files, three samples of large ones. "" for a name on the hub."""
+    """A digest of a pipeline's directory: names and sizes of its files, all bytes of small files, three samples of
+    large ones. "" for a hub name."""
     root = Path(pipeline)
     if not root.is_dir():
         return ""
@@ -139,8 +144,8 @@ def content_of(pipeline: str) -> str:
 
 
 def digest_files(files: Iterable[tuple[str, Path]]) -> str:
-    """Of files under names, in order: names and sizes, all bytes of small files, three samples of large ones. Raises
-    MixDQError naming a file that cannot be read."""
+    """A digest of (name, path) pairs, in order: names and sizes, all bytes of small files, three samples of large ones.
+    Raises MixDQError naming a file that cannot be read."""
     found = hashlib.blake2b(digest_size=16)
     for name, path in files:
         try:

@@ -1,4 +1,4 @@
-"""Runs side by side: figures with their intervals, and differences from the first run with the intervals of those."""
+"""A table of runs: figures with their intervals, and differences from the first run with their intervals."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .settings import SHARED
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A figure less that of the first run. ``interval`` is of the difference, over the same prompts; it is None where
-    the runs are not of the same prompts and noise, or have too few pictures."""
+    """A figure minus that of the first run. ``interval`` is that of the paired difference; None if the runs do not have
+    the same prompts and noise, or too few pictures."""
 
     value: float
     interval: Interval | None
 
     @property
     def sure(self) -> bool:
-        """Whether the interval excludes no difference."""
+        """Whether the interval excludes 0."""
         return self.interval is not None and not self.interval.low <= 0 <= self.interval.high
 
 
 def differences(first: Results, other: Results) -> dict[str, Difference]:
-    """By metric that both runs have. Raises MixDQError where one was not made in the same way, or not against the same
-    real pictures or reference."""
+    """{metric: difference} for the metrics that both runs have. Raises MixDQError if a metric was computed differently,
+    or against other real pictures or another reference."""
     found = {}
     for name in (n for n in other.figures if n in first.figures):
         _same_identity(name, first, other)
@@ -52,7 +52,8 @@ def _same_identity(name: str, first: Results, other: Results) -> None:
 
 
 def _same_against(name: str, first: Figure, other: Figure) -> None:
-    """What one of them does not say is taken for the same: results may be older than what is said."""
+    """Raises MixDQError if the two are against different things. A kind that only one of them names is not compared:
+    ``Metric.compute`` and ``Run`` name the reference in different ways."""
     for kind in first.against.keys() & other.against.keys():
         a, b = first.against[kind], other.against[kind]
         if a != b:
@@ -63,7 +64,7 @@ def _same_against(name: str, first: Figure, other: Figure) -> None:
 
 
 def rows_of(runs: Mapping[str, Results]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of text: a run a row, in the order given; figures, then differences from the first."""
+    """Header and rows of text, one row per run in the given order: figures, then differences from the first run."""
     if not runs:
         raise MixDQError("there is no run to show; give the directory of one")
     names = list(dict.fromkeys(name for run in runs.values() for name in run.figures))
@@ -82,7 +83,7 @@ def rows_of(runs: Mapping[str, Results]) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same as a Markdown table."""
+    """The rows as a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 

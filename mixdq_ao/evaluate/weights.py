@@ -1,4 +1,4 @@
-"""Networks that metrics need, and words for what is missing."""
+"""Loads packages and weights that metrics need, with errors that say how to get missing ones."""
 
 from __future__ import annotations
 
@@ -23,10 +23,8 @@ def package(name: str, what_for: str) -> Any:
 
 
 def read_weights(path: Path, what_for: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; other formats can run code when they are read and are refused.
-
-    Raises MixDQError naming the file and what to do.
-    """
+    """The tensors of a safetensors file. Raises MixDQError for other formats, which can run code when they are loaded,
+    and says how to convert them."""
     from safetensors.torch import load_file
 
     if path.suffix != ".safetensors":
@@ -43,7 +41,7 @@ def read_weights(path: Path, what_for: str) -> dict[str, Tensor]:
 
 
 def fill(module: Any, state: dict[str, Tensor], where: object) -> None:
-    """Loads ``state`` into a module, every tensor of which it must have. Raises MixDQError naming a tensor."""
+    """Loads ``state``, which must hold every tensor of the module. Raises MixDQError naming a tensor."""
     expected = module.state_dict()
     for name, tensor in expected.items():
         if name not in state:
@@ -68,7 +66,7 @@ def pretrained(loader: Any, name: str, what_for: str) -> Any:
 
 
 def digest_of(path: Path) -> str:
-    """Of a file's bytes."""
+    """Digest of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 

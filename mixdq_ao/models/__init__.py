@@ -1,7 +1,8 @@
-"""diffusers models and pipelines: drawing, saving, loading."""
+"""Models and pipelines of diffusers and transformers: sampling, saving, loading."""
 
+from ..quantize.config import declare_quantized as attach_quantizer
 from .diffusers_config import MixDQConfig
-from .diffusers_quantizer import MixDQQuantizer, attach_quantizer
+from .diffusers_quantizer import MixDQQuantizer
 from .serialization import load_quantized, save_pipeline, save_quantized
 
 __all__ = [

@@ -1,9 +1,9 @@
-"""A text encoder that vouches for its BOS row: what a quantized model precomputed for it must stay true."""
+"""Text encoders that check their BOS row: a quantized denoiser precomputed layer outputs for it."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,13 @@ from ..quantize.bos import bos_mask
 from ..quantize.tensor import MixDQTensor
 from .pipelines import denoiser, text_encoders
 
+Output = Literal["hidden", "last"]
+"""An output of an encoder: one of its hidden states, or its last hidden state after the final norm."""
+
 
 class CheckedStates(tuple[Tensor, ...]):
-    """The hidden states of an encoder; the one a pipeline takes is checked when it is taken (so a clip skip that
-    takes another layer than the calibrated one is refused)."""
+    """The hidden states of an encoder. Each is checked when a pipeline indexes it, so that a clip skip which uses
+    another layer than calibration did is refused."""
 
     encoder: BOSAwareTextEncoder
 
@@ -32,9 +35,9 @@ class CheckedStates(tuple[Tensor, ...]):
 class BOSAwareTextEncoder(nn.Module):
     """Mixed into the encoder's own class by ``wrap``; weights, config, saving and devices stay the encoder's.
 
-    Every output that ends up in the denoiser's text embedding must begin with the calibrated BOS row. An output that
-    does not is refused: quantized ``to_k``/``to_v`` layers would otherwise clip its first row to the small range of the
-    others and give a wrong picture without a word.
+    Every output that ends up in the denoiser's text embedding must begin with the calibrated BOS row, else
+    TextEncoderError: quantized ``to_k``/``to_v`` layers would silently clip the first row to the small range of the
+    other rows and give a wrong picture.
     """
 
     bos_row: Tensor
@@ -42,41 +45,21 @@ class BOSAwareTextEncoder(nn.Module):
 
     @staticmethod
     def wrap(encoder: nn.Module, row: Tensor, bos_token_id: int | None = None, name: str = "text encoder") -> nn.Module:
-        """``encoder`` with the check built in, in place.
+        """Adds the check to ``encoder`` in place and returns it.
 
         Args:
             encoder: a transformers CLIP text model.
             row: [hidden_size], its part of the calibrated BOS embedding.
-            bos_token_id: the tokenizer's; the encoder config's when None (older CLIP configs hold a wrong one).
+            bos_token_id: the tokenizer's; None for the encoder config's (which is wrong in older CLIP configs).
             name: for errors.
 
         Raises:
-            TextEncoderError: no layer of this encoder puts ``row`` first.
+            TextEncoderError: no hidden state of this encoder begins with ``row``.
         """
-        return BOSAwareTextEncoder._mixed_in(encoder, row, BOSAwareTextEncoder.place(encoder, row, bos_token_id, name))
-
-    @staticmethod
-    def _mixed_in(encoder: nn.Module, row: Tensor, found: str) -> nn.Module:
-        if not isinstance(encoder, BOSAwareTextEncoder):
-            mix_in(encoder, BOSAwareTextEncoder, name=type(encoder).__name__)
-        uncompiled(encoder).register_buffer("bos_row", row, persistent=False)
-        encoder.bos_from_last = found == "last"  # type: ignore[assignment]
-        return encoder
-
-    @staticmethod
-    def place(encoder: nn.Module, row: Tensor, bos_token_id: int | None, name: str) -> str:
-        """Which of the encoder's outputs begins with ``row``: "hidden" or "last". Raises TextEncoderError: none."""
-        found = _matching_state(encoder, row, bos_token_id)
-        if found is None:
-            raise TextEncoderError(
-                f"{name} ({type(encoder).__name__}): no hidden state begins with the calibrated BOS embedding (largest "
-                f"value {row.abs().max():.4g}); the plan was calibrated with another encoder, calibrate again with "
-                "this one"
-            )
-        return found
+        return _with_check(encoder, row, _output_with(encoder, row, bos_token_id, name))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Not ``forward``, for which offloading puts one of its own into the encoder."""
+        """Runs the encoder and checks its output. Not in ``forward``, which accelerate's offloading replaces."""
         output = super().__call__(*args, **kwargs)
         if self.bos_from_last and getattr(output, "last_hidden_state", None) is not None:
             self.check(output.last_hidden_state, "the last hidden state")
@@ -95,15 +78,39 @@ class BOSAwareTextEncoder(nn.Module):
             )
 
 
+def _with_check(encoder: nn.Module, row: Tensor, output: Output) -> nn.Module:
+    if not isinstance(encoder, BOSAwareTextEncoder):
+        mix_in(encoder, BOSAwareTextEncoder, name=type(encoder).__name__)
+    uncompiled(encoder).register_buffer("bos_row", row, persistent=False)
+    encoder.bos_from_last = output == "last"  # type: ignore[assignment]
+    return encoder
+
+
+def _output_with(encoder: nn.Module, row: Tensor, bos_token_id: int | None, name: str) -> Output:
+    """The output of the encoder that begins with ``row``. Raises TextEncoderError if none does."""
+    found = _matching_output(encoder, row, bos_token_id)
+    if found is None:
+        raise TextEncoderError(
+            f"{name} ({type(encoder).__name__}): no hidden state begins with the calibrated BOS embedding (largest "
+            f"value {row.abs().max():.4g}); the plan was calibrated with another encoder, calibrate again with "
+            "this one"
+        )
+    return found
+
+
 @torch.no_grad()
-def _matching_state(encoder: nn.Module, row: Tensor, bos_token_id: int | None) -> str | None:
-    """Where ``row`` stands in the encoder's outputs: "hidden", "last", or None. BOS sees no other token (causal)."""
+def _matching_output(encoder: nn.Module, row: Tensor, bos_token_id: int | None) -> Output | None:
+    """The output of the encoder that begins with ``row``, or None. Any prompt will do: attention is causal, so that row
+    depends on the BOS token alone."""
     config: Any = encoder.config
     bos = config.bos_token_id if bos_token_id is None else bos_token_id
     ids = torch.tensor([[bos, config.eos_token_id]], device=_device(encoder))
-    # the module's own call: without the check of an encoder that has it already
+    # nn.Module's call, without the check of an encoder that already has it
     output = nn.Module.__call__(_to_call(uncompiled(encoder)), ids, output_hidden_states=True)
-    matches = lambda state: state.shape[-1] == row.numel() and bool(bos_mask(state[0, 0], row.to(state.device)).all())  # noqa: E731
+
+    def matches(state: Tensor) -> bool:
+        return state.shape[-1] == row.numel() and bool(bos_mask(state[0, 0], row.to(state.device)).all())
+
     if any(matches(state) for state in output.hidden_states):
         return "hidden"
     last = getattr(output, "last_hidden_state", None)
@@ -111,22 +118,22 @@ def _matching_state(encoder: nn.Module, row: Tensor, bos_token_id: int | None) -
 
 
 def _device(encoder: nn.Module) -> Any:
-    """Where the encoder computes. accelerate's offloading keeps weights elsewhere."""
+    """The device the encoder computes on; accelerate's offloading keeps weights on another."""
     hooks = (getattr(module, "_hf_hook", None) for module in encoder.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     return next((device for device in devices if device is not None), next(encoder.parameters()).device)
 
 
 def _to_call(encoder: nn.Module) -> nn.Module:
-    """A copy of the same tensors: transformers puts hooks into a model at its first call, with which it cannot be
-    pickled. An offloaded one is called itself, whose hooks move its own tensors."""
+    """A copy of the module tree sharing the same tensors: at its first call transformers adds hooks to a model, with
+    which it cannot be pickled. An offloaded encoder is returned itself, since its hooks move its own tensors."""
     if any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in encoder.modules()):
         return encoder
     return copy.deepcopy(encoder, {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())})
 
 
 def bos_embedding_of(model: nn.Module) -> Tensor | None:
-    """The BOS embedding a quantized model was given, or None."""
+    """The BOS embedding [K] that a quantized model holds, or None."""
     for parameter in model.parameters():
         if isinstance(parameter, MixDQTensor) and parameter.bos_embedding is not None:
             return parameter.bos_embedding
@@ -138,21 +145,21 @@ def bos_embedding_of(model: nn.Module) -> Tensor | None:
 
 
 def bos_aware(pipe: Any) -> Any:
-    """Makes the text encoders of a pipeline with a BOS-aware quantized denoiser check their BOS row. Returns ``pipe``.
+    """Makes a pipeline's text encoders check their BOS row against that of its quantized denoiser. Returns ``pipe``.
 
     Raises:
         TextEncoderError: the denoiser holds no BOS embedding or is offloaded sequentially, or an encoder's first row
             is not the calibrated one.
     """
-    embedding = bos_embedding_of(denoiser(pipe))
+    model = denoiser(pipe)
+    embedding = bos_embedding_of(model)
     if embedding is None:
         raise TextEncoderError(
-            f"{type(denoiser(pipe)).__name__} holds no BOS embedding; "
-            "quantize it first with a plan calibrated with BOS rows"
+            f"{type(model).__name__} holds no BOS embedding; quantize it first with a plan calibrated with BOS rows"
         )
     if embedding.is_meta:
         raise TextEncoderError(
-            f"{type(denoiser(pipe)).__name__} is offloaded, its BOS embedding elsewhere until it is called; "
+            f"{type(model).__name__} is offloaded, its BOS embedding elsewhere until it is called; "
             "bos_aware(pipe) first, offload then"
         )
     encoders = text_encoders(pipe)
@@ -165,7 +172,7 @@ def bos_aware(pipe: Any) -> Any:
     for (name, encoder), row in zip(encoders.items(), embedding.split(list(widths.values())), strict=True):
         tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"), None)
         bos = getattr(tokenizer, "bos_token_id", None)
-        places.append((encoder, row.clone(), BOSAwareTextEncoder.place(encoder, row, bos, name)))
-    for place in places:  # all of them are found before the first encoder is changed
-        BOSAwareTextEncoder._mixed_in(*place)
+        places.append((encoder, row.clone(), _output_with(encoder, row, bos, name)))
+    for place in places:  # nothing is changed before all encoders have passed
+        _with_check(*place)
     return pipe

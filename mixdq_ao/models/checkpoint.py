@@ -1,4 +1,4 @@
-"""The weight files of one saved model: found, checked against each other, and read without a copy."""
+"""Finds the weight files of a saved model, checks them against each other, and reads them without a copy."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from .torchao_safetensors import PLAIN
 
 
 class Checkpoint:
-    """Headers and contents of a model's weight files. Opening reads headers only.
+    """Headers and contents of a model's weight files. The constructor reads headers only.
 
     Raises:
-        CheckpointError: naming the file: missing, damaged, cut off, foreign, newer, or not of the same model.
+        CheckpointError: a file is missing, damaged, cut off, foreign, newer than this release, or of another model; the
+            message names it.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -46,7 +47,7 @@ class Checkpoint:
 
     @classmethod
     def in_directory(cls, directory: Path, stem: str) -> Checkpoint:
-        """The files a directory's index names, or the only one: ``<stem>.safetensors``."""
+        """Opens the files that a directory's index names, or else ``<stem>.safetensors``."""
         index = directory / f"{stem}.safetensors.index.json"
         single = directory / f"{stem}.safetensors"
         if not index.exists():
@@ -61,12 +62,12 @@ class Checkpoint:
 
     @property
     def names(self) -> list[str]:
-        """The names of the state dict."""
+        """The keys of the state dict."""
         return self.contents.names
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """The type of one entry of the state dict (for a quantized weight: of its layer); None where the files do not
-        say. Raises CheckpointError naming the file where what they say is no type."""
+        """The dtype of one entry of the state dict (for a quantized weight: its layer's), or None if the files do not
+        record it. Raises CheckpointError naming the file if the recorded value is not a dtype."""
         if name in self.where:
             return self.where[name].tensors[name].dtype
         record = self.contents.records.get(stored_names(name, name in self.contents.splits)[0], PLAIN)
@@ -80,8 +81,8 @@ class Checkpoint:
         return found
 
     def read(self) -> dict[str, Tensor]:
-        """The state dict, on the CPU. Plain tensors are views of the mapped files: read from disk when first used,
-        copied when first written to."""
+        """Reads the state dict, on the CPU. Plain tensors are views of memory-mapped files: read from disk when first
+        used, copied when first written to."""
         tensors: dict[str, Tensor] = {}
         for header in self.headers:
             try:
@@ -92,7 +93,7 @@ class Checkpoint:
         return {name: self.assemble(name, tensors) for name in self.names}
 
     def assemble(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        """One entry of the state dict from plain tensors by key. Raises CheckpointError naming the file."""
+        """Builds one entry of the state dict from plain tensors by key. Raises CheckpointError naming the file."""
         try:
             found = self.contents.assemble(name, tensors)
             check_values(found)
@@ -103,7 +104,7 @@ class Checkpoint:
 
 
 def _places(index: Path) -> dict[str, str]:
-    """Which file holds each key, by the index of a sharded model."""
+    """{key: name of its file} from the index of a sharded model."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(v, str) for v in places.values()):
         raise CheckpointError(f"{index}: has no weight_map of file names; {SAVE_AGAIN}")

@@ -1,7 +1,7 @@
-"""The other models of a pipeline: text encoders with 8-bit weights, the decoder of the VAE with 8-bit convolutions.
+"""Quantization of a pipeline's other models: text encoders with 8-bit weights, the VAE's decoder with 8-bit layers.
 
-Quantize the text encoders *before* calibrating the denoiser: its ranges, and the BOS row it recognises, are those of
-the embeddings it is given.
+Quantize the text encoders *before* calibrating the denoiser: its ranges, and the BOS row it recognises, depend on the
+embeddings that the encoders give.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from .pipelines import text_encoders
 def quantize_text_encoders(pipe: Any, *, weight_bits: int = 8) -> dict[str, Plan]:
     """Quantizes the weights of every linear layer of the text encoders (CLIP, T5) in place; activations stay.
 
-    Text encoders run once per prompt, so bytes are what counts, and their activations have outliers of hundreds of
-    times the usual (the BOS row). Returns the plans by attribute name; saving and loading the pipeline keeps them.
+    Text encoders run once per prompt, so that memory matters more than speed, and their activations have outliers
+    hundreds of times the usual values (the BOS row). Returns the plans by attribute name; saving and loading the
+    pipeline keeps them.
 
-    Raises MixDQError for what has no text encoder.
+    Raises MixDQError for a pipeline without text encoders.
     """
     plans, encoders = {}, text_encoders(pipe)
     if not encoders:
@@ -39,15 +40,15 @@ def quantize_text_encoders(pipe: Any, *, weight_bits: int = 8) -> dict[str, Plan
 
 @torch.no_grad()
 def vae_sensitivity(vae: nn.Module, latents: Tensor, *, weight_bits: int = 8, act_bits: int = 8) -> dict[str, float]:
-    """How well each layer of the decoder stands being quantized alone: SQNR of the decoded pictures in dB, by name.
+    """The SQNR in dB of decoded pictures with one layer of the decoder quantized, by the layer's name.
 
-    latents: [B, C, h, w] as ``vae.decode`` takes them, of real pictures. The model is as before when this returns.
+    latents: [B, C, h, w] as ``vae.decode`` takes them, of real pictures. The model is restored on return.
     """
     return _measured(vae, latents, _calibrated(vae, latents, weight_bits, act_bits))
 
 
 def _calibrated(vae: Any, latents: Tensor, weight_bits: int, act_bits: int) -> Plan:
-    """The layers that decoding runs, with their ranges."""
+    """A uniform plan of the layers that decoding runs, with their ranges."""
     from ..search.calibrate import calibrate
 
     calibration = calibrate(vae, run=lambda: vae.decode(latents))
@@ -73,15 +74,15 @@ def _measured(vae: Any, latents: Tensor, plan: Plan) -> dict[str, float]:
 def quantize_vae(
     vae: nn.Module, latents: Tensor, *, floor: float = 30.0, sensitivity: Mapping[str, float] | None = None
 ) -> Plan:
-    """Quantizes the layers of the VAE's decoder to 8 bits in place, but for those that pictures need.
+    """Quantizes the layers of the VAE's decoder to 8 bits in place, except sensitive ones.
 
     Args:
-        vae: ``pipe.vae``. latents: [B, C, h, w] as ``vae.decode`` takes them; ranges come from them.
-        floor: a layer that brings the decoded pictures below so many dB of SQNR all by itself keeps 16 bits.
-        sensitivity: from ``vae_sensitivity``, where it is there already.
+        vae: ``pipe.vae``. latents: [B, C, h, w] as ``vae.decode`` takes them, for calibration.
+        floor: in dB. A layer keeps 16 bits if the decoded pictures have a lower SQNR with it alone quantized.
+        sensitivity: the result of ``vae_sensitivity``, if there is one already.
 
     Raises:
-        CalibrationError: no layer is above the floor. QuantizationError: ``vae`` is none.
+        CalibrationError: no layer reaches the floor. QuantizationError: ``vae`` is not a VAE.
     """
     if not hasattr(check_module(vae), "decode"):
         raise QuantizationError(f"vae is a {type(vae).__name__}, which decodes nothing; expected pipe.vae")

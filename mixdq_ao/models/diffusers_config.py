@@ -27,11 +27,12 @@ class MixDQConfig(QuantizationConfigMixin):
     """A plan as diffusers' ``quantization_config``, and as ``config.json`` keeps it.
 
     Attributes:
-        plan: what each layer becomes (a Plan, or the path of a plan file).
-        overrides: as in ``mixdq_config``; used while quantizing, and stored with the tensors they made.
-        moments: as in ``mixdq_config``, or the path of a file of ``Moments.save`` (each matrix is read when its layer
-            is): needed to quantize by a plan whose rounding is "compensated" or whose weight_range is "output". Not
-            stored.
+        plan: a Plan, or the path of a plan file.
+        overrides: as in ``mixdq_config``; used while quantizing. The config stores only the plan; what overrides
+            quantized is stored with the weights.
+        moments: as in ``mixdq_config``, or the path of a file written by ``Moments.save`` (each matrix is read together
+            with its layer): needed to quantize by a plan with a rounding of "compensated" or a weight_range of
+            "output". Not stored.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class MixDQConfig(QuantizationConfigMixin):
         self.moments = _loaded(moments)
 
     def layer_configs(self, model: nn.Module) -> Mapping[str, AOBaseConfig | None]:
-        """What torchao is to make of each layer of ``model``, whose weights are not there yet.
+        """The torchao config of each layer of ``model``, whose weights are not loaded yet.
 
         Raises PlanError or QuantizationError naming a layer that the plan does not fit, or whose moment is missing.
         """
@@ -72,13 +73,13 @@ class MixDQConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """From the ``quantization_config`` of a ``config.json``, for diffusers."""
+        """Reads the ``quantization_config`` of a ``config.json``; called by diffusers."""
         config = cls.from_document("quantization_config", config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
     @classmethod
     def from_document(cls, where: object, document: dict[str, Any]) -> MixDQConfig:
-        """The same, with the file's name for errors. Raises CheckpointError."""
+        """Reads a ``quantization_config``. ``where``: its file, for errors. Raises CheckpointError."""
         check_version(where, document)
         if set(document) != {"quant_method", "format", "version", "plan"}:
             raise CheckpointError(f"{where}: quantization_config has {sorted(document)}, expected a plan; save again")

@@ -1,16 +1,15 @@
-"""Our quantizer for diffusers: ``from_pretrained`` quantizes while weights stream in, or loads what was saved.
+"""Our quantizer for diffusers: ``from_pretrained`` quantizes while it reads weights, or loads a quantized model.
 
     from mixdq_ao.models import MixDQConfig
     unet = UNet2DConditionModel.from_pretrained(path, quantization_config=MixDQConfig(plan))
 
 Registered with diffusers when ``mixdq_ao`` is imported (``registration.py``). ``save_pretrained`` then writes quantized
-models, and ``from_pretrained``, of the model or of a whole pipeline, loads them without a further word.
+models, and ``from_pretrained``, of the model or of a whole pipeline, loads them without further arguments.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,13 +25,12 @@ from torchao.quantization import FqnToConfig, quantize_
 from torchao.utils import TorchAOBaseTensor
 
 from ..errors import CheckpointError
-from ..layers import find_layers
 from ..plan import Plan
+from ..quantize.described import describe_layers
 from ..quantize.heap import page_out
-from ..quantize.tensor import is_quantized
 from ..registration import METHOD
 from .checkpoint import Checkpoint
-from .declared import attributes_kept, register, remember, with_known
+from .declared import attributes_kept, declare, dequantize_layers, holds_quantized, register, with_known
 from .diffusers_config import MixDQConfig
 from .flatten import flatten
 from .fqn_config import resolve
@@ -40,19 +38,20 @@ from .joint_names import without_joint
 from .plan_of import check_plan_of, plan_of
 
 IP_ADAPTER = re.compile(r"[.]processor[.]to_[kv]_ip[.]|^encoder_hid_proj[.]image_projection_layers[.]")
-# diffusers 0.39 began to ask a quantizer for plain tensors when it saves, and to give them back when it loads.
-HAS_HOOKS = hasattr(DiffusersQuantizer, "get_state_dict_and_metadata")
 
 
 class MixDQQuantizer(DiffusersQuantizer):
-    """What diffusers asks while it loads or saves one model.
+    """The hooks that diffusers calls while it loads or saves one model.
 
-    With a model that is not quantized yet, each weight is quantized as soon as it is read, and only then the next one
-    is; with a saved one, the plain tensors of each weight are put together again, in whichever file they come.
+    From full-precision files, each weight is quantized before the next one is read. From files of a quantized model,
+    each weight is assembled from its plain tensors, whichever file they are in.
     """
 
     quantization_config: MixDQConfig
     use_keep_in_fp32_modules = True
+    is_serializable = True  # type: ignore[assignment]
+    is_trainable = True  # type: ignore[assignment]  # adapters; gradients pass through quantized weights, not into them
+    is_compileable = True  # type: ignore[assignment]
     configs: Mapping[str, AOBaseConfig | None]
     checkpoint: Checkpoint
 
@@ -62,10 +61,6 @@ class MixDQQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
-            if not HAS_HOOKS:
-                raise CheckpointError(
-                    "diffusers before 0.39 cannot load quantized safetensors; upgrade it, or use load_quantized"
-                )
             _take_types(model, self.checkpoint)
         else:
             self.configs = self.quantization_config.layer_configs(model)
@@ -84,7 +79,7 @@ class MixDQQuantizer(DiffusersQuantizer):
         return missing_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Plain tensors of one file in, the weights that are whole by now out."""
+        """Takes the plain tensors of one file and returns the weights that are complete by now."""
         if not self.pre_quantized:
             return state_dict
         self.pending.update(state_dict)
@@ -118,7 +113,7 @@ class MixDQQuantizer(DiffusersQuantizer):
     def create_quantized_param(
         self, model: Any, param_value: Any, param_name: str, target_device: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Puts a weight into the model, quantizing it where it is not quantized yet."""
+        """Puts a weight into the model, quantizing it unless it was loaded quantized."""
         layer, _, parameter = param_name.rpartition(".")
         module = model.get_submodule(layer)
         value = param_value.to(target_device)
@@ -138,8 +133,9 @@ class MixDQQuantizer(DiffusersQuantizer):
         plan = self.quantization_config.plan
         if self.pre_quantized:
             check_plan_of("quantization_config", plan, dict(model.named_parameters()))
-        attach_quantizer(model, plan, self)
-        # The model keeps this object: what only loading needs would keep files open and be copied with the model.
+        attach_to_diffusers(model, plan, self)
+        describe_layers(model)
+        # The model keeps this object: drop what only loading needs, which would keep files open and be copied with it.
         self.configs = {}
         vars(self).pop("checkpoint", None)
         return model
@@ -157,19 +153,6 @@ class MixDQQuantizer(DiffusersQuantizer):
         flat = flatten(without_joint(state_dict))
         return _unshared(flat.tensors), flat.metadata()
 
-    @property
-    def is_serializable(self) -> bool:
-        return HAS_HOOKS
-
-    @property
-    def is_trainable(self) -> bool:
-        """Adapters are; gradients go through quantized weights, not into them."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
-
     def _dequantize(self, model: Any) -> Any:
         dequantize_layers(model)
         with attributes_kept(model):
@@ -178,47 +161,19 @@ class MixDQQuantizer(DiffusersQuantizer):
         return model
 
 
-def dequantize_layers(model: nn.Module, *dtype: Any) -> None:
-    """Weights of torchao's kind become floating-point ones, of ``dtype`` where one is given."""
-    for module in find_layers(model).values():
-        if isinstance(module.weight, TorchAOBaseTensor):
-            weight: Any = module.weight
-            module.weight = nn.Parameter(weight.dequantize(*dtype))
+def attach_to_diffusers(model: nn.Module, plan: Plan | None = None, quantizer: MixDQQuantizer | None = None) -> None:
+    """Lets diffusers save and load ``model``, a diffusers model with quantized layers; does nothing to other modules.
 
-
-def attach_quantizer(model: nn.Module, plan: Plan | None = None, quantizer: MixDQQuantizer | None = None) -> None:
-    """Makes diffusers or transformers know that ``model`` is quantized, so that its ``save_pretrained`` works; models
-    of neither, without a quantized layer, or without values (on the meta device) are left alone.
-
-    ``quantize_`` and loading do this by themselves. ``plan``: the plan that quantized the model, to keep its exact
-    ranges and metadata; layers it does not name keep what was known of them.
+    ``plan`` as for ``declare_quantized``; ``quantizer``: the one that loaded the model, None for a new one.
     """
-    weights = [m.weight for m in find_layers(model).values() if is_quantized(m.weight)]
-    if not weights or any(w.is_meta for w in weights):
-        return
-    if isinstance(model, ModelMixin):
-        plan = plan_of(model, with_known(model, plan))
-        config = MixDQConfig(plan)
-        quantizer = quantizer or MixDQQuantizer(config)
-        quantizer.quantization_config = config
-        target: Any = model
-        target.hf_quantizer = quantizer
-        target.quantization_method = config.quant_method
-        # Left false: diffusers refuses .to(dtype) of what it takes for quantized, and our tensors can do it.
-        target.is_quantized = False
+    if isinstance(model, ModelMixin) and holds_quantized(model):
+        config = MixDQConfig(plan_of(model, with_known(model, plan)))
+        declare(model, quantizer or MixDQQuantizer(config), config)
         register(model, config)
-        remember(model, plan)
-    elif "transformers.modeling_utils" in sys.modules:
-        from transformers import PreTrainedModel
-
-        if isinstance(model, PreTrainedModel):
-            from .transformers_quantizer import attach_to_transformers
-
-            attach_to_transformers(model, plan=with_known(model, plan))
 
 
 def _take_types(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Gives the empty model the stored types, so that loading without a dtype changes none."""
+    """Gives the empty model the stored dtypes, so that loading without a dtype does not convert tensors."""
     for name, slot in list(model.state_dict(keep_vars=True).items()):
         stored = checkpoint.dtype(name)
         if stored is not None and stored != slot.dtype:
@@ -232,7 +187,7 @@ def _take_types(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that own their memory, as diffusers' way of writing wants them; only shared ones are copied."""
+    """Contiguous tensors that share no memory, as diffusers' writer requires; only shared ones are copied."""
     seen: set[int] = set()
     own: dict[str, Tensor] = {}
     for key, tensor in tensors.items():

@@ -1,7 +1,7 @@
-"""A plan in the words of other tools: ModelOpt's ``quantized_layers`` and torchao's ``FqnToConfig``, as JSON.
+"""Exports a plan to the formats of other tools: ModelOpt's ``quantized_layers`` and torchao's ``FqnToConfig``, as JSON.
 
-Both say which layer gets how many bits. Neither has a place for static per-tensor ranges, split shortcuts or BOS rows:
-a tool that reads them quantizes by its own method, and a model saved with ``save_quantized`` is the exact thing.
+Both give the bits of each layer. Neither can express static per-tensor ranges, split shortcuts or BOS rows: a tool that
+reads them quantizes by its own method. Only ``save_quantized`` keeps a quantized model exactly.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..layers import find_layers
 from ..plan import Plan
 from ..plan_check import check_plan
 
-# Names of TensorRT-LLM's QuantAlgo, which ModelOpt writes; bits that it has no name for get one of the same form.
+# Names of TensorRT-LLM's QuantAlgo, which ModelOpt writes. Other bit widths get a name of the same form.
 ALGORITHMS = {
     (8, 8): "W8A8_SQ_PER_CHANNEL",
     (8, 16): "W8A16",
@@ -42,7 +42,7 @@ INTEGERS = {bits: getattr(torch, f"int{bits}") for bits in (4, 2)}
 
 
 def export_modelopt(plan: Plan, path: str | os.PathLike[str]) -> None:
-    """Writes ModelOpt's ``hf_quant_config.json``: an algorithm for each layer, and the layers left alone."""
+    """Writes ModelOpt's ``hf_quant_config.json``: the algorithm of each quantized layer, and the excluded layers."""
     layers = {name: _algorithm(layer) for name, layer in plan.layers.items() if layer.quantized}
     document = {
         "producer": {"name": "mixdq_ao", "version": _version()},
@@ -77,8 +77,8 @@ def _version() -> str:
 def export_torchao(plan: Plan, path: str | os.PathLike[str], model: nn.Module) -> list[str]:
     """Writes torchao's ``FqnToConfig`` for the linear layers of ``model``, as ``config_from_dict`` reads it.
 
-    Weights get their bits per output channel; 8-bit activations become torchao's dynamic per-token ones. Returns the
-    names of planned convolutions, which torchao's integer configs do not take and which are written as null.
+    Weights are quantized per output channel; 8-bit activations become torchao's dynamic per-token ones. Returns the
+    names of planned convolutions, which torchao's integer configs do not support and which are written as null.
 
     Raises:
         PlanError: the plan does not fit the model, or a layer has activations of 4 bits or weights of 16 with fewer

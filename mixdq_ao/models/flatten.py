@@ -1,8 +1,8 @@
-"""Quantized weights as plain tensors and text, and back: what lies inside the weight files of a saved model.
+"""The contents of weight files: quantized weights as plain tensors and JSON metadata, and back.
 
 The form is torchao's (``torchao_safetensors.py``), so torchao's helpers read the files too; a split weight is stored
-as two weights, ``<name>.first`` and ``<name>.second``. Each file also says, under "mixdq" in its metadata, that it is
-ours, of which version, and which weights are split.
+as two weights, ``<name>.first`` and ``<name>.second``. Under "mixdq" each file's metadata also has our format, its
+version, and the names of split weights.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Flat:
     """A state dict without subclasses.
 
     Attributes:
-        tensors: plain tensors by key. Nothing is copied; weights may share a BOS embedding.
-        records: for each stored weight or plain tensor, its class and attributes.
-        groups: the keys that belong to each name of the state dict.
-        splits: names of split weights; their halves have records of their own.
+        tensors: plain tensors by key, not copied; weights may share a BOS embedding.
+        records: class and attributes of each stored weight or plain tensor.
+        groups: {name in the state dict: keys of its plain tensors}.
+        splits: names of split weights; each half has its own record.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Flat:
     splits: list[str] = field(default_factory=list)
 
     def metadata(self, names: Iterable[str] | None = None) -> dict[str, str]:
-        """Safetensors metadata of a file that holds ``names`` of the state dict (all of them when None)."""
+        """The safetensors metadata of a file that holds ``names`` of the state dict (None: all)."""
         names = list(self.groups if names is None else names)
         split = set(self.splits) & set(names)
         stored = [s for n in names for s in stored_names(n, n in split)]
@@ -58,10 +58,10 @@ class Flat:
 
 
 def flatten(state: Mapping[str, Any]) -> Flat:
-    """Takes the subclasses of a state dict apart.
+    """Splits the tensor subclasses of a state dict into plain tensors and records.
 
     Raises:
-        CheckpointError: an entry that is no tensor, or a subclass without a safetensors form.
+        CheckpointError: an entry is not a tensor, or a subclass without a safetensors form.
     """
     flat = Flat()
     for name, value in state.items():
@@ -78,6 +78,7 @@ def flatten(state: Mapping[str, Any]) -> Flat:
 
 
 def stored_names(name: str, split: bool) -> list[str]:
+    """The names that a weight is stored under: its own, or those of its halves."""
     return [f"{name}.{half}" for half in HALVES] if split else [name]
 
 
@@ -101,33 +102,33 @@ def _taken_apart(name: str, value: Any) -> tuple[Record, dict[str, Tensor]]:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What the metadata of weight files promises: records by stored name, and the names of split weights."""
+    """The contents of weight files according to their metadata: records by stored name, and names of split weights."""
 
     records: Mapping[str, Record]
     splits: frozenset[str]
 
     @property
     def names(self) -> list[str]:
-        """The names of the state dict."""
+        """The keys of the state dict."""
         halves = {s: n for n in self.splits for s in stored_names(n, True)}
         return list(dict.fromkeys(halves.get(s, s) for s in self.records))
 
     def keys(self, name: str) -> list[str]:
-        """The keys of the plain tensors of one name of the state dict."""
+        """The keys of the plain tensors of one entry of the state dict."""
         return [k for s in stored_names(name, name in self.splits) for k in _keys(s, self.records[s]).values()]
 
     def assemble(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        """One entry of the state dict from plain tensors by key; the very tensors, no copies.
+        """Builds one entry of the state dict from plain tensors by key, without copies.
 
         Raises:
-            ValueError, TypeError, AttributeError, KeyError: they do not fit together.
+            ValueError, TypeError, AttributeError, KeyError: the tensors do not fit together.
         """
         halves = [_put_together(s, self.records[s], tensors) for s in stored_names(name, name in self.splits)]
         return halves[0] if len(halves) == 1 else _joined(*halves)
 
 
 def read_contents(headers: Sequence[Header]) -> Contents:
-    """The contents of a model's weight files.
+    """Reads the contents of a model's weight files from their headers.
 
     Raises:
         CheckpointError: a file is not ours, is newer than this release, or the files contradict each other.
@@ -160,7 +161,7 @@ def read_contents(headers: Sequence[Header]) -> Contents:
 
 
 def check_version(path: object, document: Any) -> None:
-    """Raises CheckpointError unless ``document`` says it is ours and of this version."""
+    """Raises CheckpointError unless ``document`` has our format and this version."""
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
         raise CheckpointError(f"{path}: format is {found!r}, expected {FORMAT!r}; {SAVE_AGAIN}")
@@ -191,7 +192,7 @@ def _record(text: str) -> Record:
 
 
 def _keys(stored: str, record: Record) -> dict[str, str]:
-    """{attribute: key} of a stored weight; a plain tensor is its own and only attribute."""
+    """{attribute: key} of a stored weight; a plain tensor has the one attribute ""."""
     if record is PLAIN:
         return {"": stored}
     return {attribute: part_key(stored, attribute) for attribute in record["_tensor_data_names"]}
@@ -219,7 +220,7 @@ def _but_channels(weight: Tensor) -> tuple[int, ...]:
 
 
 def _check_mixdq(data: dict[str, Any], parts: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless attributes and parts are those of one MixDQTensor (its docstring)."""
+    """Raises ValueError unless attributes and parts fit MixDQTensor's docstring."""
     bits, length, levels = data.get("bits"), data.get("length"), data.get("act_levels")
     dtype = getattr(torch, str(data.get("dtype", {}).get("_data")), None)
     _expect(set(data) == set(MIXDQ_ATTRIBUTES), "attributes", sorted(data), "those of a MixDQTensor")

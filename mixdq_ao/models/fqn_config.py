@@ -1,4 +1,4 @@
-"""What torchao's FqnToConfig means, for those who quantize a parameter at a time."""
+"""The lookup rules of torchao's FqnToConfig, for loaders that quantize one parameter at a time."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torchao.core.config import AOBaseConfig
 
 
 def resolve(configs: Mapping[str, AOBaseConfig | None], parameter: str) -> tuple[str, AOBaseConfig | None]:
-    """What torchao's FqnToConfig means for a parameter: "parameter" or "module", and the config, None for none.
+    """The config that torchao's FqnToConfig gives a parameter (None: none), and whether it is given to the "parameter"
+    or to its "module".
 
-    Exact names win over patterns, parameters over modules.
+    Exact names take precedence over patterns, parameters over modules.
     """
     module, _, key = parameter.rpartition(".")
     patterns = {k[3:]: c for k, c in configs.items() if k.startswith("re:")}

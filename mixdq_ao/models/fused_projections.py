@@ -1,7 +1,7 @@
-"""Query, key and value of an attention as one product (key and value where the keys are of another tensor).
+"""Query, key and value projections of an attention as one product (in cross attention key and value).
 
-diffusers' ``fuse_qkv_projections`` copies weights into a plain layer, where quantized ones are floating point again (a
-warning says so); its attention with joint projections is used here with joint quantized weights.
+diffusers' ``fuse_qkv_projections`` copies weights into a plain layer, which dequantizes quantized ones (with a
+warning); this module uses diffusers' fused attention processor with joint quantized weights.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .text_layers import TextProjection
 def fuse_projections(model: nn.Module) -> tuple[str, ...]:
     """Joins the projections of every attention where they have one precision and read one tensor with one range.
 
-    Results stay the same to the bit, and so do the bytes: the layers' own weights become views of the joint one.
-    The model is saved as if they were apart. Fuse last: adapters, other precisions and ``load_state_dict`` want the
-    layers apart (``unfuse_projections``).
+    Results stay the same to the bit, and so does memory: the layers' own weights become views of the joint one. The
+    model is saved as if it were not fused. Fuse last: adapters, other precisions and ``load_state_dict`` need separate
+    layers (``unfuse_projections``).
 
-    Returns the names of the attentions that were fused; others are left as they are: those that are not diffusers'
-    ``Attention`` with its usual processor (joint attention of transformers), and layers that differ.
+    Returns the names of the fused attentions. Others stay as they are: those that are not diffusers' ``Attention`` with
+    its default processor (such as the joint attention of transformers), and those whose layers differ.
     """
     model = check_module(model)
     fused = []
@@ -39,25 +39,25 @@ def fuse_projections(model: nn.Module) -> tuple[str, ...]:
 
 
 def unfuse_projections(model: nn.Module) -> None:
-    """The layers compute by themselves again."""
+    """Undoes ``fuse_projections``."""
     for attention in model.modules():
         if isinstance(attention, Attention):
             unfuse_attention(attention)
 
 
 def unfuse_attention(attention: Attention) -> None:
-    """The same for one attention; one that is not fused stays as it is."""
+    """Undoes ``fuse_projections`` for one attention, if it is fused."""
     if getattr(attention, "fused_projections", False):
         for name in JOINT_OF:
             if hasattr(attention, name):
                 delattr(attention, name)
         attention.fused_projections = False
-        if type(attention.processor) is FusedAttnProcessor2_0:  # not one that was set since
+        if type(attention.processor) is FusedAttnProcessor2_0:  # not if another one was set since
             _process(attention, AttnProcessor2_0())
 
 
 def _process(attention: Attention, processor: Any) -> None:
-    """diffusers annotates the union of its processors without these two."""
+    """Sets a processor; diffusers' annotation of ``set_processor`` lacks the two used here."""
     attention.set_processor(processor)
 
 
@@ -75,14 +75,14 @@ def _fuse(attention: Attention) -> bool:
 
 
 def alike(a: Any, b: Any) -> bool:
-    """Whether two modules are quantized linear layers that :func:`join_layers` takes together."""
+    """Whether two modules are quantized linear layers that :func:`join_layers` can join."""
     if not all(own_class(layer) is nn.Linear and isinstance(layer.weight, MixDQTensor) for layer in (a, b)):
         return False
     return (a.bias is None) == (b.bias is None) and not difference(a.weight, b.weight)
 
 
 def join_layers(layers: Sequence[Any]) -> JointLinear:
-    """One layer that gives the outputs of ``layers`` side by side; their own weights become views of its weight."""
+    """One layer that computes the concatenated outputs of ``layers``; their weights become views of its weight."""
     weight = joined([layer.weight for layer in layers])
     whole = JointLinear(weight.shape[1], weight.shape[0], bias=layers[0].bias is not None, device="meta")
     whole.weight = nn.Parameter(weight, requires_grad=False)

@@ -1,6 +1,6 @@
-"""Keys and values of the text for all cross attentions as one product for each precision, when the first of them asks.
+"""The text's keys and values for all cross attentions of a UNet as one product per precision.
 
-SDXL's 140 projections read the same 77 rows: apart they are 140 small launches (70 with ``fuse_projections``).
+SDXL's 140 projections read the same 77 rows: separately they are 140 small launches (70 with ``fuse_projections``).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .text_layers import TextProjection, inner_unet, restore, text_projections
 
 
 class TextProjections(nn.Module):
-    """Projections of one text, those of one precision as one product each.
+    """The joint products of a UNet's text projections, one for each group of equal precision.
 
     Attributes:
-        layers: one joint linear layer for each precision, [sum of outputs, K].
-        readers: the projections, in the order of what ``forward`` returns.
+        layers: one joint linear layer for each group, [sum of outputs, K].
+        readers: the projections, in the order of the results of ``forward``.
     """
 
     def __init__(self, groups: Sequence[Sequence[TextProjection]]) -> None:
@@ -33,24 +33,25 @@ class TextProjections(nn.Module):
             reader.joint = self, position
 
     def forward(self, text: Tensor) -> list[Tensor]:
-        """text [B, T, K] -> [B, T, N_i] of each reader, views of one tensor for each precision."""
+        """text [B, T, K] -> [B, T, N_i] for each reader, views of one tensor per group."""
         parts = zip(self.layers, self.sizes, strict=True)
         return [value for layer, sizes in parts for value in layer(text).split(sizes, -1)]
 
     def hand_out(self, text: Tensor) -> None:
-        """Every reader has its part when it asks."""
+        """Computes the outputs of all readers, which return them when they are called."""
         for reader, value in zip(self.readers, self(text), strict=True):
             reader.at_hand.text, reader.at_hand.value = text, value
 
 
 def fuse_text_projections(unet: Any) -> tuple[int, ...]:
-    """Computes the keys and values of the text for all cross attentions of a UNet where the first of them asks, before
-    or after ``torch.compile``; with ``fuse_projections`` and ``reuse_text_projections`` in any order.
+    """Computes the text's keys and values for all cross attentions of a UNet when the first of them is called. Works
+    before or after ``torch.compile``, and combines with ``fuse_projections`` and ``reuse_text_projections`` in any
+    order.
 
     Projections of one bit width and one input range (a plan ties those that read one tensor) become one product, BOS
-    rows included: the same bits as before, and the same bytes, for the layers' own weights become views of the joint
-    one. Others stay where they are. The model is saved as if they were apart. Fuse last: adapters, other precisions
-    and ``load_state_dict`` want the layers apart (``unfuse_text_projections``).
+    rows included. Results stay the same to the bit, and so does memory: the layers' own weights become views of the
+    joint one. Other projections stay as they are. The model is saved as if it were not fused. Fuse last: adapters,
+    other precisions and ``load_state_dict`` need separate layers (``unfuse_text_projections``).
 
     Returns how many projections each product computes. Raises MixDQError for a denoiser without such projections.
     """
@@ -58,7 +59,7 @@ def fuse_text_projections(unet: Any) -> tuple[int, ...]:
     unfuse_text_projections(inner)
     for attention in inner.modules():
         if isinstance(attention, Attention) and attention.is_cross_attention:
-            unfuse_attention(attention)  # the joint product takes its pair apart
+            unfuse_attention(attention)  # this joint product replaces the attention's own
     groups = _grouped(text_projections(inner))
     if groups:
         inner.add_module(JOINT_TEXT, TextProjections(groups))
@@ -68,7 +69,7 @@ def fuse_text_projections(unet: Any) -> tuple[int, ...]:
 
 
 def unfuse_text_projections(unet: Any) -> None:
-    """The projections compute by themselves again."""
+    """Undoes ``fuse_text_projections``."""
     inner = inner_unet(unet)
     if hasattr(inner, JOINT_TEXT):
         for reader in getattr(inner, JOINT_TEXT).readers:

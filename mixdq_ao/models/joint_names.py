@@ -1,4 +1,5 @@
-"""Names of what computes layers of a model at once, or once per prompt. No file holds it, for it holds the layers."""
+"""Attribute names of modules that share other layers' weights (joint projections, caches); state dicts leave them
+out."""
 
 from __future__ import annotations
 
@@ -10,14 +11,14 @@ from ..layers import JOINT_OF
 Value = TypeVar("Value")
 
 JOINT_TEXT = "text_projections"
-"""The UNet's own: keys and values of the text for all its cross attentions (``fused_text``)."""
+"""Attribute of a UNet: the joint product of all its cross attentions' keys and values of the text (``fused_text``)."""
 TEXT_REUSE = "text_reuse"
-"""Attribute of a UNet that keeps them over calls."""
+"""Attribute of a UNet: the cache of these keys and values over calls (``text_reuse``)."""
 
 
 def without_joint(state: Mapping[str, Value]) -> dict[str, Value]:
-    """A state dict without what stands there a second time. Joint projections that a model has in the place of single
-    ones stay."""
+    """A state dict without joint projections whose layers it contains too. Joint projections that replace single ones
+    stay."""
     return {name: value for name, value in state.items() if not _is_joint(name, state)}
 
 

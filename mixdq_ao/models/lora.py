@@ -1,7 +1,7 @@
-"""LoRA adapters over quantized layers: ``pipe.load_lora_weights``, scales, hot-swapping, fusing and taking them out.
+"""LoRA adapters over quantized layers: ``pipe.load_lora_weights``, scales, hot-swapping, fusing and unfusing.
 
-peft asks here for the layers it puts around quantized ones (``registration.py``). While an adapter is not fused, the
-layer gives what it gave plus ``scale * B(A(x))`` in floating point:
+peft wraps quantized layers in the classes of this module (``registration.py``). While an adapter is not fused, the
+output is that of the layer plus ``scale * B(A(x))`` in floating point:
 
     rows of text                y(x) + s B A x        y: the integer product
     the BOS row of to_k, to_v   W bos + s B A bos     W: the full-precision weight, as ``bos_output`` keeps it
@@ -10,10 +10,10 @@ so a BOS row is that of the full-precision model with the adapter, however large
 becomes ``bos_output + s B A bos``, and only the weight is rounded anew.
 
 Static input ranges stay those of the plan: calibrate with the adapters that will be used (fused into the full-precision
-pipeline while calibrating), else what they add upstream may leave the ranges. Fusing rounds once more: below 8 bits an
-adapter much smaller than a step is lost in that, and better left unfused.
+pipeline while calibrating), else activations that they change upstream may leave the ranges. Fusing rounds once more:
+below 8 bits that loses an adapter much smaller than a quantization step, which is better left unfused.
 
-Scales are tensors, so that changing them, or swapping an adapter of the same rank in, does not compile anything anew.
+Scales are tensors, so that changing them, or swapping in an adapter of the same rank, does not recompile.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ Quantized = MixDQTensor | SplitMixDQTensor
 
 
 def adapted_layer(target: Any, adapter_name: str, *, config: Any, **kwargs: Any) -> Any:
-    """A layer with an adapter around ``target``, a quantized nn.Linear or nn.Conv2d; called by peft.
+    """Wraps ``target``, a quantized nn.Linear or nn.Conv2d, in a layer with an adapter; called by peft.
 
     Raises:
-        QuantizationError: a kind of adapter, or of its start, that changes the weight itself, or a layer in or before
-            which smoothing or rotation is folded (also where it is not quantized).
+        QuantizationError: the kind of adapter or of initialization changes the weight itself, or smoothing or rotation
+            is folded into the layer (also where it is not quantized).
     """
     layer = getattr(target, "base_layer", target)
     name = kwargs.get("target_name", type(layer).__name__)
@@ -65,10 +65,10 @@ def adapted_layer(target: Any, adapter_name: str, *, config: Any, **kwargs: Any)
 
 @dataclass(frozen=True)
 class Fused:
-    """An adapter as it was when it was fused: it may be changed or deleted afterwards, and others be fused.
+    """A copy of an adapter, made when it is fused: the adapter itself may be changed or deleted afterwards.
 
     Attributes:
-        a, b: [rank, K, ...] and [N, rank, ...]. bias: [N], of the layer behind ``b``.
+        a, b: weights [rank, K, ...] and [N, rank, ...]. bias: [N], of the layer ``lora_B``, or None.
     """
 
     a: Tensor
@@ -83,13 +83,18 @@ class Fused:
         return cls(a, b, bias, float(layer.scaling[name]))
 
     def delta(self, weight: Tensor) -> Tensor:
-        """What it adds to a weight: float32, in its shape, on its device."""
+        """The change of a weight by the adapter: float32, in the weight's shape, on its device."""
         a, b = (part.to(device=weight.device, dtype=torch.float32).flatten(1) for part in (self.a, self.b))
         return self.scale * (b @ a).reshape(weight.shape)
 
 
 class _OverQuantized:
-    """What a LoRA layer does differently over a quantized weight."""
+    """Overrides of peft's LoRA layers for quantized weights.
+
+    Attributes:
+        original: weight and bias without adapters while some are fused, else None.
+        fused: the fused adapters by name.
+    """
 
     original: tuple[nn.Parameter, nn.Parameter | None] | None = None
     fused: dict[str, Fused]
@@ -112,7 +117,7 @@ class _OverQuantized:
         self._scales_as_tensors()
 
     def _scales_as_tensors(self: Any) -> None:
-        """A changed scale is a new tensor: backward may still need what the last one holds."""
+        """Makes new tensors of all scales, never in place: backward may still need the values of the last ones."""
         device = self.get_base_layer().weight.device
         for adapter, scale in self.scaling.items():
             self.scaling[adapter] = torch.as_tensor(scale, dtype=torch.float32, device=device)
@@ -121,12 +126,11 @@ class _OverQuantized:
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fuses adapters: the weight becomes the quantized sum of the original one and all of them.
 
-        The original is kept beside it, packed as it is, for ``unmerge``. ``safe_merge`` changes nothing: a NaN or an
-        infinity is always refused, by name.
+        The packed original is kept for ``unmerge``. ``safe_merge`` has no effect: NaN and infinity are always refused.
 
         Raises:
-            QuantizationError: a sum holds NaN or infinity, a grouped convolution, or an adapter has a bias where the
-                layer has none.
+            QuantizationError: the sum holds NaN or infinity, the layer is a grouped convolution, or an adapter has a
+                bias and the layer has none.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) or () if n in self.lora_A]
         if not names:
@@ -144,8 +148,8 @@ class _OverQuantized:
         self.merged_adapters.extend(names)
 
     def unmerge(self: Any) -> None:
-        """Takes all fused adapters out: the very weight that was there before, to the bit, on the device and in the
-        type the layer has now."""
+        """Removes all fused adapters: restores the original weight, to the bit, on the device and in the type that the
+        layer has now."""
         if self.original is None:
             return
         layer = self.get_base_layer()
@@ -154,7 +158,7 @@ class _OverQuantized:
         self.merged_adapters.clear()
 
     def _original(self: Any) -> tuple[nn.Parameter, nn.Parameter | None]:
-        """Weight and bias without any adapter, on the device and in the type that the layer has now."""
+        """Weight and bias without adapters, on the device and in the type that the layer has now."""
         layer = self.get_base_layer()
         weight, bias = self.original or (layer.weight, layer.bias)
         return _like(weight, layer.weight), None if bias is None else _like(bias, layer.weight)
@@ -178,7 +182,7 @@ class MixDQLoraConv2d(_OverQuantized, LoraConv2d):
 
 
 def _like(parameter: nn.Parameter, other: Tensor) -> nn.Parameter:
-    """``parameter`` itself where it is on the device and in the type of ``other``."""
+    """``parameter`` on the device and in the type of ``other``; itself where it already is."""
     moved = parameter.to(device=other.device, dtype=other.dtype)
     return parameter if moved is parameter else nn.Parameter(moved, requires_grad=parameter.requires_grad)
 
@@ -188,8 +192,8 @@ def requantized(weight: Quantized, delta: Tensor, layer: LayerPlan | None = None
 
     Args:
         weight: [N, K] or [O, C, kh, kw]. delta: floating point, of the same shape.
-        layer: the layer's plan, for its ``weight_range`` (read from the tensors it is "minmax"). Ranges and roundings
-            that need moments of the input, which a model does not keep, become "mse" and "nearest".
+        layer: the layer's plan, for its ``weight_range``; None for "minmax". Ranges and roundings that need moments of
+            the input, which a model does not keep, become "mse" and "nearest".
 
     Raises:
         QuantizationError: the sum holds NaN or infinity.
@@ -218,7 +222,7 @@ def _act(weight: MixDQTensor) -> ActQuant | None:
 
 
 def _bos_output(weight: MixDQTensor, delta: Tensor) -> Tensor | None:
-    """The full-precision row plus what the adapter adds to it, in float64, rounded once."""
+    """The full-precision BOS row plus the adapter's contribution, in float64, rounded once."""
     if weight.bos_output is None or weight.bos_embedding is None:
         return None
     return (weight.bos_output.double() + delta.double() @ weight.bos_embedding.double()).to(weight.bos_output.dtype)

@@ -1,13 +1,13 @@
-"""Adapters in a pipeline whose denoiser ``torch.compile`` has wrapped, and where adapters would do nothing.
+"""LoRA methods of pipelines whose denoiser ``torch.compile`` has wrapped; errors where adapters would have no effect.
 
 diffusers' pipelines look for adapters in components of diffusers' and transformers' classes. After
-``pipe.unet = torch.compile(pipe.unet)`` there is another class: adapters are loaded into the model inside, but
-``set_adapters`` says that there are none, and ``fuse_lora``, ``unload_lora_weights`` and ``delete_adapters`` do
-nothing, without a word. While one of these methods runs, the quantized model stands where its wrapper stood. What is
-compiled stays, and is compiled again where adapters came or went.
+``pipe.unet = torch.compile(pipe.unet)`` the component has another class: adapters are loaded into the model inside, but
+``set_adapters`` says that there are none, and ``fuse_lora``, ``unload_lora_weights`` and ``delete_adapters`` do nothing
+and raise nothing. While one of these methods runs, the quantized model takes the place of its wrapper. Compiled code is
+kept, and recompiled only where adapters were added or removed.
 
-Used by ``registration.py`` when diffusers' loaders are imported, so classes are told by name: nothing more is imported.
-Pipelines without quantized models are as before.
+``registration.py`` uses this module when diffusers' loaders are imported. It compares classes by name, so that it need
+not import more. Pipelines without quantized models are not affected.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ OF_MODELS = ("load_lora_adapter", "add_adapter")
 
 
 def watch_pipelines(module: ModuleType) -> None:
-    """Has the LoRA methods of the pipelines' classes that ``module`` defines see through ``torch.compile``."""
+    """Makes the LoRA methods of the pipeline classes in ``module`` see through ``torch.compile``."""
     _replace(module, OF_PIPELINES, unwrapped)
 
 
 def watch_models(module: ModuleType) -> None:
-    """Has models refuse adapters where they would do nothing."""
+    """Makes the model classes in ``module`` refuse adapters where they would have no effect."""
     _replace(module, OF_MODELS, checked)
 
 
@@ -69,7 +69,7 @@ def _inside(around: Callable[[Any], Any], method: Callable[..., Any]) -> Callabl
 
 @contextmanager
 def unwrapped(pipe: Any) -> Iterator[None]:
-    """``pipe`` with the quantized models inside ``torch.compile``'s wrappers instead of these."""
+    """Replaces compiled quantized components of ``pipe`` by the models inside them, for the block."""
     held: dict[str, Any] = {}
     for name in getattr(pipe, "_lora_loadable_modules", ()):
         component: Any = getattr(pipe, name, None)
@@ -78,7 +78,7 @@ def unwrapped(pipe: Any) -> Iterator[None]:
             held[name] = component
     try:
         for name, component in held.items():
-            object.__setattr__(pipe, name, uncompiled(component))  # past the pipeline's record of classes
+            object.__setattr__(pipe, name, uncompiled(component))  # not the pipeline's, which records classes
         yield
     finally:
         for name, component in held.items():
@@ -87,7 +87,7 @@ def unwrapped(pipe: Any) -> Iterator[None]:
 
 @contextmanager
 def checked(model: Any) -> Iterator[None]:
-    """Raises QuantizationError where layers that take adapters are not asked for their outputs."""
+    """Raises QuantizationError where ``model`` bypasses layers that take adapters."""
     if hasattr(model, TEXT_REUSE):
         raise QuantizationError(
             "the UNet keeps keys and values of the text, which adapters change; forget_text_projections(pipe) before "

@@ -1,4 +1,4 @@
-"""The parts of a diffusers pipeline, and pictures or latents from prompts in a way that repeats exactly."""
+"""The parts of a diffusers pipeline, and reproducible sampling of pictures or latents from prompts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..compat import uncompiled
 from ..errors import MixDQError
 from ..expect import is_number
 
@@ -21,15 +22,15 @@ PICTURES = ("image", "mask_image", "control_image", "video")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How pictures are drawn.
+    """How to sample pictures.
 
     Attributes:
         steps: denoising steps.
-        guidance_scale: classifier-free guidance; 0 turns it off, as few-step models want.
-        seed: prompt i of a list starts from the noise of generator seed + i, whatever the batch size.
-        batch_size: prompts at once.
-        height, width: pixels; None for the model's own.
-        frames: of a video; None for the pipeline's own number, and for pictures.
+        guidance_scale: classifier-free guidance; 0 turns it off, as few-step models require.
+        seed: prompt i of a list starts from noise of a generator with seed + i, whatever the batch size.
+        batch_size: prompts per batch.
+        height, width: in pixels; None for the model's default.
+        frames: of a video; None for the pipeline's default, and for pictures.
     """
 
     steps: int = 1
@@ -54,18 +55,18 @@ class Sampling:
             raise MixDQError(f"guidance_scale is {self.guidance_scale!r}, expected a finite number; 0 turns it off")
 
     def size(self) -> dict[str, int]:
-        """Those of height, width and frames that are given."""
+        """Height, width and frames, without those that are None."""
         return {name: value for name in SIZES if (value := getattr(self, name)) is not None}
 
 
 def _check_seed(seed: int) -> None:
-    """Raises MixDQError for a seed that torch does not take."""
+    """Raises MixDQError for a seed that torch does not accept."""
     if not -(2**63) <= seed < 2**64:
         raise MixDQError(f"seed is {seed}, expected a whole number from -2^63 to 2^64 - 1, also for the last prompt")
 
 
 def denoiser(pipe: Any) -> nn.Module:
-    """The model that is quantized: ``pipe.unet``, or ``pipe.transformer``. Of two (``transformer_2``) the first."""
+    """The model of ``pipe`` to quantize: ``pipe.unet``, or ``pipe.transformer`` (the first, if there are two)."""
     for name in ("unet", "transformer"):
         model = getattr(pipe, name, None)
         if isinstance(model, nn.Module):
@@ -73,13 +74,18 @@ def denoiser(pipe: Any) -> nn.Module:
     raise MixDQError(f"{type(pipe).__name__} has neither a unet nor a transformer; pass the model itself")
 
 
+def inner_denoiser(pipe: Any) -> nn.Module:
+    """``denoiser(pipe)`` without the wrapper of ``torch.compile``; plans name the layers of this module."""
+    return uncompiled(denoiser(pipe))
+
+
 def other_denoisers(pipe: Any) -> tuple[str, ...]:
-    """Names of what else denoises: Wan 2.2 has a ``transformer_2`` for the last steps."""
+    """Attribute names of further denoisers: Wan 2.2 has a ``transformer_2`` for the last steps."""
     return tuple(n for n in ("unet_2", "transformer_2") if isinstance(getattr(pipe, n, None), nn.Module))
 
 
 def first_output(output: Any) -> Tensor:
-    """The tensor a denoiser gives, whichever way it was asked to return it."""
+    """The output tensor of a denoiser, from any of the forms it may return."""
     if isinstance(output, Tensor):
         return output
     return output[0] if isinstance(output, tuple) else output.sample
@@ -108,11 +114,11 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
 def generate(
     pipe: Any, prompts: Sequence[str], sampling: Sampling, output: Literal["latent", "pt"] = "pt"
 ) -> Iterator[Tensor]:
-    """Batches of pictures ([B, 3, H, W], float in [0, 1]) or final latents ([B, C, h, w]), on the CPU in float32.
+    """Yields batches of pictures ([B, 3, H, W], float in [0, 1]) or final latents ([B, C, h, w]), float32 on the CPU.
 
-    Of a pipeline of videos (one that gives ``frames``, as WanPipeline): [B, F, 3, H, W], or latents [B, C, f, h, w].
+    Video pipelines (whose output has ``frames``, such as WanPipeline) give [B, F, 3, H, W], or latents [B, C, f, h, w].
 
-    Raises MixDQError for one that wants a picture as well.
+    Raises MixDQError for a pipeline that requires a picture as input.
     """
     prompts = check_prompts(prompts)
     _check_seed(sampling.seed + len(prompts) - 1)
@@ -133,7 +139,7 @@ def generate(
 
 @contextmanager
 def _of_prompts_alone(pipe: Any) -> Iterator[None]:
-    """What inpainting, ControlNet and the like say of a picture that is missing, in words that help."""
+    """Explains the errors of pipelines that require a picture besides the prompt, such as inpainting or ControlNet."""
     try:
         yield
     except (TypeError, ValueError, AttributeError) as e:
@@ -147,9 +153,9 @@ def _of_prompts_alone(pipe: Any) -> Iterator[None]:
 
 
 def drawn(result: Any) -> Tensor:
-    """What a pipeline drew: its ``images``, or the ``frames`` of a video.
+    """The ``images`` of a pipeline's output, or the ``frames`` of a video.
 
-    Raises MixDQError where it gives neither, or no tensor of them.
+    Raises MixDQError if the output has neither, or if they are not a tensor.
     """
     found = next((getattr(result, name) for name in ("images", "frames") if hasattr(result, name)), None)
     if not isinstance(found, Tensor):
@@ -161,7 +167,7 @@ def drawn(result: Any) -> Tensor:
 
 
 def each_frame(images: Tensor) -> Tensor:
-    """Pictures [B, 3, H, W] as they are, the frames of videos [B, F, 3, H, W] one by one: [B F, 3, H, W]."""
+    """Pictures [B, 3, H, W] unchanged; videos [B, F, 3, H, W] as their frames [B F, 3, H, W]."""
     return images.flatten(0, 1) if images.dim() == 5 else images
 
 

@@ -1,4 +1,4 @@
-"""The plan a quantized model carries out, read from its tensors: what a saved model says of itself is always true."""
+"""Reads the plan of a quantized model from its tensors, so that a saved plan always agrees with the weights."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ..quantize.tensor import MixDQTensor, SplitMixDQTensor, is_quantized
 def plan_of(model: nn.Module, plan: Plan | None = None) -> Plan:
     """The plan that quantized ``model``.
 
-    Where ``plan`` (the one that was used) agrees with a layer's tensors its own entry is kept, with the ranges as
-    calibrated; elsewhere ranges are those the stored scales and zero points stand for. A layer that is not quantized
-    by us, or no longer, is left out, or stands with 16 bits where ``plan`` names it.
+    Where ``plan`` (the one that was used) agrees with a layer's tensors, its entry is kept, with the calibrated ranges;
+    elsewhere ranges are computed from the stored scales and zero points. A layer without a quantized weight of ours is
+    left out, or gets 16 bits if ``plan`` names it.
     """
     given = {} if plan is None else plan.layers
     layers: dict[str, LayerPlan] = {}
@@ -37,7 +37,7 @@ def plan_of(model: nn.Module, plan: Plan | None = None) -> Plan:
 
 
 def layer_plan_of(weight: object) -> LayerPlan:
-    """What one quantized weight is. Raises TypeError for any other tensor."""
+    """The plan entry that describes one quantized weight. Raises TypeError for any other tensor."""
     if isinstance(weight, SplitMixDQTensor):
         first, second = layer_plan_of(weight.first), layer_plan_of(weight.second)
         return replace(first, split=weight.split, split_act_range=second.act_range)
@@ -53,7 +53,7 @@ def layer_plan_of(weight: object) -> LayerPlan:
 
 
 def same_layer(a: LayerPlan, b: LayerPlan) -> bool:
-    """Equal but for the exact ranges (and for symmetry, which a weight's zero points may show by chance)."""
+    """Whether two entries agree except in ranges, and in symmetry, which zero points may suggest by chance."""
     return (a.weight_bits, a.act_bits, a.split, a.bos) == (b.weight_bits, b.act_bits, b.split, b.bos)
 
 
@@ -82,7 +82,7 @@ def _symmetric(weight: MixDQTensor) -> bool:
 
 
 def _act_range(weight: MixDQTensor) -> tuple[float, float] | None:
-    """What codes 0 and act_levels stand for."""
+    """The values of codes 0 and act_levels."""
     if weight.act_scale is None or weight.act_zero_point is None or weight.act_levels is None:
         return None
     scale, zero = weight.act_scale.item(), int(weight.act_zero_point.item())

@@ -1,14 +1,15 @@
-"""Packages of compiled code: a quantized model as one ``.pt2`` file that a process without this library can run.
+"""Ahead-of-time compilation of a quantized model to one ``.pt2`` file that a process without this library can run.
 
     package(pipe.unet, kwargs, "unet.pt2")           # here
     torch._inductor.aoti_load_package("unet.pt2")    # anywhere with the same torch; no import of ours
 
 The weights in a package are the packed integers. On a GPU our Triton kernels are compiled into it. On a CPU our kernels
-are Python and C that only a Python process with ``inductor_kernels`` has, so by default a package for a CPU holds plain
-torch operators instead: weights are unpacked and multiplied in float32, which costs the speed of integer products (not
-the memory, nor more accuracy than float32 sums have). ``use="ours"`` keeps the calls, which is faster. Calls also stay
-where our Triton kernels do not serve: a grouped convolution, a weight without its sum. For either, the process must
-``import inductor_kernels`` before it loads the package; ``package`` says whether.
+are Python and C that only a Python process with ``inductor_kernels`` has, so by default a package for a CPU contains
+plain torch operators instead: weights are unpacked and multiplied in float32, which loses the speed of integer products
+(not the memory, nor more accuracy than float32 sums have). ``use="ours"`` keeps the calls to our operators, which is
+faster. Calls also remain where our Triton kernels do not apply: a grouped convolution, a weight without its sum. A
+process must ``import inductor_kernels`` before it loads a package with such calls; ``package`` returns whether it has
+any.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ def export(
     """``torch.export`` of a quantized model: a graph over the plain tensors of its weights.
 
     Args:
-        model: a module with quantized layers; it stays as it is.
-        kwargs: what its ``forward`` is called with; other shapes need ``dynamic_shapes`` (as in ``torch.export``).
-        plain: plain torch operators in the place of ours, so that a process without this library can run the graph.
+        model: a module with quantized layers; not changed.
+        kwargs: arguments of its ``forward``; other shapes need ``dynamic_shapes`` (as in ``torch.export``).
+        plain: replaces our operators by plain torch ones, so that a process without this library can run the graph.
     """
     model = copy.deepcopy(uncompiled(model)).eval().requires_grad_(False)
     for module in model.modules():
         module.__dict__.pop("layer_plan", None)
     program = torch.export.export(model, (), dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False)
-    # This also takes the weights apart into the tensors they hold.
+    # This also replaces each weight by the plain tensors it holds.
     return program.run_decompositions(dict(PLAIN) if plain else {})
 
 
@@ -63,17 +64,17 @@ def package(
     use: Kernels = "auto",
     dynamic_shapes: Any = None,
 ) -> bool:
-    """Compiles a quantized model ahead of time into one file. Returns whether it calls our operators, so that a process
-    needs ``inductor_kernels``.
+    """Compiles a quantized model ahead of time into one file. Returns whether it calls our operators, for which a
+    process must import ``inductor_kernels``.
 
     Args:
         model, kwargs, dynamic_shapes: as for ``export``.
-        path: the file, named ``.pt2``; overwritten.
-        use: "auto" puts our kernels in on a GPU and plain torch operators on a CPU; "ours" and "plain" force one.
+        path: a file name that ends in ``.pt2``; an existing file is overwritten.
+        use: "auto" uses our kernels on a GPU and plain torch operators on a CPU; "ours" and "plain" force one.
 
     Raises:
-        CheckpointError: a name that is not ``.pt2``, or a model without a quantized layer; calls of our operators would
-            stay, and torch is older than 2.13.
+        CheckpointError: the file name does not end in ``.pt2``, the model has no quantized layer, or the package would
+            call our operators and torch is older than 2.13.
     """
     path = os.fspath(path)
     if not path.endswith(".pt2"):
@@ -93,7 +94,7 @@ def package(
 
 
 def _check_calls() -> None:
-    """Raises CheckpointError where packages cannot call our operators."""
+    """Raises CheckpointError if this torch's packages cannot call our operators."""
     if TorchVersion(torch.__version__) < "2.13":
         raise CheckpointError(
             f"packages of torch {torch.__version__} hand operators of others the wrong types, expected torch 2.13 or "
@@ -102,17 +103,18 @@ def _check_calls() -> None:
 
 
 def _calls_ours(path: str) -> bool:
-    """Whether a package does: beside the code, torch lists as JSON what it calls by name, if there is any."""
+    """Whether a package calls our operators: torch lists operators that it calls by name in JSON files beside the
+    code."""
     with zipfile.ZipFile(path) as file:
         lists = [name for name in file.namelist() if name.endswith(".json")]
         return any(b'"inductor_kernels::' in file.read(name) for name in lists)
 
 
 def captured_call(model: nn.Module, run: Callable[[], object]) -> dict[str, Any]:
-    """What ``model`` is called with, by name, when ``run`` calls it for the first time.
+    """The arguments, by name, of the first call of ``model`` in ``run``.
 
     Raises:
-        CheckpointError: it was not called.
+        CheckpointError: ``run`` does not call it.
     """
     import inspect
 
@@ -142,4 +144,4 @@ PLAIN: dict[Any, Callable[..., Tensor]] = {
         (kernels.conv2d_weight_only.default, reference.conv2d_weight_only),
     )
 }
-"""The operators in plain torch, which runs where nothing of ours is."""
+"""{our operator: its implementation by plain torch operators}."""

@@ -1,4 +1,4 @@
-"""Models prepared for a precision per step are not saved: no file holds what they are made of."""
+"""Makes diffusers refuse to save models prepared for a precision per step: they have no file format."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..errors import CheckpointError
 
 
 class PreparedQuantizer(DiffusersQuantizer):
-    """What diffusers asks of a model prepared for a schedule: it holds every level's weights, and no file does."""
+    """The quantizer of a model prepared for a schedule, which holds the weights of every level and cannot be saved."""
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        """Nothing is loaded into it."""
+        """Does nothing: such models are not loaded."""
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         return model
@@ -37,7 +37,7 @@ class PreparedQuantizer(DiffusersQuantizer):
 
 
 def declare_prepared(model: nn.Module) -> None:
-    """Has diffusers refuse to save a model prepared for a schedule."""
+    """Makes diffusers refuse to save ``model``, which was prepared for a schedule."""
     if isinstance(model, ModelMixin):
         target: Any = model
         target.hf_quantizer = PreparedQuantizer(None)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Names in a profile: which layer, and what it is quantized to."""
+"""Names quantized layers and their precision in profiles."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ..quantize.tensor import is_quantized
 
 @contextmanager
 def named_layers(model: nn.Module) -> Iterator[None]:
-    """Inside the block every quantized layer of an uncompiled ``model`` is a range of its own in ``torch.profiler``:
+    """Makes every quantized layer of an uncompiled ``model`` a named range in ``torch.profiler``, for the block:
 
         with named_layers(pipe.unet), torch.profiler.profile() as record:
             pipe("a large red circle")
         print(record.key_averages().table("cpu_time_total"))
 
-    "down_blocks.1.attentions.0.proj_in (W8A8)". All hooks are removed at its end. Layers of a compiled model are fused
-    with each other and have no ranges of their own; its kernels are named by Inductor.
+    Ranges are named as "down_blocks.1.attentions.0.proj_in (W8A8)". Layers of a compiled model are fused with each
+    other and have no ranges of their own; Inductor names its kernels.
     """
     model = uncompiled(model)
     handles = []

@@ -1,11 +1,11 @@
-"""Saving quantized models and loading them again, bit for bit: safetensors, a config with the plan, and no pickle.
+"""Saves and loads quantized models, bit for bit: safetensors and a config with the plan, no pickle.
 
     save_quantized(pipe.unet, "unet-w8a8")
     unet = load_quantized("unet-w8a8")
 
 A directory holds ``config.json`` (the model's own config, and the plan under ``quantization_config``) and
-``diffusion_pytorch_model.safetensors`` (``model.safetensors`` for a transformers model), in several files with an index
-where it is large. It is what ``save_pretrained`` writes of a quantized model too, and both can be read by both.
+``diffusion_pytorch_model.safetensors`` (``model.safetensors`` for a transformers model), sharded with an index if it is
+large. ``save_pretrained`` of a quantized model writes the same format, and ``from_pretrained`` reads it.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from ..jsonfile import write_document
 from ..layers import find_layers
 from ..plan import Plan
 from ..plan_check import adapter_advice
+from ..quantize.config import declare_quantized
 from ..quantize.fake import FakeQuantizer
 from ..quantize.tensor import is_quantized
+from ..registration import METHOD
 from ..tensorfile import write_safetensors
 from .checkpoint import Checkpoint, read_json
 from .declared import known_plan
-from .diffusers_config import METHOD, MixDQConfig
-from .diffusers_quantizer import attach_quantizer
+from .diffusers_config import MixDQConfig
 from .flatten import Flat, flatten
 from .joint_names import without_joint
-from .pipelines import denoiser
+from .pipelines import inner_denoiser
 from .plan_of import check_plan_of, plan_of
 from .prepared_quantizer import check_saveable
 from .skeleton import Library, check_fit, empty_model, fill, library_of, saved_config, without_aliases
@@ -52,15 +53,15 @@ def save_quantized(
 ) -> None:
     """Saves a quantized diffusers or transformers model.
 
-    Weights go to files under temporary names first, ``config.json`` last: a crash leaves what was there before, or a
-    directory that does not load; never a mixture that does. Tensors are written one by one, without a copy of them all.
+    Weights are written under temporary names first, ``config.json`` last: a crash leaves the previous contents, or a
+    directory that does not load, but never a mixture that loads. Tensors are written one by one, without a copy of all.
 
     Args:
-        model: quantized with ``quantize_`` (real mode) or loaded; a compiled one is saved as what was compiled.
-        directory: made if need be. One that holds another model is refused.
-        plan: the plan that quantized the model, to keep its exact ranges and metadata; what it says is checked against
-            the tensors. By default all is read from the tensors.
-        max_shard_size: bytes of one file; a single weight is never divided.
+        model: quantized by ``quantize_`` (real mode) or loaded; of a compiled one the model inside is saved.
+        directory: created if missing. A directory with another model is refused.
+        plan: the plan that quantized the model, to keep its exact ranges and metadata; it is checked against the
+            tensors. By default the plan recorded on the model, or else read from the tensors.
+        max_shard_size: bytes per file; a single weight is never divided.
 
     Raises:
         CheckpointError: the model cannot be saved so that it loads again, or a file cannot be written.
@@ -78,7 +79,7 @@ def save_quantized(
 
 
 def _prepared(model: nn.Module, plan: Plan | None) -> tuple[Library, Flat, Plan]:
-    """All that will be written, after every check that it can be read again."""
+    """Everything to be written, after checking that it can be loaded again."""
     if any(adapter_advice(name) for name in find_layers(model)):
         raise CheckpointError(
             f"{type(model).__name__} has adapters; pipe.unload_lora_weights() before saving, after pipe.fuse_lora() "
@@ -97,7 +98,7 @@ def _prepared(model: nn.Module, plan: Plan | None) -> tuple[Library, Flat, Plan]
 
 
 def refuse_foreign(directory: Path) -> None:
-    """Raises CheckpointError unless a model can be saved there: a free name, or a directory without another model."""
+    """Raises CheckpointError unless ``directory`` does not exist or is a directory without another model."""
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory}: is a file, expected a directory or a free name")
     if (directory / INDEX).exists():
@@ -128,7 +129,7 @@ def _write(directory: Path, stem: str, flat: Flat, config: dict[str, Any], large
             write_document(Path(temporary) / index.name, about)
             names.append(index.name)
         write_document(Path(temporary) / CONFIG, config)
-        # From here to the last line the directory has no config.json, so nothing loads half of it.
+        # From here until its last step the directory has no config.json, so that a partial save does not load.
         (directory / CONFIG).unlink(missing_ok=True)
         for old in (index, *(p for p in directory.iterdir() if _is_shard(p.name, stem))):
             old.unlink(missing_ok=True)
@@ -148,7 +149,7 @@ def _is_shard(name: str, stem: str) -> bool:
 
 
 def _shards(flat: Flat, largest: int) -> Iterator[list[str]]:
-    """Names of the state dict for each file, in order; the plain tensors of one weight stay together."""
+    """The state dict keys of each file, in order; the plain tensors of one weight stay together."""
     group: list[str] = []
     held = 0
     for name, keys in flat.groups.items():
@@ -162,10 +163,10 @@ def _shards(flat: Flat, largest: int) -> Iterator[list[str]]:
 
 
 def load_quantized(directory: str | os.PathLike[str]) -> nn.Module:
-    """A model saved by ``save_quantized``, or by ``save_pretrained`` of a quantized diffusers model.
+    """Loads a model saved by ``save_quantized``, or by ``save_pretrained`` of a quantized model.
 
-    It is on the CPU, in evaluation mode, with every tensor as it was saved, to the bit. Weights are views of the files:
-    they are read when first used and take no memory of their own until then. Move the model with ``.to(device)``.
+    The model is on the CPU, in evaluation mode, with every tensor as it was saved, to the bit. Weights are views of
+    memory-mapped files, read when first used. Move the model with ``.to(device)``.
 
     Raises:
         CheckpointError: a file is missing, damaged, cut off, foreign, newer than this release, or does not fit the
@@ -189,24 +190,23 @@ def load_quantized(directory: str | os.PathLike[str]) -> nn.Module:
     check_fit(directory, model, state)
     check_plan_of(path, plan, state)
     fill(model, state)
-    attach_quantizer(model, plan)
+    declare_quantized(model, plan)
     return model
 
 
 def save_pipeline(pipe: Any, directory: str | os.PathLike[str], *, plan: Plan | None = None) -> None:
-    """Saves a pipeline with quantized diffusers models; ``DiffusionPipeline.from_pretrained`` loads it.
+    """Saves a pipeline with quantized models; ``DiffusionPipeline.from_pretrained`` loads it.
 
-    ``pipe.save_pretrained`` with what it lacks: every quantized model is checked first, and the directory appears under
-    its name, or its index in an empty directory, only when all of it is written. ``plan``: the plan of its denoiser, to
-    keep exact ranges and metadata.
+    Unlike ``pipe.save_pretrained``, it checks every quantized model first, and the directory (or, in an existing empty
+    directory, its index) appears only when everything is written. ``plan``: the plan of the denoiser, to keep its exact
+    ranges and metadata.
 
     Raises:
         CheckpointError: the directory exists and is not empty, a part cannot be saved, or a file cannot be written.
     """
     directory = Path(directory)
     refuse_occupied(directory)
-    main = denoiser(pipe)
-    main = uncompiled(main)
+    main = inner_denoiser(pipe)
     for model in pipe.components.values():
         if isinstance(model, nn.Module):
             model = uncompiled(model)
@@ -219,7 +219,8 @@ def save_pipeline(pipe: Any, directory: str | os.PathLike[str], *, plan: Plan | 
 
 
 def _save_whole(pipe: Any, directory: Path) -> None:
-    """Into an empty directory, which may be a mount point or the current one, the index last."""
+    """Saves into a temporary directory, then renames it to ``directory``. If that exists (it is empty, and may be a
+    mount point or the current directory), moves the files into it instead, the index last."""
     exists = directory.exists()
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=directory if exists else directory.parent, prefix=f".{directory.name}-"))
@@ -238,7 +239,7 @@ def _save_whole(pipe: Any, directory: Path) -> None:
 
 
 def refuse_occupied(directory: Path) -> None:
-    """Raises CheckpointError unless a pipeline can be saved there: a free name, or an empty directory."""
+    """Raises CheckpointError unless ``directory`` does not exist or is an empty directory."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory}: exists; give a free name, so that no pipeline is half overwritten")
 
@@ -247,4 +248,4 @@ def _make_saveable(model: nn.Module, plan: Plan | None) -> None:
     check_saveable(model)
     if any(is_quantized(m.weight) for m in find_layers(model).values()):
         _, _, plan = _prepared(model, plan)
-        attach_quantizer(model, plan)
+        declare_quantized(model, plan)

@@ -1,4 +1,4 @@
-"""A model without weights from its ``config.json``, and weights put in their place: no full-precision model between."""
+"""Builds a model without weights from its ``config.json`` and fills in weights, without a full-precision model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ PRIVATE = ("_name_or_path", "_pre_quantization_dtype")
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """How one library stores its models: the start of the weight files' names, and the model's class by its config."""
+    """How one library stores a model.
+
+    Attributes:
+        stem: the start of weight file names. base: the base class of the library's models.
+        document: the model's config.
+    """
 
     stem: str
     base: type
@@ -34,7 +39,7 @@ def saved_config(model: nn.Module) -> Library:
     """The config of a diffusers or transformers model as it is saved.
 
     Raises:
-        CheckpointError: ``model`` is of neither library, so that its class could not be found again.
+        CheckpointError: ``model`` is of neither library, so that loading could not find its class.
     """
     from diffusers.models.modeling_utils import ModelMixin
     from transformers import PreTrainedModel
@@ -61,14 +66,14 @@ def _library(document: dict[str, Any]) -> Library:
 
 
 def library_of(path: Path, document: dict[str, Any]) -> Library:
-    """The library of a config that was read from ``path``. Raises CheckpointError when it names no model class."""
+    """The library of a config that was read from ``path``. Raises CheckpointError if it names no model class."""
     library = _library(document)
     _model_class(path, library)
     return library
 
 
 def _model_class(path: Path, library: Library) -> Any:
-    """The class a config names, looked up in its library and nowhere else."""
+    """The class that a config names, looked up in its library only."""
     import diffusers
     import transformers
 
@@ -81,7 +86,7 @@ def _model_class(path: Path, library: Library) -> Any:
 
 
 def empty_model(path: Path, library: Library) -> Any:
-    """The model a config describes, its parameters on the meta device, in evaluation mode.
+    """The model that a config describes, with parameters on the meta device, in evaluation mode.
 
     Raises:
         CheckpointError: the config cannot be used.
@@ -98,7 +103,7 @@ def empty_model(path: Path, library: Library) -> Any:
                 model = cls(cls.config_class.from_dict(library.document))
         if hasattr(model, "tie_weights"):
             model.tie_weights()
-    except Exception as e:  # any error of any model's constructor, from values we cannot check
+    except Exception as e:  # constructors may raise anything for values that we cannot check
         raise CheckpointError(
             f"{path}: {cls.__name__} cannot be built from it: {type(e).__name__}: {' '.join(str(e).split())[:200]}"
         ) from e
@@ -106,10 +111,8 @@ def empty_model(path: Path, library: Library) -> Any:
 
 
 def check_fit(where: object, model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError unless ``state`` has every tensor of ``model``, in its shape, and no other.
-
-    Of tied parameters one name is enough.
-    """
+    """Raises CheckpointError unless ``state`` has exactly the tensors of ``model``, in their shapes. One name of tied
+    parameters suffices."""
     slots = model.state_dict(keep_vars=True)
     filled = {id(slots[name]) for name in state if name in slots}
     name_of = type(model).__name__
@@ -126,7 +129,7 @@ def check_fit(where: object, model: nn.Module, state: Mapping[str, Tensor]) -> N
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Puts the tensors of ``state`` in the place of parameters and buffers, tied ones everywhere. No copies."""
+    """Replaces parameters and buffers by the tensors of ``state``, without copies; tied ones everywhere."""
     slots: Mapping[str, Tensor] = model.state_dict(keep_vars=True)
     new = {id(slots[name]): _like(slots[name], tensor) for name, tensor in state.items()}
     for module in model.modules():
@@ -144,8 +147,9 @@ def _like(slot: Tensor, tensor: Tensor) -> Tensor:
 
 
 def without_aliases(model: nn.Module) -> dict[str, Any]:
-    """The state dict, of tied parameters only the first name."""
+    """The state dict with only the first name of tied parameters."""
     seen: dict[int, str] = {}
     for name, slot in model.state_dict(keep_vars=True).items():
         seen.setdefault(id(slot), name)
-    return {name: slot for name, slot in model.state_dict().items() if name in set(seen.values())}
+    first = set(seen.values())
+    return {name: slot for name, slot in model.state_dict().items() if name in first}

@@ -1,4 +1,4 @@
-"""Whether the values of a quantized weight read from disk are ones that quantizing makes."""
+"""Checks that quantization can produce the values of a quantized weight read from disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from ..quantize.tensor import MixDQTensor, SplitMixDQTensor
 
 
 def check_values(weight: Tensor) -> None:
-    """Raises ValueError naming what holds an impossible value; other tensors, and those on the meta device, pass."""
+    """Raises ValueError naming the stored tensor with an impossible value. Tensors of other classes, and weights on the
+    meta device, pass."""
     if isinstance(weight, SplitMixDQTensor):
         check_values(weight.first)
         check_values(weight.second)

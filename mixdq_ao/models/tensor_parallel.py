@@ -1,16 +1,16 @@
-"""Tensor parallelism for attention and feed-forward: each process holds a part of the packed weights and of the work.
+"""Tensor parallelism for attention and feed-forward: each process holds and computes a shard of the packed weights.
 
     torch.distributed.init_process_group(...)
     tensor_parallel(pipe.unet)      # the same call in every process, after quantizing or loading
 
-Projections into heads and hidden features are divided by output rows, those back by input columns, and one sum over
-the processes ends each attention and each feed-forward (Megatron-LM, arXiv 1909.08053, section 3). Integer codes,
-scales, zero points and BOS rows are cut where the weight is cut; the activation ranges stay, so that every process
-quantizes its part as one process would, and the result differs by the rounding of that sum alone.
+Projections into heads and hidden features are sharded by output rows, projections back by input columns, and each
+attention and feed-forward ends with one all-reduce (Megatron-LM, arXiv 1909.08053, section 3). Integer codes, scales,
+zero points and BOS rows are sharded with the weight; activation ranges are replicated, so that every process quantizes
+its part as one process would, and the result differs only by the rounding of that sum.
 
-Layers chosen by hand take torch's own way: ``parallelize_module`` with ``ColwiseParallel`` and ``RowwiseParallel``
-makes DTensors of quantized weights (see ``quantize.collectives``). It cuts rows into consecutive parts; here the halves
-of a gated feed-forward are each cut, and attention gets its number of heads.
+To choose layers by hand use torch's ``parallelize_module`` with ``ColwiseParallel`` and ``RowwiseParallel``, which
+makes DTensors of quantized weights (see ``quantize.collectives``). It shards rows consecutively, whereas this module
+shards each half of a gated feed-forward and adapts the attention's number of heads.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from ..quantize.tensor_ops import sliced
 
 
 def tensor_parallel(model: nn.Module, group: dist.ProcessGroup | None = None) -> list[str]:
-    """Divides the ``Attention`` and ``FeedForward`` blocks of a diffusers model over ``group``, in place.
+    """Shards the ``Attention`` and ``FeedForward`` blocks of a diffusers model over ``group``, in place.
 
-    All other layers stay whole in every process. Returns the names of the blocks that were divided.
+    All other layers are replicated. Returns the names of the sharded blocks.
 
     Raises:
         QuantizationError: heads or hidden features of a block cannot be divided evenly; nothing is changed.
@@ -75,7 +75,7 @@ def _divide_feed_forward(block: Any, size: int, rank: int, group: Any) -> None:
     first = block.net[0].proj
     hidden = block.net[2].in_features
     part = _part(hidden, size, rank)
-    halves = first.out_features // hidden  # two where one half gates the other
+    halves = first.out_features // hidden  # 2 if one half gates the other
     keep_rows(first, torch.cat([part + i * hidden for i in range(halves)]))
     keep_columns(block.net[2], size, rank, group)
 
@@ -85,7 +85,7 @@ def _part(count: int, size: int, rank: int) -> Tensor:
 
 
 def keep_rows(layer: nn.Linear, rows: Tensor) -> None:
-    """Leaves the output features ``rows`` (indices) of a layer, quantized or not."""
+    """Keeps only the output features ``rows`` (indices) of a layer, quantized or not."""
     weight: Any = layer.weight
     layer.weight = nn.Parameter(_rows(weight, rows), requires_grad=False)
     if layer.bias is not None:
@@ -104,7 +104,8 @@ def _rows(weight: Any, rows: Tensor) -> Tensor:
 
 
 def keep_columns(layer: nn.Linear, size: int, rank: int, group: Any) -> None:
-    """Leaves one part of the input features; what the layer gives is summed over the processes, the bias added once."""
+    """Keeps only the input features of shard ``rank`` of ``size``, and sums the output over ``group``; only rank 0 adds
+    the bias."""
     step = layer.in_features // size
     weight: Any = layer.weight
     if isinstance(weight, MixDQTensor):
@@ -123,7 +124,7 @@ def keep_columns(layer: nn.Linear, size: int, rank: int, group: Any) -> None:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over the processes. In backward each would have its own part of the gradient only."""
+    """All-reduce without a backward, in which each process would have only its own part of the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""The layers of a UNet that read the text embedding and nothing else, made to return what was computed of it before."""
+"""The layers of a UNet that read only the text embedding: their outputs can be cached, or computed jointly."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .joint_names import JOINT_TEXT
 
 
 class AtHand:
-    """What a joint product has computed for one reader, until it asks; no part of the module, so that compiled code may
-    set and clear it."""
+    """The output that a joint product has computed for one reader, until the reader takes it. Not a module attribute,
+    so that compiled code may set and clear it."""
 
     def __init__(self) -> None:
         self.text: Tensor | None = None
@@ -26,14 +26,15 @@ class AtHand:
 
 
 class TextProjection(nn.Module):
-    """A projection of the text that gives what is known of it: stored over calls, or computed with others.
+    """A text projection whose output is cached or computed jointly.
 
-    The layer itself, of another class for the while (:func:`stand_in`): its name, weight, hooks and adapters stay what
-    they are, and a model is saved as if nothing had happened.
+    It is the original layer with its class temporarily replaced (:func:`stand_in`, :func:`restore`): name, weight,
+    hooks and adapters stay, and the model is saved as before.
 
     Attributes:
-        stored: [B, T, N] of the text of these calls, None where nothing is stored.
-        joint: the product that computes this projection with others and its place in it, None where there is none.
+        stored: the cached output [B, T, N], or None.
+        joint: the joint product that computes this projection, and the projection's index in it, or None.
+        at_hand: the output of the joint product that this projection has not yet returned.
     """
 
     weight: Any
@@ -46,24 +47,25 @@ class TextProjection(nn.Module):
             return self.stored
         if self.joint is None:
             return self.computed(text, *args)
-        if self.at_hand.text is not text:  # the first of this call, or what another call has left behind
+        if self.at_hand.text is not text:  # the first reader of this call, or a leftover of an interrupted one
             self.joint[0].hand_out(text)
         value, self.at_hand.text, self.at_hand.value = self.at_hand.value, None, None
         assert value is not None
         return value
 
     def computed(self, text: Tensor, *args: Any) -> Tensor:
-        """What the layer gives by itself."""
+        """The layer's own output."""
         return super().__call__(text, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies store nothing: torch leaves the hooks of a compiled model, which look at the text, behind."""
+        """Leaves the cache out: a copy of a compiled model lacks the hook that keeps the cache up to date."""
         state: Any = super().__getstate__()
         return {**state, "_buffers": {**self._buffers, "stored": None}}
 
     def store(self, value: Tensor) -> None:
-        """Keeps ``value`` where the last one of its shape was: compiled code and CUDA graphs go on reading there. What
-        has a gradient gets a place of its own, which is part of one graph; so does what follows inference mode."""
+        """Caches ``value``, in the memory of the last one if shapes agree: compiled code and CUDA graphs read from it.
+        Memory is new for a value with a gradient, which belongs to one graph, and where the last one was an inference
+        tensor."""
         held = self.stored
         if held is not None and held.is_inference() and not torch.is_inference_mode_enabled():
             held = None
@@ -75,7 +77,7 @@ class TextProjection(nn.Module):
 
 
 def stand_in(layer: nn.Module) -> TextProjection:
-    """Makes the layer a :class:`TextProjection`, until :func:`restore`."""
+    """Changes the class of ``layer`` to a :class:`TextProjection`, until :func:`restore`."""
     if not isinstance(layer, TextProjection):
         mix_in(layer, TextProjection, name=f"Text{type(layer).__name__}")
         assert isinstance(layer, TextProjection)
@@ -85,7 +87,8 @@ def stand_in(layer: nn.Module) -> TextProjection:
 
 
 def inner_unet(unet: Any) -> UNet2DConditionModel:
-    """The UNet itself, compiled or not. Raises MixDQError unless its projections get the text as it is."""
+    """The UNet without the wrapper of ``torch.compile``. Raises MixDQError for another model, or one that changes the
+    text before its projections."""
     inner = uncompiled(unet)
     if not isinstance(inner, UNet2DConditionModel):
         raise MixDQError(f"the denoiser is a {type(inner).__name__}, expected a UNet2DConditionModel")
@@ -102,7 +105,7 @@ def _attention(inner: nn.Module, name: str) -> Any:
 
 
 def text_projections(inner: nn.Module) -> list[TextProjection]:
-    """Every projection of the text that the attentions call, as a :class:`TextProjection`.
+    """Every text projection that the attentions call, changed to a :class:`TextProjection`.
 
     Raises:
         MixDQError: there is none.
@@ -116,14 +119,14 @@ def text_projections(inner: nn.Module) -> list[TextProjection]:
 
 
 def project(inner: nn.Module, projections: list[TextProjection], text: Tensor) -> list[Tensor]:
-    """What each of them gives, as few products as the UNet's joint projections allow."""
+    """The output of each projection, by joint products where the UNet has them."""
     joint = getattr(inner, JOINT_TEXT, None)
     values = [] if joint is None else joint(text)
     return [p.computed(text) if p.joint is None else values[p.joint[1]] for p in projections]
 
 
 def restore(inner: nn.Module) -> None:
-    """Nothing is stored any more, and layers are what they were unless they are computed together."""
+    """Drops the caches, and restores the class of projections that are not computed jointly."""
     for module in inner.modules():
         if isinstance(module, TextProjection):
             module.stored = None

@@ -1,6 +1,6 @@
-"""Keys and values of the text, computed once per prompt instead of at every denoising step.
+"""Caches the keys and values of the text: computed once per prompt instead of in every denoising step.
 
-The 140 cross-attention projections of SDXL read the text embedding, which does not change while a picture is drawn.
+The 140 cross-attention projections of SDXL read the text embedding, which is the same in all steps.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from .text_layers import inner_unet, project, restore, text_projections
 
 
 class TextReuse:
-    """Looks at the text before each call of a UNet (compiled or not), and has its projections computed when it is
-    another one.
+    """A forward pre-hook of a UNet (compiled or not) that computes its text projections when the text has changed.
 
-    A text is the same while it is the same tensor, not written to; diffusers' pipelines pass one tensor to every step.
-    A model prepared for a schedule computes its projections again where the level changes.
-    Results and gradients are those of the UNet itself: what was computed without gradients is not used with them, and
-    what has some only once.
+    The text is unchanged if it is the same tensor and was not written to; diffusers' pipelines pass one tensor to every
+    step. A model prepared for a schedule computes its projections again when the level changes.
+    Results and gradients are those of the UNet itself: values computed without gradients are not used with them, and
+    values with gradients are used only once.
     """
 
     def __init__(self, unet: nn.Module, inner: UNet2DConditionModel) -> None:
@@ -35,8 +34,7 @@ class TextReuse:
         self.hook = unet.register_forward_pre_hook(self, with_kwargs=True)
 
     def _find(self) -> None:
-        """The projections as they are now, and one that has a level, of a model prepared for a schedule: all are at the
-        same one."""
+        """Finds the current projections, and for a model prepared for a schedule one with a level, which all share."""
         self.projections = text_projections(self.inner)
         self.leveled: Any = next((p for p in self.projections if hasattr(p, "level")), None)
 
@@ -49,9 +47,9 @@ class TextReuse:
         if text is None or self._unchanged(text):
             return
         offload = getattr(unet, "_hf_hook", None)
-        if offload is not None:  # accelerate brings the weights when the UNet's own forward is called
+        if offload is not None:  # accelerate moves the weights in the UNet's forward only
             offload.pre_forward(unet, *args, **kwargs)
-        self.known = None  # should storing be interrupted
+        self.known = None  # in case an exception interrupts storing
         self._find()
         values = self.project(text)
         for projection, value in zip(self.projections, values, strict=True):
@@ -61,8 +59,8 @@ class TextReuse:
             self.known = text, text._version, torch.is_grad_enabled(), self._level()
 
     def _unchanged(self, text: Tensor) -> bool:
-        """An inference tensor does not tell when it is written to, so it is never known. Nothing is stored where
-        projections were joined or taken apart meanwhile."""
+        """Whether the cache is valid for ``text``. Inference tensors have no version counter, so they are never known.
+        Projections that were fused or unfused meanwhile have no cache."""
         known = self.known
         if known is None or known[0] is not text:
             return False
@@ -70,24 +68,24 @@ class TextReuse:
         return known[1:] == now and all(projection.stored is not None for projection in self.projections)
 
     def _level(self) -> str | None:
-        """Of a model prepared for a schedule, whose projections give something else at each level."""
+        """The current level of a model prepared for a schedule, on which projections depend; None for others."""
         return None if self.leveled is None else self.leveled.level
 
     def end(self) -> None:
-        """The projections compute at every call again."""
+        """Removes the hook and the cache."""
         self.hook.remove()
         restore(self.inner)
         delattr(self.inner, TEXT_REUSE)
 
 
 def reuse_text_projections(pipe: Any) -> Any:
-    """Has ``pipe.unet`` compute its projections of the text once per prompt; before or after ``torch.compile``.
+    """Makes ``pipe.unet`` compute its text projections once per prompt. Call it before or after ``torch.compile``.
 
-    They take memory for one batch of prompts: 2 x 77 x channels of every cross attention. The model is saved as ever. A
-    copy of a compiled one computes them at every call until this is called with it.
-    Adapters and weights must not be changed meanwhile; ``forget_text_projections(pipe)`` ends it.
+    The cache takes 2 x 77 x channels of every cross attention per prompt of a batch. It is not saved with the model. A
+    copy of a compiled model computes the projections in every call until this is called for it.
+    Adapters and weights must not change meanwhile; ``forget_text_projections(pipe)`` ends it.
 
-    Returns ``pipe``. Raises MixDQError for a denoiser without text projections of that kind.
+    Returns ``pipe``. Raises MixDQError for a denoiser without such projections.
     """
     inner = inner_unet(getattr(pipe, "unet", None))
     known = getattr(inner, TEXT_REUSE, None)
@@ -97,7 +95,7 @@ def reuse_text_projections(pipe: Any) -> Any:
 
 
 def forget_text_projections(pipe: Any) -> Any:
-    """Ends ``reuse_text_projections``; nothing of the text is kept. Returns ``pipe``."""
+    """Ends ``reuse_text_projections`` and drops the cache. Returns ``pipe``."""
     reuse = getattr(uncompiled(pipe.unet), TEXT_REUSE, None)
     if reuse is not None:
         reuse.end()

@@ -1,9 +1,9 @@
-"""torchao's safetensors form of tensor subclasses (``torchao.prototype.safetensors``), ours among them.
+"""torchao's safetensors form of tensor subclasses (``torchao.prototype.safetensors``), extended to MixDQTensor.
 
 torchao stores a subclass as its plain tensors, named ``<module>._<parameter>_<attribute>``, and its other attributes as
-JSON in the file's metadata. Its two tables of known classes have no function to add to them, so they are extended here;
-then ``flatten_tensor_state_dict`` and ``unflatten_tensor_state_dict`` take a MixDQTensor as one of their own. A
-SplitMixDQTensor holds two subclasses, which that form has no place for: ``flatten.py`` stores its halves one by one.
+JSON in the file's metadata. torchao has no function to register a class, so this module changes its two tables of known
+classes; ``flatten_tensor_state_dict`` and ``unflatten_tensor_state_dict`` then accept a MixDQTensor. The form cannot
+express a SplitMixDQTensor, which holds two subclasses: ``flatten.py`` stores its halves separately.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torchao.utils import TorchAOBaseTensor
 from ..quantize.tensor import MixDQTensor
 
 Record = dict[str, Any]  # {"_type": class, "_data": {attribute: value}, "_tensor_data_names": [attribute]}
-MIXDQ_ATTRIBUTES = ("bits", "length", "dtype", "act_levels")  # others follow from these and from the tensors
+MIXDQ_ATTRIBUTES = ("bits", "length", "dtype", "act_levels")  # the others follow from these and the tensors
 PLAIN: Record = {"_type": "Tensor"}
 
 
 def accept_mixdq_tensors() -> None:
-    """Makes torchao's helpers know MixDQTensor. May be called again."""
+    """Registers MixDQTensor with torchao's helpers. May be called again."""
     torchao_utils.ALLOWED_CLASSES["MixDQTensor"] = MixDQTensor
     if "MixDQTensor" not in torchao_utils.ALLOWED_TENSORS_SUBCLASSES:
         torchao_utils.ALLOWED_TENSORS_SUBCLASSES.append("MixDQTensor")
@@ -35,7 +35,7 @@ def known(kind: str) -> bool:
 
 
 def record_of(tensor: TorchAOBaseTensor) -> tuple[Record, dict[str, Tensor]]:
-    """What is stored of a subclass: its attributes, and its plain tensors by attribute name."""
+    """The stored parts of a subclass: a record of its attributes, and its plain tensors by attribute name."""
     record = json.loads(json.dumps(tensor, cls=torchao_utils.TensorSubclassAttributeJSONEncoder))
     if isinstance(tensor, MixDQTensor):
         record["_data"] = {name: record["_data"][name] for name in MIXDQ_ATTRIBUTES}
@@ -43,7 +43,7 @@ def record_of(tensor: TorchAOBaseTensor) -> tuple[Record, dict[str, Tensor]]:
 
 
 def rebuild(record: Record, parts: dict[str, Tensor]) -> Tensor:
-    """The subclass again, of the very tensors given. Only classes in torchao's table are made.
+    """Builds the subclass from its record and tensors, which are not copied. Only classes in torchao's table are built.
 
     Raises:
         ValueError, TypeError: the record does not fit its class.
@@ -52,7 +52,7 @@ def rebuild(record: Record, parts: dict[str, Tensor]) -> Tensor:
 
 
 def part_key(name: str, attribute: str) -> str:
-    """Where ``attribute`` of the parameter ``name`` is stored: "a.weight", "scale" -> "a._weight_scale"."""
+    """The key of ``attribute`` of the parameter ``name``: "a.weight", "scale" -> "a._weight_scale"."""
     module, _, parameter = name.rpartition(".")
     return f"{module}{'.' if module else ''}_{parameter}_{attribute}"
 

@@ -1,10 +1,10 @@
-"""Our quantizer for transformers: quantized text encoders are saved and loaded with a pipeline, or by themselves.
+"""Our quantizer for transformers: saves and loads quantized text encoders, with a pipeline or by themselves.
 
     quantize_(pipe.text_encoder, mixdq_config(Plan.uniform(pipe.text_encoder, 8, 16)))
     pipe.save_pretrained("pipeline")
 
 The files are those of ``save_quantized``; ``load_quantized`` reads them too. With
-``quantization_config=MixDQConfig(plan)`` ``from_pretrained`` quantizes each weight as soon as it is read.
+``quantization_config=MixDQConfig(plan)``, ``from_pretrained`` quantizes each weight as soon as it is read.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from typing import Any
 from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import quantize_
+from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
 from ..errors import CheckpointError
+from ..plan import Plan
+from ..quantize.described import describe_layers
 from ..quantize.tensor import MixDQTensor
+from ..registration import METHOD
 from .checkpoint import Checkpoint
-from .declared import remember
-from .diffusers_config import METHOD, MixDQConfig
-from .diffusers_quantizer import dequantize_layers
+from .declared import declare, dequantize_layers, holds_quantized, with_known
+from .diffusers_config import MixDQConfig
 from .flatten import flatten
 from .fqn_config import resolve
 from .plan_of import plan_of
@@ -33,11 +36,13 @@ from .torchao_safetensors import part_key
 
 
 class MixDQTransformersQuantizer(HfQuantizer):
-    """What transformers asks while it loads or saves one model."""
+    """The hooks that transformers calls while it loads or saves one model."""
 
     quantization_config: Any
     configs: dict[str, AOBaseConfig | None]
     checkpoint: Checkpoint | None = None
+    is_trainable = True  # type: ignore[assignment]  # adapters; gradients pass through quantized weights, not into them
+    is_compileable = True  # type: ignore[assignment]
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         if self.pre_quantized:
@@ -53,7 +58,7 @@ class MixDQTransformersQuantizer(HfQuantizer):
 
     @property
     def serialized_names(self) -> dict[str, list[str]]:  # type: ignore[override]
-        """The plain tensors that one weight is stored as."""
+        """The keys of the plain tensors that a weight is stored as."""
         attributes = MixDQTensor.tensor_data_names + MixDQTensor.optional_tensor_data_names
         return {"weight": [part_key("weight", attribute) for attribute in attributes]} if self.pre_quantized else {}
 
@@ -61,10 +66,11 @@ class MixDQTransformersQuantizer(HfQuantizer):
         return {"deserialize": _Assemble}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        # What was loaded through them lies under its own name now, and saving must not undo that.
+        # Drop our conversions: saving would apply their inverse.
         model._weight_conversions = [c for c in model._weight_conversions or [] if not _ours(c)] or None
         self.checkpoint, self.configs = None, {}
-        attach_to_transformers(model, self)
+        _declare(model, self, MixDQConfig(plan_of(model)))
+        describe_layers(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -76,22 +82,13 @@ class MixDQTransformersQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
-    @property
-    def is_trainable(self) -> bool:
-        """Adapters are; gradients go through quantized weights, not into them."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
-
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         dequantize_layers(model, dtype)
         return model
 
 
 class _Quantize(ConversionOps):
-    """A weight that was just read becomes a quantized one."""
+    """Quantizes a weight as soon as it is read."""
 
     def __init__(self, quantizer: MixDQTransformersQuantizer) -> None:
         self.hf_quantizer = quantizer
@@ -111,7 +108,7 @@ class _Quantize(ConversionOps):
 
 
 class _Assemble(ConversionOps):
-    """The plain tensors of a weight become that weight again."""
+    """Assembles a quantized weight from its plain tensors."""
 
     def __init__(self, quantizer: MixDQTransformersQuantizer) -> None:
         self.hf_quantizer = quantizer
@@ -131,17 +128,17 @@ def _ours(conversion: Any) -> bool:
     return any(isinstance(operation, _Assemble) for operation in getattr(conversion, "operations", ()))
 
 
-def attach_to_transformers(model: Any, quantizer: MixDQTransformersQuantizer | None = None, plan: Any = None) -> None:
-    """Makes transformers know that ``model`` is quantized, so that its ``save_pretrained`` works."""
-    config: Any = MixDQConfig(plan_of(model, plan))
-    quantizer = quantizer or MixDQTransformersQuantizer(config, pre_quantized=True)
-    quantizer.quantization_config = config
-    model.hf_quantizer = quantizer
+def attach_to_transformers(model: nn.Module, plan: Plan | None = None) -> None:
+    """Lets transformers save and load ``model``, a transformers model with quantized layers; does nothing to other
+    modules. ``plan`` as for ``declare_quantized``."""
+    if isinstance(model, PreTrainedModel) and holds_quantized(model):
+        config: Any = MixDQConfig(plan_of(model, with_known(model, plan)))
+        _declare(model, MixDQTransformersQuantizer(config, pre_quantized=True), config)
+
+
+def _declare(model: Any, quantizer: MixDQTransformersQuantizer, config: MixDQConfig) -> None:
+    declare(model, quantizer, config)
     model.config.quantization_config = config
-    model.quantization_method = config.quant_method
-    # As for diffusers: left false, so that .to(dtype) is not refused, which our tensors can do.
-    model.is_quantized = False
-    remember(model, config.plan)
 
 
 AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = MixDQConfig  # type: ignore[assignment]

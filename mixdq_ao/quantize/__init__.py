@@ -1,3 +1,3 @@
-"""Quantized weights as tensors, what is done with them, and how a model gets them."""
+"""Quantized weights as tensor subclasses, their operators, and the quantization of models."""
 
-from . import collectives, fsdp, tensor_ops, transposed  # noqa: F401  (register the operators of the tensors)
+from . import collectives, fsdp, tensor_ops, transposed  # noqa: F401  (register operators)

@@ -1,11 +1,11 @@
-"""DTensor: quantized weights as the parts of ``torch.distributed.tensor`` tensors, packed in every process.
+"""DTensor support: quantized weights as local shards of ``torch.distributed.tensor`` tensors, packed in every process.
 
     parallelize_module(model, mesh, {"to_q": ColwiseParallel(), "to_out.0": RowwiseParallel()})
 
-``distribute_tensor`` sends the parts from one process to the others, ``full_tensor`` puts them together again. What
-travels is what is stored: codes, scales, zero points, BOS outputs; activation parameters and the BOS embedding travel
-along, so that all processes quantize their part of an input with the numbers of one. Weights with BOS outputs are
-divided by rows only (``ColwiseParallel``), and dimensions must divide evenly.
+``distribute_tensor`` sends the shards from one process to the others, ``full_tensor`` gathers them. The collectives
+transfer the stored tensors: codes, scales, zero points, BOS outputs, and also the activation parameters and the BOS
+embedding, so that all processes quantize their part of an input alike. Weights with BOS outputs can be sharded by rows
+only (``ColwiseParallel``), and dimensions must divide evenly.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _(func, types, args, kwargs):
 
 @MixDQTensor.implements(c10d.scatter_.default)
 def _(func, types, args, kwargs):
-    """Each tensor of the weight is scattered by itself; only the process ``root`` gives weights to take them of."""
+    """Scatters each stored tensor separately; only the process ``root`` passes ``sources``."""
     (weight,), sources, rest = args[0], args[1], args[2:]
     parts: Sequence[MixDQTensor] = sources[0] if sources else ()
 
@@ -65,9 +65,9 @@ def _(func, types, args, kwargs):
 
 
 def received(weight: MixDQTensor, receive: Callable[[str, Tensor], Any]) -> Any:
-    """Fills the tensors of ``weight`` by ``receive(name, tensor)``; returns the last of the works, all of them done.
+    """Fills the tensors of ``weight`` by ``receive(name, tensor)``; waits for all works and returns the last.
 
-    What weights share is received beside it: other weights hold the same objects.
+    ``shared_tensors`` are received into new tensors, since other weights hold the old ones too.
     """
     work, fresh = None, {}
     for name, tensor in weight.stored_tensors().items():
@@ -79,7 +79,7 @@ def received(weight: MixDQTensor, receive: Callable[[str, Tensor], Any]) -> Any:
             continue
         if into is not tensor:
             tensor.copy_(into)
-        # What was received counts as no change by itself; forms prepared of the old weight must be dropped.
+        # A collective does not increment the version counter, by which prepared forms of the old weight are dropped.
         torch.autograd.graph.increment_version(tensor)
     filled = weight.with_tensors(**fresh)
     for name in fresh:
@@ -90,9 +90,12 @@ def received(weight: MixDQTensor, receive: Callable[[str, Tensor], Any]) -> Any:
 
 @MixDQTensor.implements(functional.all_gather_into_tensor.default)
 def _(func, types, args, kwargs):
-    """The parts of all processes, one below the other; they have arrived when this returns."""
+    """The shards of all processes concatenated along rows. Waits for the result."""
     weight, rest = args[0], args[1:]
-    gather = lambda t: functional.wait_tensor(func(t.contiguous(), *rest, **kwargs))  # noqa: E731
+
+    def gather(tensor: Tensor) -> Tensor:
+        return functional.wait_tensor(func(tensor.contiguous(), *rest, **kwargs))
+
     return weight.with_tensors(**{name: gather(t) for name, t in weight.by_row().items()})
 
 
@@ -108,7 +111,7 @@ def _(func, types, args, kwargs):
 
 @MixDQTensor.implements(aten.cat.default)
 def _(func, types, args, kwargs):
-    """Below each other, with scales of their own; beside each other if they have the same scales."""
+    """Along rows each weight keeps its scales; along columns all must have the same scales."""
     call: tuple[Any, ...] = (*args, *kwargs.values(), 0)
     weights, dim = call[:2]
     if not all(isinstance(weight, MixDQTensor) for weight in weights) or dim % weights[0].dim() > 1:
@@ -119,7 +122,7 @@ def _(func, types, args, kwargs):
 
 
 def beside(weights: Sequence[MixDQTensor]) -> MixDQTensor:
-    """Parts [N, K_i, ...] of the input features of one weight [N, sum K_i, ...].
+    """One weight [N, sum K_i, ...] from slices [N, K_i, ...] of its input features.
 
     Raises:
         NotImplementedError: their precision, scales or zero points differ.

@@ -1,9 +1,9 @@
-"""Rounding that makes up for its own error: each column is rounded, and the columns still to come absorb the error.
+"""Rounding with error compensation: columns are rounded in turn, and the remaining columns absorb the error.
 
-GPTQ (Frantar et al. 2022, arXiv 2210.17323): for inputs x with second moment M = mean x x^T, the rounded weight should
-change the output w x least in the mean square, (q - w) M (q - w)^T. Columns are rounded one after the other; the
-weights of the remaining columns take the values that are best given the ones already fixed, which the Cholesky factor
-of M's inverse gives in closed form. With a diagonal M nothing is to be made up for: rounding to nearest.
+GPTQ (Frantar et al. 2022, arXiv 2210.17323): for inputs x with second moment M = mean x x^T, the rounded weight q
+should minimise the mean square change of the output w x, (q - w) M (q - w)^T. After each column the remaining ones take
+the values that are optimal given those already rounded, which the Cholesky factor of M's inverse gives in closed form.
+With a diagonal M this is rounding to nearest.
 """
 
 from __future__ import annotations
@@ -17,32 +17,36 @@ from torch import Tensor
 from .grid import Grid, output_error
 
 DAMPING = 0.01
-"""Added to M's diagonal, as a part of its mean: inputs that were never seen still cost something. As in the paper."""
+"""Added to M's diagonal, as a fraction of its mean, so that inputs never seen still have a cost. As in the paper."""
 BLOCK = 64
 ROOM = 1 << 25
-"""Weights rounded at once where several grids are tried: each costs K steps, whatever their number."""
+"""Weights rounded at once when several grids are tried: a pass takes K steps, however many weights it rounds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compensation:
-    """Of a moment M [K, K], damped: ``order`` int64 [K], columns by falling second moment, so that the inputs that
-    matter most are rounded while there are most columns left to make up for it; ``factor`` float32 [K, K], the upper
-    triangular U with U^T U = M^-1 in that order."""
+    """The factorisation of a damped moment M [K, K].
+
+    Attributes:
+        order: int64 [K], columns by decreasing second moment: the inputs that matter most are rounded while most
+            columns are left to compensate.
+        factor: float32 [K, K], the upper triangular U with U^T U = M^-1 in that order.
+    """
 
     order: Tensor
     factor: Tensor
 
     @classmethod
     def of(cls, moment: Tensor) -> Compensation:
-        """Computed in float64. Where rounding has left M indefinite, damping is raised tenfold until it is not."""
+        """Factorises ``moment`` in float64. If rounding made it indefinite, raises damping tenfold until it is not."""
         damped = moment.double()
         mean = damped.diagonal().mean()
         damped = damped / mean if mean > 0 else torch.zeros_like(damped)
         order = damped.diagonal().argsort(descending=True, stable=True)
         damped, damping = damped[order][:, order], DAMPING
         while True:
-            # M = R R^T with R upper triangular is the Cholesky factorisation from the last column to the first,
-            # and M^-1 = R^-T R^-1.
+            # The Cholesky factorisation from the last column to the first is M = R R^T with R upper triangular, so
+            # M^-1 = R^-T R^-1.
             lower, failed = torch.linalg.cholesky_ex((damped + damping * _eye(damped)).flip(0, 1))
             if not failed:
                 break
@@ -59,8 +63,8 @@ def _eye(like: Tensor) -> Tensor:
 def compensated_codes(rows: Tensor, grid: Grid, compensation: Compensation) -> Tensor:
     """Codes of ``rows`` [N, K] in ``grid``, float32 [N, K].
 
-    Columns are rows here, so that each lies in one piece. What a column's error does to the others of its block is
-    applied at once, to all later ones when the block is done (section 3.3 of the paper).
+    Works on the transpose, where a column is contiguous. A column's error is applied to the rest of its block at once,
+    and to later blocks when the block is done (section 3.3 of the paper).
     """
     order, factor = compensation.order, compensation.factor
     left = rows.T[order]
@@ -81,9 +85,9 @@ def compensated_codes(rows: Tensor, grid: Grid, compensation: Compensation) -> T
 def best_compensated(
     rows: Tensor, grids: Sequence[Grid], compensation: Compensation, moment: Tensor, unit: Tensor
 ) -> tuple[Grid, Tensor]:
-    """Row by row the grid whose compensated codes change the output least, of equals the first, and those codes.
+    """For each row the grid whose compensated codes change the output least (the first of equals), and those codes.
 
-    ``unit`` [N] is what errors are measured in, see ``squared_error``.
+    ``unit`` [N]: the unit of errors, see ``squared_error``.
     """
     at_once = max(1, ROOM // rows.numel())
     grid, codes, least = grids[0], torch.empty_like(rows), torch.full_like(unit, torch.inf)

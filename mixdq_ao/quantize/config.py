@@ -1,4 +1,4 @@
-"""From a plan to a torchao config, and from the config to quantized layers."""
+"""Turns a plan into a torchao config, and applies the config to a model's layers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torchao.quantization import quantize_ as torchao_quantize_
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 from ..errors import PlanError, QuantizationError
+from ..expect import located
 from ..layer_plan import LayerPlan
 from ..layers import check_module, find_layers
 from ..plan import Plan
@@ -36,12 +37,17 @@ Mode = Literal["real", "fake"]
 
 @dataclass
 class MixDQLayerConfig(AOBaseConfig):
-    """What one layer becomes: its LayerPlan, the mode, and what its plan asks for: the BOS embedding [K], the second
-    moment of its input [K, K] (after smoothing and rotation).
+    """How to quantize one layer.
 
-    ``mode="real"``: packed integers and integer products. ``mode="fake"``: the same rounding in floating point,
-    differentiable, the weight stays a parameter. ``folded``: the layer's smoothing and rotation have been folded into
-    the weights around it, which is ``quantize_``'s to do and say.
+    Attributes:
+        layer: the layer's entry of the plan.
+        mode: "real": packed integers and integer products. "fake": the same rounding in floating point, differentiable;
+            the weight stays a parameter.
+        bos_embedding: [K], needed where ``layer.bos`` is true.
+        name: of the layer, for errors.
+        moment: second moment of the input [K, K] after smoothing and rotation, needed where ``layer.needs_moment``.
+        folded: whether the layer's smoothing and rotation have been folded into the weights around it; ``quantize_``
+            folds and sets this.
     """
 
     layer: LayerPlan
@@ -61,30 +67,36 @@ class MixDQLayerConfig(AOBaseConfig):
             )
         if self.layer.bos and self.bos_embedding is None:
             raise PlanError(f"layer {self.name!r}: bos is true, expected bos_embedding")
-        try:
+        with located(f"layer {self.name!r}", PlanError):
             check_moment(self.moment, self.layer)
-        except PlanError as e:
-            raise PlanError(f"layer {self.name!r}: {e}") from e
 
     def acts(self) -> tuple[ActQuant, ...]:
-        """Activation parameters of the input, or of its two halves; empty with 16-bit activations."""
+        """Activation parameters of the input, or of its two halves if split; empty with 16-bit activations."""
         if self.layer.act_bits == 16:
             return ()
         ranges = [self.layer.act_range] + ([] if self.layer.split is None else [self.layer.split_act_range])
         return tuple(act_params(*r, bits=self.layer.act_bits) for r in ranges if r is not None)
 
 
-class MixDQConfig(FqnToConfig):
-    """The FqnToConfig of a plan. It knows its plan, so ``quantize_`` can check the model before touching it."""
+class MixDQFqnConfig(FqnToConfig):
+    """The FqnToConfig of a plan. It keeps the plan, so that ``quantize_`` can check the model before changing it."""
 
-    plan: Plan
-    overrides: dict[str, AOBaseConfig | None]
+    def __init__(
+        self,
+        fqn_to_config: OrderedDict[str, AOBaseConfig | None],
+        plan: Plan,
+        overrides: dict[str, AOBaseConfig | None],
+    ) -> None:
+        super().__init__(fqn_to_config)
+        self.plan, self.overrides = plan, overrides
 
-    def after_folding(self) -> MixDQConfig:
+    def after_folding(self) -> MixDQFqnConfig:
         """A copy for a model that the plan's smoothing and rotation have been folded into."""
-        config = MixDQConfig(OrderedDict((n, _after_folding(c)) for n, c in self.fqn_to_config.items()))
-        config.plan, config.overrides = self.plan, self.overrides
-        return config
+        configs = OrderedDict((n, _after_folding(c)) for n, c in self.fqn_to_config.items())
+        return MixDQFqnConfig(configs, self.plan, self.overrides)
+
+
+MixDQConfig = MixDQFqnConfig  # the name that training.recover_layers imports
 
 
 def _after_folding(config: AOBaseConfig | None) -> AOBaseConfig | None:
@@ -101,18 +113,17 @@ def mixdq_config(
     mode: Mode = "real",
     overrides: Mapping[str, AOBaseConfig | None] | None = None,
     moments: Mapping[str, Tensor] | None = None,
-) -> MixDQConfig:
+) -> MixDQFqnConfig:
     """A torchao ``FqnToConfig`` with one exact name for each layer the plan quantizes.
 
     Args:
-        plan: what each layer becomes; layers with 16 bits both ways are left alone.
+        plan: bits and ranges of each layer; layers with 16-bit weights and activations are left alone.
         mode: "real" or "fake", see MixDQLayerConfig.
-        overrides: {layer name, or "re:" and a regular expression: any torchao config, or None to leave the
-            layer alone}; they win over the plan, so other torchao features combine with it. A weight may be named
-            instead of its layer.
+        overrides: {name of a layer or weight, or "re:" and a regular expression: any torchao config, or None to leave
+            the layer alone}; they take precedence over the plan, so that other torchao features combine with it.
         moments: {layer: second moment of its input [K, K]}, from ``input_moments``: needed by layers whose rounding
-            is "compensated" or whose weight_range is "output". Always those of the model before any smoothing or
-            rotation, which are applied to them here.
+            is "compensated" or whose weight_range is "output". Moments are of the model before smoothing and rotation,
+            which this function applies to them.
 
     Raises:
         PlanError: a layer lacks its range or its moment, or cannot be quantized as asked.
@@ -131,19 +142,15 @@ def mixdq_config(
         if decided(name) or decided(f"{name}.weight") or not layer.quantized:
             continue
         _refuse_reserved(name)
-        try:
+        with located(f"layer {name!r}", PlanError):
             check_calibrated(layer)
-        except PlanError as e:
-            raise PlanError(f"layer {name!r}: {e}") from e
         moment = moments.get(name) if moments is not None and layer.needs_moment else None
         configs[name] = MixDQLayerConfig(layer, mode, bos if layer.bos else None, name, moment)
-    config = MixDQConfig(configs)
-    config.plan, config.overrides = plan, overrides
-    return config
+    return MixDQFqnConfig(configs, plan, overrides)
 
 
 def _refuse_reserved(name: str) -> None:
-    """Raises PlanError for a layer's name that means something else in a torchao config."""
+    """Raises PlanError for a layer name that torchao configs reserve."""
     if name == "_default" or name.startswith("re:"):
         raise PlanError(
             f"layer {name!r}: torchao reads '_default' and names that begin with 're:' as rules for many layers; name "
@@ -153,12 +160,12 @@ def _refuse_reserved(name: str) -> None:
 
 @register_quantize_module_handler(MixDQLayerConfig)
 def _quantize_layer(module: nn.Module, config: MixDQLayerConfig) -> nn.Module:
-    """torchao calls this for each named module; the config is never changed."""
+    """Quantizes one layer; torchao calls this for each module that a config names. The config is not changed."""
     if not isinstance(module, nn.Linear | nn.Conv2d):
         raise QuantizationError(f"layer {config.name!r} is a {type(module).__name__}, expected nn.Linear or nn.Conv2d")
     if is_quantized(module.weight):
         raise QuantizationError(f"layer {config.name!r} is quantized already; load the original model to quantize anew")
-    try:
+    with located(f"layer {config.name!r}", PlanError, QuantizationError):
         _check_folded(config)
         check_layer(module, config.layer)
         check_moment_fits(config.moment, config.layer, module.weight)
@@ -167,15 +174,13 @@ def _quantize_layer(module: nn.Module, config: MixDQLayerConfig) -> nn.Module:
             quantizer = fake_quantizer(config)
             return with_fake_quantizer(without_fake_quantizer(module), quantizer)
         weight = quantized_weight(module.weight, config)
-    except (PlanError, QuantizationError) as e:
-        raise type(e)(f"layer {config.name!r}: {e}") from e
     module = without_fake_quantizer(module)
     module.weight = nn.Parameter(weight, requires_grad=False)
     return module
 
 
 def fake_quantizer(config: MixDQLayerConfig) -> FakeQuantizer:
-    """The rounding a config asks for, in fake mode. Raises QuantizationError where the model must be folded first."""
+    """The fake-mode rounding of a layer. Raises QuantizationError where the model must be folded first."""
     _check_folded(config)
     return FakeQuantizer(config.layer, config.acts(), config.bos_embedding, config.moment)
 
@@ -209,8 +214,9 @@ def _check_folded(config: MixDQLayerConfig) -> None:
 
 
 @contextmanager
-def folded_as_planned(model: nn.Module, config: MixDQConfig) -> Iterator[MixDQConfig]:
-    """Inside the block ``model`` is folded as the plan says, and the config given is for it; then it is as it was."""
+def folded_as_planned(model: nn.Module, config: MixDQFqnConfig) -> Iterator[MixDQFqnConfig]:
+    """Folds the plan's smoothing and rotation into ``model`` inside the block, yields the config for the folded model,
+    and restores the weights on exit."""
     with folded(model, planned_folds(model, foldings_of(config.plan.layers))):
         yield config.after_folding()
 
@@ -218,13 +224,13 @@ def folded_as_planned(model: nn.Module, config: MixDQConfig) -> Iterator[MixDQCo
 def quantize_(model: nn.Module, config: AOBaseConfig, **kwargs: object) -> None:
     """torchao's ``quantize_``, in place, with four differences.
 
-    A ``FqnToConfig`` is passed with ``filter_fn=None``, as torchao demands. For a config made by
-    ``mixdq_config`` the whole model is checked first (names, ranges, shapes, finite weights), so that an error
-    leaves it unchanged, and afterwards every planned layer is known to be quantized: torchao ignores names it
-    does not find. Smoothing and rotation, where the plan has them, are folded into the weights first, also into those
-    of norms and layers that stay as they are. A model of diffusers' or transformers' then knows what it holds: its
-    ``save_pretrained``, and that of its pipeline, write the packed weights and the plan, and ``from_pretrained`` reads
-    them.
+    - A ``FqnToConfig`` is passed with ``filter_fn=None``, as torchao demands.
+    - For a config made by ``mixdq_config`` the whole model is checked first (names, ranges, shapes, finite weights): an
+      error leaves it unchanged, and no planned layer is skipped (torchao ignores names it does not find).
+    - The plan's smoothing and rotation are folded into the weights first, including those of norms and of layers that
+      are not quantized.
+    - A diffusers or transformers model is marked as quantized: its ``save_pretrained``, and that of its pipeline, write
+      the packed weights and the plan, and ``from_pretrained`` reads them.
 
     Raises:
         PlanError, QuantizationError: naming the layer, before anything is changed.
@@ -232,25 +238,29 @@ def quantize_(model: nn.Module, config: AOBaseConfig, **kwargs: object) -> None:
     model = check_module(model)
     if isinstance(config, Plan):
         raise QuantizationError("config is a Plan, expected a config: quantize_(model, mixdq_config(plan))")
-    if isinstance(config, MixDQConfig):
+    if isinstance(config, MixDQFqnConfig):
         fold_(model, check_model(model, config))
         config = config.after_folding()
     if isinstance(config, FqnToConfig):
         kwargs.setdefault("filter_fn", None)
     torchao_quantize_(model, config, **kwargs)  # type: ignore[arg-type]
-    declare_quantized(model, config.plan if isinstance(config, MixDQConfig) else None)
+    declare_quantized(model, config.plan if isinstance(config, MixDQFqnConfig) else None)
 
 
-def declare_quantized(model: nn.Module, plan: Plan | None) -> None:
-    """Its layers print their precision; a model of diffusers' or transformers' knows what it holds: its
-    ``save_pretrained`` works."""
+def declare_quantized(model: nn.Module, plan: Plan | None = None) -> None:
+    """Marks a model as quantized: its layers print their precision, and ``save_pretrained`` of diffusers or
+    transformers works. ``quantize_`` and loading call this.
+
+    ``plan``: the plan that quantized the model, to keep its exact ranges and metadata; the plan of layers that it does
+    not name is kept, or else read from their tensors.
+    """
     describe_layers(model)
     for attach in QUANTIZED:
         attach(model, plan)
 
 
 def overridden(overrides: Mapping[str, Any]) -> Callable[[str], bool]:
-    """Whether ``overrides`` (names, or "re:" and an expression) say what becomes of the layer of a name."""
+    """A function that tells whether ``overrides`` (names, or "re:" and an expression) match a layer's name."""
     patterns = [_pattern(k) for k in overrides if k.startswith("re:")]
     return lambda name: name in overrides or any(p.fullmatch(name) for p in patterns)
 
@@ -263,7 +273,8 @@ def _pattern(key: str) -> re.Pattern[str]:
 
 
 def _check_overrides(model: nn.Module, layers: Mapping[str, nn.Module], overrides: Mapping[str, Any]) -> None:
-    """Each names something that torchao finds and that is not made of layers, and says what becomes of it."""
+    """Raises PlanError unless each key names a module or parameter of ``model`` that contains no other layers, or
+    matches one, and each value is a torchao config or None."""
     names = {n for n, _ in model.named_modules()} | {n for n, _ in model.named_parameters()}
     for key, config in overrides.items():
         if config is not None and not isinstance(config, AOBaseConfig):
@@ -284,9 +295,8 @@ def _check_overrides(model: nn.Module, layers: Mapping[str, nn.Module], override
 
 
 def _try_overrides(model: nn.Module, overrides: Mapping[str, Any]) -> None:
-    """Each on a copy of what it names, one layer at a time: what fails there would fail half way through the model.
-
-    Raises QuantizationError naming the layer.
+    """Applies the overrides to a copy of each layer they match, one at a time, so that an error does not come half way
+    through the model. Raises QuantizationError naming the layer.
     """
     decided = overridden({key: config for key, config in overrides.items() if config is not None})
     for name, module in model.named_modules():
@@ -299,7 +309,7 @@ def _try_overrides(model: nn.Module, overrides: Mapping[str, Any]) -> None:
 
 
 def _alone(name: str, module: nn.Module) -> nn.Module:
-    """A model that holds nothing but ``module``, under that name."""
+    """A model that holds only ``module``, under that name."""
     for part in reversed(name.split(".")):
         holder = nn.Module()
         holder.add_module(part, module)
@@ -307,9 +317,11 @@ def _alone(name: str, module: nn.Module) -> nn.Module:
     return module
 
 
-def check_model(model: nn.Module, config: MixDQConfig) -> dict[Fold, Folding]:
-    """Raises PlanError or QuantizationError, naming the layer, where ``model`` cannot be quantized so. Returns what is
-    to be folded into its weights first."""
+def check_model(model: nn.Module, config: MixDQFqnConfig) -> dict[Fold, Folding]:
+    """Checks that ``config`` can quantize ``model``. Returns the smoothing and rotation to fold into its weights first.
+
+    Raises PlanError or QuantizationError naming the layer.
+    """
     check_plan(config.plan, model, need_ranges=False)
     layers = find_layers(model)
     _check_overrides(model, layers, config.overrides)
@@ -322,15 +334,13 @@ def check_model(model: nn.Module, config: MixDQConfig) -> dict[Fold, Folding]:
             raise QuantizationError(
                 f"layer {name!r} is offloaded, its weight elsewhere until it is called; quantize_ first, offload then"
             )
-        try:
+        with located(f"layer {name!r}", PlanError, QuantizationError):
             check_layer(layers[name], layer_config.layer)
             check_moment_fits(layer_config.moment, layer_config.layer, layers[name].weight)
             refuse_unusable(layers[name].weight)
             if layer_config.mode == "fake":
                 refuse_own_product(layers[name])
                 _refuse_uncalled(model, name)
-        except (PlanError, QuantizationError) as e:
-            raise type(e)(f"layer {name!r}: {e}") from e
     folds = planned_folds(model, foldings_of(config.plan.layers))
     for fold in folds:
         if any(p.is_meta for p in model.get_submodule(fold.source).parameters()):
@@ -343,8 +353,8 @@ def check_model(model: nn.Module, config: MixDQConfig) -> dict[Fold, Folding]:
 
 
 def _refuse_uncalled(model: nn.Module, name: str) -> None:
-    """Raises QuantizationError where torch multiplies with a layer's weight without a call of the layer, which is when
-    fake mode rounds."""
+    """Raises QuantizationError where torch multiplies with a layer's weight without calling the layer: fake mode rounds
+    in the layer's call."""
     if isinstance(model.get_submodule(name), NonDynamicallyQuantizableLinear):
         raise QuantizationError(
             "nn.MultiheadAttention reads its weight and never calls it, so that fake mode would not round it; give it "

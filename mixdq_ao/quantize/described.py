@@ -1,4 +1,4 @@
-"""``print(model)`` says how each layer is quantized."""
+"""Makes ``print(model)`` show how each layer is quantized."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .tensor import is_quantized
 
 
 def describe_layers(model: nn.Module) -> None:
-    """From now on each layer that is quantized prints its precision behind its sizes, as ``W4A8 BOS``."""
+    """Makes each quantized layer print its precision after its sizes, as ``W4A8 BOS``."""
     for module in find_products(model).values():
         if is_quantized(module.weight):
-            # No bound method: that of a function which is no attribute of the module cannot be unpickled.
+            # A partial, since a bound method of a function that is not an attribute of the class cannot be unpickled.
             module.extra_repr = partial(_sizes_and_precision, module)
 
 

@@ -1,7 +1,7 @@
-"""Eager mode on a CPU, where nothing fuses and nobody else sees that two layers compute the same.
+"""Reuse of equal results in eager mode on a CPU, where no compiler finds that two layers compute the same.
 
-All text projections of a model look for BOS rows in one tensor; the answer is kept while that tensor lives. A graph
-being traced holds the operators themselves; :mod:`inductor_kernels.alike` finds those of a compiled one.
+All text projections of a model look for BOS rows in one tensor; the mask is cached while that tensor lives. A traced
+graph contains every operator; in a compiled one :mod:`inductor_kernels.alike` finds equal ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..compat import is_in_torch_dispatch_mode
 
 
 def is_eager(x: Tensor) -> bool:
-    """Whether ``x`` is a plain tensor on a CPU and nobody traces or intercepts what happens to it."""
+    """Whether ``x`` is a plain CPU tensor and its operators are neither traced nor intercepted by a dispatch mode."""
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
@@ -27,7 +27,7 @@ def is_eager(x: Tensor) -> bool:
 
 
 class _Known:
-    """What was computed of an input, by the identity of the parameter it was computed with."""
+    """Results computed from one input, by the id of the parameter they were computed with."""
 
     __slots__ = ("tensor", "version", "results")
 
@@ -40,12 +40,12 @@ _known: dict[int, _Known] = {}
 
 
 def reused(x: Tensor, parameter: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-    """``compute()``, or its result of an earlier call with the same ``x``, unchanged since, and ``parameter``.
+    """``compute()``, or its result of an earlier call with the same ``x`` and ``parameter``.
 
-    ``parameter`` is told by identity and must never be changed in place, nor the result. Of ``x`` autograd's version
-    counter says whether it was written to, which what writes past it (``x.data``, ``x.numpy()``) does not count.
+    Tensors are compared by identity. Neither ``parameter`` nor the result may be changed in place. Autograd's version
+    counter tells whether ``x`` was written to; it misses writes that bypass it (``x.data``, ``x.numpy()``).
     """
-    # An inference tensor does not tell when it is changed, and one made in inference mode is of no use outside.
+    # Inference tensors have no version counter, and a result made in inference mode cannot be used outside of it.
     if not is_eager(x) or x.is_inference() or torch.is_inference_mode_enabled():
         return compute()
     place = id(x)

@@ -1,4 +1,4 @@
-"""Fake mode: the rounding of real mode in floating point, differentiable through a straight-through estimator."""
+"""Fake mode: the rounding of real mode in floating point, differentiable by a straight-through estimator."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from .tensor import bos_row
 
 
 def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
-    """Value of ``rounded``, to the bit where ``x`` is finite, and gradient of ``x`` (Bengio et al. 2013, arXiv
-    1308.3432). Rounded in 16 bits, x + (rounded - x) would be another value."""
+    """The value of ``rounded``, to the bit where ``x`` is finite, with the gradient of ``x`` (Bengio et al. 2013, arXiv
+    1308.3432). The usual x + (rounded - x) would give another value in 16-bit arithmetic."""
     return rounded.detach() + (x - x.detach())
 
 
 def rounded_weight(weight: Tensor, layer: LayerPlan, moment: Tensor | None) -> Tensor:
-    """The values a layer's codes stand for, shaped and typed like ``weight``."""
+    """``weight`` quantized and dequantized as ``layer`` says, in its shape and type."""
     return values_of(quantize_planned(weight, layer, moment), weight.dtype)
 
 
 def values_of(quants: list[WeightQuant], dtype: torch.dtype) -> Tensor:
-    """What the codes of a weight, or of its two halves, stand for."""
+    """The dequantized values of a weight, or of its two halves concatenated."""
     return torch.cat([q.dequantize() for q in quants], 1).to(dtype)
 
 
@@ -44,7 +44,7 @@ def searched_weight(
     weight_range: str,
     rounding: str,
 ) -> Tensor:
-    """``rounded_weight`` in one operator, where it goes over columns and ranges in loops no graph should hold."""
+    """``rounded_weight`` as one operator, which keeps its loops over columns and candidate ranges out of graphs."""
     how: dict[str, Any] = {"symmetric": symmetric, "split": split, "weight_range": weight_range, "rounding": rounding}
     return rounded_weight(weight, LayerPlan(weight_bits=bits, **how), moment)
 
@@ -55,12 +55,13 @@ def _(weight: Tensor, *others: object) -> Tensor:
 
 
 class FakeQuantizer(nn.Module):
-    """How one layer rounds its weight and input; no parameters of its own.
+    """Rounds the weight and the input of one layer; has no parameters.
 
     Attributes:
-        layer: bits and rounding; 16 bits leave the weight alone.
-        acts: activation parameters of each half of the input (one entry without a split; empty: 16 bit).
+        layer: bits and rounding; a 16-bit weight is not rounded.
+        acts: activation parameters of each half of the input (one entry without a split; empty: 16 bits).
         moment: second moment of the input [K, K], where the layer's rounding needs it.
+        kept: the codes of ``keep``, None before.
     """
 
     bos_embedding: Tensor | None
@@ -86,8 +87,8 @@ class FakeQuantizer(nn.Module):
         return self.layer.split
 
     def keep(self, weight: Tensor) -> None:
-        """Rounds ``weight`` once and for all: later calls give that result, for a weight that does not change. Its
-        codes are kept, a byte each, and what it gives for the BOS row."""
+        """Rounds ``weight``, which must not change afterwards, once for all later calls. Keeps its codes (a byte each)
+        and the output for the BOS row."""
         if self.bos_embedding is not None and self.bos_output is None:
             self.bos_output = bos_row(weight, self.bos_embedding)
         if self.layer.weight_bits < 16 and self.kept is None:
@@ -108,7 +109,7 @@ class FakeQuantizer(nn.Module):
         return searched_weight(weight.detach(), self.moment, bits, symmetric, *rounding)
 
     def input(self, x: Tensor) -> Tensor:
-        """The input rounded; x is [..., K], or [(B,) C, H, W] where the layer has a split."""
+        """Rounds the input ``x``: [..., K], or [(B,) C, H, W] where the layer has a split."""
         if not self.acts:
             return x
         if self.split is None:
@@ -123,7 +124,7 @@ class FakeQuantizer(nn.Module):
 
 
 class FakeQuantLinear(nn.Linear):
-    """A linear layer whose weight stays a trainable floating-point parameter and is rounded at every call."""
+    """A linear layer whose weight stays a trainable floating-point parameter and is rounded in every call."""
 
     own_class: ClassVar[type[Any]] = nn.Linear
     quantizer: FakeQuantizer
@@ -139,10 +140,10 @@ class FakeQuantLinear(nn.Linear):
 
 
 class FakeQuantConv2d(nn.Conv2d):
-    """A convolution whose weight stays a trainable floating-point parameter and is rounded at every call.
+    """A convolution whose weight stays a trainable floating-point parameter and is rounded in every call.
 
-    Layers become one (``with_fake_quantizer``). What is called with the arguments of a convolution is a plain one: peft
-    makes the parts of an adapter with the class of the layer it is around.
+    Instances come from ``with_fake_quantizer`` only. Calling the class makes a plain nn.Conv2d: peft builds the parts
+    of an adapter with the class of the layer that it wraps.
     """
 
     own_class: ClassVar[type[Any]] = nn.Conv2d
@@ -157,8 +158,8 @@ class FakeQuantConv2d(nn.Conv2d):
 
 
 def with_fake_quantizer(module: nn.Linear | nn.Conv2d, quantizer: FakeQuantizer) -> nn.Linear | nn.Conv2d:
-    """``module`` as its fake-quantized class; parameters, hooks and names stay the same objects. Raises
-    QuantizationError as ``refuse_own_product`` does."""
+    """Changes the class of ``module`` to the fake-quantized one, in place; parameters and hooks stay the same objects.
+    Raises QuantizationError as ``refuse_own_product`` does."""
     refuse_own_product(module)
     become(module, FakeQuantLinear if isinstance(module, nn.Linear) else FakeQuantConv2d)
     module.quantizer = quantizer.to(module.weight.device)
@@ -166,7 +167,8 @@ def with_fake_quantizer(module: nn.Linear | nn.Conv2d, quantizer: FakeQuantizer)
 
 
 def refuse_own_product(module: nn.Module) -> None:
-    """Raises QuantizationError for a layer whose class multiplies with the weight itself, where nothing rounds it."""
+    """Raises QuantizationError for a layer whose class overrides ``forward`` and does not call ``super().forward``, in
+    which the weight would be rounded."""
     own = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
     code = getattr(inspect.unwrap(vars(own)["forward"]), "__code__", None)
     if own in (nn.Linear, nn.Conv2d, FakeQuantLinear) or code is None:
@@ -179,7 +181,7 @@ def refuse_own_product(module: nn.Module) -> None:
 
 
 def without_fake_quantizer(module: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
-    """The layer of the class it was of again, with the parameters as they are now."""
+    """Undoes ``with_fake_quantizer``: the class is what it was, parameters stay as they are now."""
     layer: Any = module
     if isinstance(layer, FakeQuantLinear | FakeQuantConv2d):
         del layer.quantizer
@@ -188,8 +190,9 @@ def without_fake_quantizer(module: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv
 
 
 def become(module: Any, kind: type[nn.Module]) -> None:
-    """The same object, with its parameters and hooks, of another class. One of a class of its own becomes both: what
-    its ``super().forward`` calls is ``kind``'s."""
+    """Changes the class of ``module`` to ``kind`` in place, keeping parameters and hooks. If the module's class is not
+    a base of ``kind``, such as a user's subclass of nn.Linear, the two are mixed: its ``super().forward`` is then that
+    of ``kind``."""
     own = type(module)
     if not issubclass(own, kind):
         if issubclass(kind, own):

@@ -1,13 +1,14 @@
-"""Changes of a tensor between two layers that fold into the weights around it: same function, other numbers to round.
+"""Smoothing and rotation: scale or rotate the channels of a tensor between two layers, and fold that into the weights
+around it. The model computes the same function, but with values that are easier to round.
 
     x -> R (x / s),   W -> W diag(s) R^T        s: powers of two (``smoothing``); R: Hadamard blocks (``rotation``)
 
-Three places of a transformer block let channels be scaled: a LayerNorm and the layers that read it, values and the
-output projection of attention (attention mixes rows, never channels), and the linear half of a GEGLU and the layer
-after it. Between values and output projection channels can be rotated too, within a head. Scaling: SmoothQuant (arXiv
-2211.10438); rotating: QuaRot (arXiv 2404.00456).
+Channels can be scaled in three places of a transformer block: between a LayerNorm and the layers that read it, between
+values and the output projection of attention (attention mixes rows, never channels), and between the linear half of a
+GEGLU and the layer after it. Between values and output projection channels can also be rotated, within a head. Scaling:
+SmoothQuant (arXiv 2211.10438); rotation: QuaRot (arXiv 2404.00456).
 
-A LayerPlan says it of the layer that reads the tensor; what makes the tensor is found in the model.
+A LayerPlan gives smoothing and rotation of its layer's input; the module that produces the input is found in the model.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ from .tensor import is_quantized
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """A tensor that only ``readers`` read, and ``source``, whose weight (rows, or elements of a norm) and bias make it.
+    """A tensor that ``source`` alone produces and ``readers`` alone consume.
 
-    ``rows``: only so many first rows of the source do; None: all. ``head``: channels of one head where the tensor goes
-    through attention as values; None: its channels cannot be mixed.
+    Attributes:
+        source: a linear layer or a norm.
+        readers: linear layers.
+        rows: only the first so many output rows of the source produce the tensor (None: all).
+        head: channels per attention head if the tensor is the values; None forbids rotation.
     """
 
     source: str
@@ -43,26 +47,26 @@ class Fold:
 
 @dataclass(frozen=True, slots=True)
 class Folding:
-    """What is done to a tensor: the fields of a LayerPlan. False where it is nothing."""
+    """Smoothing and rotation of one tensor, as in a LayerPlan; false if there is neither."""
 
     smoothing: str | None = None
     rotation: int | None = None
 
     @classmethod
     def of(cls, layer: Any) -> Folding:
-        """That of whatever has the two fields."""
+        """The folding recorded on a LayerPlan or LayerCalibration."""
         return cls(layer.smoothing, layer.rotation)
 
     def __bool__(self) -> bool:
         return self.smoothing is not None or self.rotation is not None
 
     def smoothed_back(self) -> Folding:
-        """What takes the smoothing back."""
+        """The folding that undoes the smoothing."""
         return Folding(None if self.smoothing is None else as_smoothing([-p for p in exponents(self.smoothing)]))
 
 
 def find_folds(model: nn.Module) -> list[Fold]:
-    """Every place in diffusers' plain transformer blocks, attention and GEGLU feed-forward modules."""
+    """All foldable tensors of diffusers' plain transformer blocks, attention and GEGLU feed-forward modules."""
     folds: list[Fold] = []
     for name, module in model.named_modules():
         if type(module).__name__ == "BasicTransformerBlock":
@@ -77,7 +81,8 @@ def find_folds(model: nn.Module) -> list[Fold]:
 
 
 def _norms(name: str, block: Any) -> Iterator[Fold]:
-    """norm1 feeds self-attention, norm2 the queries of cross attention, norm3 the feed-forward."""
+    """Outputs of a block's norms: norm1 feeds self-attention, norm2 the queries of cross attention, norm3 the
+    feed-forward."""
     cross = getattr(getattr(block, "attn2", None), "is_cross_attention", False)
     reading = {
         "norm1": ("attn1.to_q", "attn1.to_k", "attn1.to_v") if not block.only_cross_attention else (),
@@ -94,7 +99,8 @@ def _norms(name: str, block: Any) -> Iterator[Fold]:
 
 
 def _values(name: str, module: Any) -> Iterator[Fold]:
-    """Not where other values join those of ``to_v``: a second stream's (SD3, FLUX) or an IP-Adapter's."""
+    """The values of an attention, unless others join those of ``to_v``: a second stream's (SD3, FLUX) or an
+    IP-Adapter's."""
     to_v, to_out, heads = (getattr(module, a, None) for a in ("to_v", "to_out", "heads"))
     if not (isinstance(to_v, nn.Linear) and isinstance(to_out, nn.ModuleList) and isinstance(to_out[0], nn.Linear)):
         return
@@ -107,27 +113,28 @@ def _values(name: str, module: Any) -> Iterator[Fold]:
 
 
 def exponents(smoothing: str) -> list[int]:
-    """The powers of two that channels are made smaller by."""
+    """log2 of the factor that each channel is divided by."""
     return [SMOOTHING.index(c) - SMOOTHING.index("0") for c in smoothing]
 
 
 def as_smoothing(powers: list[int]) -> str:
-    """What ``exponents`` reads."""
+    """The inverse of ``exponents``."""
     return "".join(SMOOTHING[SMOOTHING.index("0") + p] for p in powers)
 
 
 def folded_rows(x: Tensor, folding: Folding) -> Tensor:
-    """R (x / s) for the last dimension of ``x``: rows of the tensor itself."""
+    """R (x / s) along the last dimension, for rows ``x`` of the tensor itself."""
     return _changed(x, folding, -1)
 
 
 def folded_columns(weight: Tensor, folding: Folding) -> Tensor:
-    """W diag(s) R^T for ``weight`` [N, K]: that of a layer that reads the tensor."""
+    """W diag(s) R^T for the ``weight`` W [N, K] of a layer that reads the tensor."""
     return _changed(weight, folding, 1)
 
 
 def _changed(x: Tensor, folding: Folding, power: int) -> Tensor:
-    """Rotated in float64, so that devices and machines agree; powers of two change no bit of a normal number."""
+    """Multiplies channels by s^power, then rotates. Rotation is in float64, so that devices and machines agree; powers
+    of two leave the significand of a normal number unchanged."""
     scaled = x if folding.rotation is None else x.double()
     if folding.smoothing is not None:
         powers = torch.tensor(exponents(folding.smoothing), dtype=torch.float64, device=x.device)
@@ -136,9 +143,9 @@ def _changed(x: Tensor, folding: Folding, power: int) -> Tensor:
 
 
 def folded_moments(moments: Mapping[str, Tensor], foldings: Mapping[str, Folding]) -> dict[str, Tensor]:
-    """Second moments of the original model's inputs as those of the folded model: M -> T M T^T with T = R diag(1 / s).
+    """Second moments of the folded model's inputs from those of the original model: M -> T M T^T, T = R diag(1 / s).
 
-    Only matrices of layers with a folding are made anew; those shared before are shared again.
+    Only matrices of layers with a folding are new; layers that shared one matrix and folding share the new one.
     """
     made: dict[tuple[int, Folding], Tensor] = {}
     result = dict(moments)
@@ -152,15 +159,15 @@ def folded_moments(moments: Mapping[str, Tensor], foldings: Mapping[str, Folding
 
 
 def foldings_of(layers: Mapping[str, Any]) -> dict[str, Folding]:
-    """Of layers of a Plan or a Calibration, those that are quantized and those with a folding."""
+    """{name: folding} of the layers of a Plan or a Calibration that are quantized or have a folding."""
     return {n: Folding.of(v) for n, v in layers.items() if getattr(v, "quantized", True) or Folding.of(v)}
 
 
 def planned_folds(model: nn.Module, foldings: Mapping[str, Folding]) -> dict[Fold, Folding]:
-    """What is still to be done to ``model`` so that the inputs of its layers are as ``foldings`` says, which names all
-    layers that will be quantized. Nothing is changed.
+    """The foldings that ``model`` still lacks for its inputs to be as ``foldings`` says. Changes nothing.
 
-    A layer in fake mode, or quantized before, says what was done to its input; that is not done twice.
+    ``foldings`` names all layers that will be quantized. A layer that is or was quantized, or is in fake mode, records
+    the folding of its input, which is not repeated.
 
     Raises:
         PlanError: a layer's input cannot be folded so, or layers that read it disagree.
@@ -185,7 +192,8 @@ def planned_folds(model: nn.Module, foldings: Mapping[str, Folding]) -> dict[Fol
 
 
 def _agreed(fold: Fold, foldings: Mapping[str, Folding]) -> Folding | None:
-    """What all readers ask for; None where there is none of them."""
+    """The folding that all readers ask for; None where ``foldings`` names none of them. Raises PlanError where they
+    differ."""
     asked = {reader: foldings[reader] for reader in fold.readers if reader in foldings}
     first = next(iter(asked), "")
     for reader, folding in asked.items():
@@ -216,7 +224,8 @@ def _check_fits(model: nn.Module, fold: Fold, folding: Folding) -> None:
 
 
 def _done(model: nn.Module, fold: Fold, folding: Folding) -> bool:
-    """Whether ``folding`` has been done, as the readers know it."""
+    """Whether the readers record that ``folding`` was applied before. Raises QuantizationError where they record
+    another one, or where it would change quantized weights."""
     modules: dict[str, Any] = {name: model.get_submodule(name) for name in (*fold.readers, fold.source)}
     past = [p for name in fold.readers if (p := _past(modules[name])) is not None]
     for layer in past:
@@ -237,7 +246,7 @@ def _done(model: nn.Module, fold: Fold, folding: Folding) -> bool:
 
 
 def _past(module: Any) -> LayerPlan | None:
-    """The plan that a layer carries out in fake mode, or was last quantized by."""
+    """The plan of a layer in fake mode, or the plan it was last quantized by."""
     if isinstance(module, FakeQuantLinear | FakeQuantConv2d):
         return module.quantizer.layer
     return getattr(module, "layer_plan", None)
@@ -251,16 +260,17 @@ def _words(folding: Folding) -> str:
 
 @torch.no_grad()
 def fold_(model: nn.Module, folds: Mapping[Fold, Folding]) -> None:
-    """Changes the weights, in place and for good."""
+    """Folds into the weights of ``model``, in place."""
     for part, folding, source in _parts(model, folds):
         part.copy_(_folded(part, folding, source))
 
 
 @contextmanager
 def folded(model: nn.Module, folds: Mapping[Fold, Folding]) -> Iterator[None]:
-    """The same inside the block; afterwards weights are what they were, to the bit.
+    """Folds into the weights inside the block and restores them, to the bit, on exit.
 
-    Copies are kept of those that arithmetic does not bring back exactly: rotated ones, and those whose type underflows.
+    Weights that dividing by the same powers of two would not restore exactly are copied: rotated ones, and those that
+    underflow in their type.
     """
     changed: list[tuple[Tensor, Tensor | None, Folding, bool]] = []
     try:
@@ -278,7 +288,7 @@ def folded(model: nn.Module, folds: Mapping[Fold, Folding]) -> Iterator[None]:
 
 
 def _parts(model: nn.Module, folds: Mapping[Fold, Folding]) -> Iterator[tuple[Tensor, Folding, bool]]:
-    """(what changes, how, whether it makes the tensor or reads it)."""
+    """(tensor to change, its folding, whether it belongs to the source rather than a reader)."""
     for fold, folding in folds.items():
         source: Any = model.get_submodule(fold.source)
         for parameter in (source.weight, source.bias):

@@ -1,10 +1,10 @@
-"""FSDP2: ``fully_shard`` divides packed weights by output rows and gathers them, still packed, for the moment of use.
+"""FSDP2 support: ``fully_shard`` shards packed weights by output rows and all-gathers them, still packed, before use.
 
     fully_shard(model, ignored_params=undivided(model, world_size))
 
-What has a row per output (codes, scales, zero points, BOS outputs) is divided and gathered; activation parameters and
-the BOS embedding are a few bytes and stay whole in every process. Rows must divide evenly, as FSDP2 asks of tensors
-that gather themselves; weights that do not, and split ones, are ``undivided``.
+Tensors with a row per output (codes, scales, zero points, BOS outputs) are sharded and gathered; activation parameters
+and the BOS embedding are a few bytes and replicated. Rows must divide evenly, as FSDP2 requires of tensors with
+all-gather hooks; ``undivided`` returns the weights whose rows do not, and split ones.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def undivided(model: nn.Module, world_size: int) -> set[nn.Parameter]:
 
 @MixDQTensor.implements(aten.new_zeros.default)
 def _(func, types, args, kwargs):
-    """A weight of as many rows as asked for, everything else as in this one: what FSDP2 copies its part into."""
+    """A weight of zeros that differs in the number of rows only; FSDP2 copies its shard into it."""
     weight, size = args[:2]
     if tuple(size[1:]) != tuple(weight.shape[1:]):
         raise NotImplementedError(f"new_zeros({tuple(size)}) of {weight}: expected another number of rows only")
@@ -37,7 +37,7 @@ def _(func, types, args, kwargs):
 
 @MixDQTensor.implements(aten.view.default)
 def _(func, types, args, kwargs):
-    """FSDP2 keeps a flat view of what it divides; here it is the weight itself, which gathers its own tensors."""
+    """FSDP2 keeps a flat view of each shard; here that is the weight itself, which gathers its own tensors."""
     weight, size = args[:2]
     if list(size) not in ([-1], [weight.numel()], list(weight.shape)):
         raise NotImplementedError(f"view({tuple(size)}) of {weight}: a packed weight has one shape")
@@ -46,7 +46,7 @@ def _(func, types, args, kwargs):
 
 @MixDQTensor.implements(aten.view_as.default)
 def _(func, types, args, kwargs):
-    """Inference mode does not take this apart into the above."""
+    """Inference mode does not decompose this operator into ``view``."""
     return args[0].view(args[1].shape)
 
 
@@ -59,7 +59,7 @@ def _(func, types, args, kwargs):
 
 
 def _pre_all_gather(self: MixDQTensor, mesh: Any) -> tuple[tuple[Tensor, ...], Any]:
-    """What is gathered, and what the other side needs to know."""
+    """FSDP2's hook before the all-gather: (tensors to gather, metadata for ``_post_all_gather``)."""
     rows = self.by_row()
     return tuple(rows.values()), (list(rows), self)
 
@@ -67,13 +67,13 @@ def _pre_all_gather(self: MixDQTensor, mesh: Any) -> tuple[tuple[Tensor, ...], A
 def _post_all_gather(
     self: MixDQTensor, gathered: tuple[Tensor, ...], metadata: Any, dtype: torch.dtype, *, out: Any = None
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-    """The whole weight of the gathered tensors, which it holds and FSDP2 frees after use.
+    """FSDP2's hook after the all-gather: the whole weight, which holds the gathered tensors until FSDP2 frees them.
 
-    A group of one process has nothing to gather: FSDP2 hands over a copy of the first tensor alone, and the others are
-    whole as they are.
+    In a group of one process FSDP2 passes a copy of the first tensor only; the others are taken from the shard, which
+    is the whole weight.
     """
     if out is not None:
-        return None  # it holds these very tensors, which have just been filled again
+        return None  # ``out`` holds the gathered tensors themselves, which FSDP2 has refilled
     names, part = metadata
     rows = dict(zip(names, gathered, strict=False))
     rows |= {name: getattr(part, name).to(gathered[0].device) for name in names if name not in rows}

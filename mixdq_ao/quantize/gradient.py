@@ -1,8 +1,8 @@
-"""Gradients through products of quantized weights, for what is trained around them: adapters, biases, norms, prompts.
+"""Gradients through products of quantized weights, for training around them: adapters, biases, norms, prompts.
 
-The input gets the gradient of the layer its integers stand for, as if the input itself were not rounded (straight
-through, Bengio et al. 2013, arXiv 1308.3432), which is that of ``mode="fake"``. The weight gets none, and nothing is
-kept for backward but the weight, whose integers are multiplied with once more, in the gradient's type:
+The input's gradient is that of the dequantized layer with an unrounded input (straight through, Bengio et al. 2013,
+arXiv 1308.3432), the same as with ``mode="fake"``. The weight gets no gradient. Backward saves nothing but the weight
+and multiplies with its integers, in the gradient's type:
 
     linear   grad_x = (grad_y scale) @ w      conv2d   the transposed convolution      grad_bias = sum of grad_y
 """
@@ -42,8 +42,8 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _factors(g: Tensor, integers: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Two factors of ``g``'s type with the scale in one of them: in ``g``, which is smaller than a weight and leaves
-    the integers exact, or in the weight where float16 might not hold it in ``g``."""
+    """``g`` and the weight, in ``g``'s type, with the scale multiplied into one of them: into ``g``, which is smaller
+    and leaves the integers exact, but into the weight for float16, whose range might not hold the scaled ``g``."""
     if g.dtype == torch.float16:
         return g, scaled(integers, scale).to(g.dtype)
     inner = [1] * (integers.dim() - 2)  # of an image [B, O, H, W]
@@ -60,7 +60,7 @@ def _of_image(
     groups: int,
 ) -> Tensor:
     """Gradient of an image [B, C, H, W] (``shape``) whose convolution got the gradient ``g`` [B, O, H', W']."""
-    x = g.new_empty(1).expand(shape)  # torch asks for one, and reads its shape only
+    x = g.new_empty(1).expand(shape)  # a required argument, of which only the shape is used
     wanted = [True, False, False]
     return torch.ops.aten.convolution_backward(
         g, x, weight, None, stride, padding, dilation, False, [0, 0], groups, wanted
@@ -70,11 +70,11 @@ def _of_image(
 def differentiable(
     product: Product, factors: Factors, x: Tensor, bias: Tensor | None = None, geometry: Sequence[Any] = ()
 ) -> Tensor:
-    """``product(x, bias)``, recorded for backward where x or bias asks for a gradient.
+    """``product(x, bias)``, recorded for backward where x or bias requires a gradient.
 
     Args:
-        product: the integer product; called without recording anything.
-        factors: gives the weight as int8 integers, [N, K] or [O, C / groups, kh, kw], and their float32 scale [N].
+        product: the integer product; autograd does not record its operators.
+        factors: returns the weight as int8 integers, [N, K] or [O, C / groups, kh, kw], and their float32 scale [N].
         x: [..., K]; with a geometry [B, C, H, W].
         geometry: stride, padding, dilation (two numbers each) and groups of a convolution; empty for linear.
     """

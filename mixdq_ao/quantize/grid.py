@@ -1,4 +1,4 @@
-"""The values a quantized weight may take: one scale and zero point per output channel, and how they are found."""
+"""Quantization grids of a weight (one scale and zero point per output channel), and the search for the best one."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 # Below this a scale is subnormal in float32, its reciprocal overflows, and codes become NaN.
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny * 4
 SMALLEST_SHRINK = {2: 0.2, 4: 0.4, 8: 0.7}
-"""How far the search for a range goes, as a part of the min-max range. With 4 levels the best range of a normal
-distribution is .4 of what 1000 samples span, with 16 levels .75."""
+"""{bits: narrowest range searched, as a fraction of the min-max range}. The best range of a normal distribution is 0.4
+of what 1000 samples span with 4 levels, 0.75 with 16."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The values scale * (code - zero) with whole codes from ``lowest`` to ``highest``; scale and zero float32 [N]."""
+    """The values scale * (code - zero) of integer codes from ``lowest`` to ``highest``; scale and zero: float32 [N]."""
 
     scale: Tensor
     zero: Tensor
@@ -29,19 +29,19 @@ class Grid:
         return (torch.round(rows / self.scale[:, None]) + self.zero[:, None]).clamp(self.lowest, self.highest)
 
     def values(self, codes: Tensor) -> Tensor:
-        """What codes [N, K] stand for."""
+        """The values of codes [N, K]."""
         return (codes - self.zero[:, None]) * self.scale[:, None]
 
     @classmethod
     def cat(cls, grids: Sequence[Grid]) -> Grid:
-        """Grids of rows one after the other; all of one bit width."""
+        """Concatenates grids of one bit width along rows."""
         scale, zero = (torch.cat([getattr(g, n) for g in grids]) for n in ("scale", "zero"))
         return cls(scale, zero, grids[0].lowest, grids[0].highest)
 
     def where(self, better: Tensor, other: Grid) -> Grid:
-        """This grid's rows where ``better`` [N], the other's elsewhere."""
-        pick = lambda a, b: torch.where(better, a, b)  # noqa: E731
-        return Grid(pick(self.scale, other.scale), pick(self.zero, other.zero), self.lowest, self.highest)
+        """This grid in rows where ``better`` [N], the other elsewhere."""
+        scale, zero = torch.where(better, self.scale, other.scale), torch.where(better, self.zero, other.zero)
+        return Grid(scale, zero, self.lowest, self.highest)
 
 
 def minmax_grid(rows: Tensor, bits: int, symmetric: bool) -> Grid:
@@ -58,13 +58,13 @@ def minmax_grid(rows: Tensor, bits: int, symmetric: bool) -> Grid:
 
 
 def usable_scale(scale: Tensor) -> Tensor:
-    """A zero scale means a channel of zeros: any scale represents it. A subnormal one is raised to normal."""
+    """Replaces a scale of 0 (a channel of zeros, which any scale represents) by 1, raises subnormal ones to normal."""
     return torch.where(scale == 0, torch.ones_like(scale), scale.clamp(min=SMALLEST_SCALE))
 
 
 def shrunk_grids(widest: Grid, bits: int, symmetric: bool, steps: int) -> Iterator[Grid]:
-    """``widest`` first, then narrower ones around zero in ``steps`` steps; asymmetric ones also with their zero point
-    moved by one to either side."""
+    """``widest`` first, then grids whose range shrinks towards zero in ``steps`` steps; asymmetric ones also with the
+    zero point shifted by one to either side."""
     yield widest
     for factor in torch.linspace(1, SMALLEST_SHRINK[bits], steps + 1).tolist():
         scale = usable_scale(widest.scale * factor)
@@ -75,7 +75,7 @@ def shrunk_grids(widest: Grid, bits: int, symmetric: bool, steps: int) -> Iterat
 
 
 def best_grid(grids: Iterable[Grid], error: Callable[[Grid], Tensor]) -> Grid:
-    """Row by row the grid of the least ``error`` [N]; of equals the first."""
+    """For each row the grid with the least ``error`` [N]; the first of equals."""
     best, least = None, torch.empty(0)
     for grid in grids:
         found = error(grid)
@@ -89,9 +89,12 @@ def best_grid(grids: Iterable[Grid], error: Callable[[Grid], Tensor]) -> Grid:
 
 
 def squared_error(rows: Tensor, unit: Tensor, moment: Tensor | None = None) -> Callable[[Grid], Tensor]:
-    """The error [N] of rounding ``rows`` [N, K] to nearest in a grid: sum of squares, in units of ``unit`` [N] so that
-    no weight's square leaves float32; with ``moment`` [K, K] d M d^T, the mean square of what the layer's output
-    changes by (d: the change of a row, M: mean of x x^T over the layer's inputs x)."""
+    """A function that gives the error [N] of rounding ``rows`` [N, K] to nearest in a grid.
+
+    The error is the sum of squares; with ``moment`` M [K, K], the mean of x x^T over the layer's inputs x, it is
+    d M d^T: the mean square change of the layer's output where a row changes by d. Rows are divided by ``unit`` [N], so
+    that no square overflows float32.
+    """
 
     def error(grid: Grid) -> Tensor:
         return output_error((grid.values(grid.codes(rows)) - rows) / unit[:, None], moment)
@@ -100,5 +103,5 @@ def squared_error(rows: Tensor, unit: Tensor, moment: Tensor | None = None) -> C
 
 
 def output_error(change: Tensor, moment: Tensor | None) -> Tensor:
-    """[N] of a change [N, K] of the weight: sum of squares, or d M d^T with ``moment``."""
+    """The error [N] of a change [N, K] of the weight: sum of squares, or d M d^T with ``moment`` M."""
     return ((change if moment is None else change @ moment) * change).sum(1)

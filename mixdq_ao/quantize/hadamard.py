@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 def rotated(x: Tensor, size: int) -> Tensor:
-    """R x for every block of ``size`` of the last dimension; R is the Hadamard matrix of that order over sqrt(size),
-    an orthogonal matrix all of whose entries are of one magnitude, so that no channel of a block stands out.
+    """R x for every block of ``size`` along the last dimension. R is the Hadamard matrix of that order over sqrt(size),
+    an orthogonal matrix with entries of one magnitude, which spreads outliers over the channels of a block.
 
     Raises ValueError where no such matrix is known (see ``hadamard``).
     """
@@ -23,9 +23,9 @@ def rotated(x: Tensor, size: int) -> Tensor:
 
 @lru_cache
 def hadamard(order: int) -> Tensor | None:
-    """[order, order] of 1 and -1, float64, whose rows are orthogonal; None where neither doubling (Sylvester) nor
+    """A matrix [order, order] of 1 and -1 with orthogonal rows, float64. None where neither doubling (Sylvester) nor
     Paley's two constructions (J. Math. Phys. 12, 1933) over a prime give one: below 200 for 52, 92, 100, 116, 156, 172,
-    184, 188 and what is no multiple of 4."""
+    184, 188 and orders above 2 that are not multiples of 4."""
     if order == 1:
         return torch.ones(1, 1, dtype=torch.float64)
     if order % 4 and order != 2:

@@ -1,9 +1,9 @@
-"""Memory given back to the system while a model is quantized layer by layer: what is freed, and pages of files.
+"""Returns memory to the system while a model is quantized layer by layer: freed heap, and pages of mapped files.
 
-Weights of some megabytes lie in the allocator's heap, where the packed codes that stay lie between those that are
-freed: glibc keeps such holes. Quantizing SDXL's UNet in place left a process of 4.6 GB around 1.3 GB of weights. With
-80 layers of 3.3 MB each, quantized to 4 bits, the most held fell from 4.3 to 2.4 times the weights (float32 ones, from
-which they were made, were lying about too).
+Weights of a few megabytes are allocated on the heap. The packed codes that remain lie between freed weights, and glibc
+keeps such holes: quantizing SDXL's UNet in place left a process of 4.6 GB with 1.3 GB of weights. With 80 layers of
+3.3 MB each, quantized to 4 bits, peak memory fell from 4.3 to 2.4 times the weights (including the float32 weights that
+those were made from).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from collections.abc import Callable
 from torch import Tensor
 
 EVERY = 64 << 20
-"""Bytes of weights between two times."""
+"""Bytes of quantized weights between two calls of ``malloc_trim``."""
 PAGEOUT = 21
-"""MADV_PAGEOUT of Linux 5.4: pages of a file are dropped and read again when needed; nothing is ever lost."""
+"""MADV_PAGEOUT of Linux 5.4: drops pages of a file, which are read again when needed; no data is lost."""
 
 _seen = 0
 
 
 def give_back_after(weight: Tensor) -> None:
-    """To be called for each weight that is quantized; from time to time frees what the allocator holds and nobody uses.
+    """Calls ``malloc_trim`` once in ``EVERY`` bytes of weights; to be called for each weight that is quantized.
 
-    Nothing where the C library has no ``malloc_trim`` or the weight is not in this machine's memory.
+    Does nothing where the C library has no ``malloc_trim`` or the weight is not on a CPU.
     """
     global _seen
     if weight.device.type != "cpu":
@@ -49,15 +49,15 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 def page_out(weight: Tensor) -> None:
-    """Drops the pages of a weight that lies in a mapped file and has been read for the last time, so that they do not
-    add up to the whole file. It may be read again all the same; nothing happens elsewhere than on Linux."""
+    """Drops the pages of a weight in a mapped file that is no longer needed, so that they do not add up to the whole
+    file. The weight can still be read. Linux only; does nothing elsewhere."""
     if weight.device.type != "cpu" or not weight.is_contiguous():
         return
     start = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (weight.data_ptr() + weight.numel() * weight.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE
     advise = _madvise()
     if advise is not None and end > start:
-        advise(start, end - start, PAGEOUT)  # an older kernel answers that it cannot, which is as well
+        advise(start, end - start, PAGEOUT)  # an older kernel returns an error, which is harmless
 
 
 @functools.cache

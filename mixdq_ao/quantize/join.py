@@ -1,4 +1,4 @@
-"""Weights that read the same input, one below the other: one product instead of several, the same results."""
+"""Concatenation of weights that read the same input: one product instead of several, with the same results."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SAME = ("bits", "length", "dtype", "act_levels", "shared_key")
 
 
 def joined(weights: Sequence[MixDQTensor]) -> MixDQTensor:
-    """The weights [N_i, ...] as one [sum N_i, ...]; scales and zero points stay those of each output channel.
+    """Concatenates weights [N_i, ...] to one [sum N_i, ...]; each output channel keeps its scale and zero point.
 
     Raises:
-        QuantizationError: none, or weights of different precision, activation parameters or kind.
+        QuantizationError: ``weights`` is empty, or they differ in precision, activation parameters or kind.
     """
     if not weights:
         raise QuantizationError("joined: expected at least one weight, got none")
@@ -35,7 +35,7 @@ def joined(weights: Sequence[MixDQTensor]) -> MixDQTensor:
 
 
 def difference(a: MixDQTensor, b: MixDQTensor) -> str | None:
-    """What keeps two weights from being joined; None where nothing does."""
+    """The difference that keeps two weights from being joined, in words; None if they can be."""
     for name in SAME:
         if getattr(a, name) != getattr(b, name):
             return f"{name} ({getattr(b, name)!r}, {getattr(a, name)!r})"

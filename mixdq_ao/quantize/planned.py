@@ -1,4 +1,4 @@
-"""A layer's weight rounded as its plan says: the one place real mode, fake mode and the search take codes from."""
+"""Rounds a layer's weight as its plan says; real mode, fake mode and the search all take their codes from here."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .quantizer import WeightQuant, quantize_weight
 
 
 def quantize_planned(weight: Tensor, layer: LayerPlan, moment: Tensor | None) -> list[WeightQuant]:
-    """Codes of ``weight`` [N, K] or [O, C, kh, kw], of each half where the layer has a split.
+    """Codes of ``weight`` [N, K] or [O, C, kh, kw]; one entry, or one for each half where the layer has a split.
 
-    ``moment`` [K, K] or [C kh kw, C kh kw]: second moment of the input; each half is rounded by its own block of it.
+    ``moment`` [K, K] or [C kh kw, C kh kw]: second moment of the input; each half uses its diagonal block.
 
     Raises:
         QuantizationError: the weight, the bits or the moment cannot be used.
@@ -37,8 +37,8 @@ def quantize_planned(weight: Tensor, layer: LayerPlan, moment: Tensor | None) ->
 
 
 def check_moment(moment: Tensor | None, layer: LayerPlan) -> None:
-    """Raises PlanError unless ``layer`` has the moment it needs: square, finite, symmetric, nothing negative on its
-    diagonal (on the meta device only its shape is known)."""
+    """Raises PlanError unless ``layer`` has the moment it needs: square, finite, symmetric, with a nonnegative diagonal
+    (of a moment on the meta device only the shape is checked)."""
     if not layer.needs_moment:
         return
     if moment is None:
@@ -59,7 +59,7 @@ def check_moment(moment: Tensor | None, layer: LayerPlan) -> None:
 
 
 def check_moment_fits(moment: Tensor | None, layer: LayerPlan, weight: Tensor) -> None:
-    """Raises PlanError unless the moment is one of the inputs that ``weight`` multiplies."""
+    """Raises PlanError unless the moment has the size of the inputs that ``weight`` multiplies."""
     if layer.needs_moment and moment is not None and len(moment) != weight[0].numel():
         raise PlanError(
             f"{_asked(layer)}, but the second moment of its input has {len(moment)} rows, expected "
@@ -72,8 +72,8 @@ def _asked(layer: LayerPlan) -> str:
 
 
 def _is_moment(moment: Tensor) -> bool:
-    """What a mean of x x^T is, to rounding: symmetric and |M_ij| <= sqrt(M_ii M_jj). In blocks of rows, so that a
-    large matrix takes little more memory."""
+    """Whether a matrix can be a mean of x x^T, to rounding: symmetric with |M_ij| <= sqrt(M_ii M_jj). Checked in blocks
+    of rows to save memory."""
     root = moment.diagonal().float().sqrt()
     if not bool(torch.isfinite(root).all()):  # NaN where the diagonal is negative
         return False

@@ -1,7 +1,7 @@
-"""The numerics: how a weight or an activation becomes integer codes. Everything else calls these functions.
+"""The numerics: conversion of weights and activations to integer codes, used by everything else.
 
 Rounding is to nearest, ties to even, unless a weight's error is compensated. Quantizing an activation multiplies by
-a stored reciprocal, never divides, so that eager, compiled C++ and compiled CUDA code agree to the code.
+a stored reciprocal, never divides, so that eager, compiled C++ and compiled CUDA code give the same codes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .grid import SMALLEST_SCALE, Grid, best_grid, minmax_grid, shrunk_grids, sq
 from .heap import give_back_after
 
 STEPS = {"nearest": 32, "compensated": 8}
-"""Ranges tried below min-max; every one of them is a whole compensated rounding where errors are compensated."""
+"""{rounding: number of ranges tried below min-max}. With "compensated" each of them takes a whole rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class WeightQuant:
     zero_point: Tensor | None
 
     def integers(self) -> Tensor:
-        """codes - zero_point: the signed int8 values that are multiplied."""
+        """codes - zero_point: the signed int8 values that products use."""
         if self.zero_point is None:
             return self.codes
         return self.codes.to(torch.int8) - _rows(self.zero_point, self.codes.dim())
@@ -53,7 +53,7 @@ class WeightQuant:
 
 
 def scaled(integers: Tensor, scale: Tensor) -> Tensor:
-    """float32: integers [N, ...] times the scale [N] of their rows."""
+    """Integers [N, ...] times the scale [N] of their rows, in float32."""
     return integers.to(torch.float32) * _rows(scale, integers.dim())
 
 
@@ -70,7 +70,7 @@ def quantize_weight(
     rounding: Rounding = "nearest",
     moment: Tensor | None = None,
 ) -> WeightQuant:
-    """Rounding with a scale per output channel (dimension 0).
+    """Quantizes a weight with a scale per output channel (dimension 0).
 
     Symmetric: scale = max|w| / (2^(bits-1) - 1). Asymmetric (4 and 2 bit): the range is widened to hold 0,
     scale = (max - min) / (2^bits - 1), zero_point = round(-min / scale), as in section 3 of arXiv 2405.17873.
@@ -80,8 +80,8 @@ def quantize_weight(
         weight: [N, ...], any floating dtype; computed in float32.
         bits: 8, 4 or 2.
         symmetric: default true at 8 bits (the only choice there), false at 4 and 2.
-        weight_range: "minmax", as above; "mse": per channel the narrower range, if any, with which the rounded weight
-            has the least squared error; "output": with which the layer's output has, as ``moment`` tells.
+        weight_range: "minmax", as above; otherwise per channel that or a narrower range, whichever gives the least
+            squared error of the rounded weight ("mse") or, computed from ``moment``, of the layer's output ("output").
         rounding: "nearest", or "compensated" (see ``compensate``).
         moment: float32 [K, K], mean of x x^T over the K inputs each output is a sum over, in the order of
             ``weight.flatten(1)``; needed for "output" and "compensated".
@@ -117,7 +117,7 @@ def _searched(
     rounding: Rounding,
     moment: Tensor | None,
 ) -> tuple[Grid, Tensor]:
-    """Grid and codes of ``rows`` where they are more than min-max and nearest."""
+    """Grid and codes of ``rows`` for ranges and roundings other than "minmax" with "nearest"."""
     if moment is None and (weight_range == "output" or rounding == "compensated"):
         raise QuantizationError(f"weight_range={weight_range!r}, rounding={rounding!r}: expected a moment of the input")
     grids = shrunk_grids(widest, bits, symmetric, STEPS[rounding if weight_range == "output" else "nearest"])
@@ -132,7 +132,7 @@ def _searched(
 
 
 def _usable_moment(moment: Tensor, rows: Tensor) -> Tensor:
-    """``moment`` where the weight is, its mean diagonal 1 so that no error leaves float32."""
+    """``moment`` on the weight's device, with a mean diagonal of 1 so that errors do not overflow float32."""
     if moment.shape != (rows.shape[1], rows.shape[1]):
         raise QuantizationError(f"moment has shape {tuple(moment.shape)}, expected {(rows.shape[1],) * 2}")
     moment = moment.to(rows.device, torch.float32)
@@ -144,7 +144,7 @@ def _usable_moment(moment: Tensor, rows: Tensor) -> Tensor:
 
 def refuse_unusable(weight: Tensor) -> None:
     """Raises QuantizationError for a weight that is not plain 16- or 32-bit floating point, has no elements, or holds
-    NaN or infinity (not looked for while tracing a graph)."""
+    NaN or infinity (not checked while a graph is traced)."""
     if isinstance(weight, TorchAOBaseTensor) or weight.dtype not in FLOATS:
         kind = f"{type(weight).__name__} of {weight.dtype}"
         raise QuantizationError(f"weight is a {kind}, expected plain float32, bfloat16 or float16")
@@ -152,7 +152,7 @@ def refuse_unusable(weight: Tensor) -> None:
         raise QuantizationError(f"weight has shape {tuple(weight.shape)}, expected at least one element")
     if torch.compiler.is_compiling() or weight.is_meta:
         return
-    bad = ~torch.isfinite(weight.detach())  # isfinite of a parameter made in inference mode asks for a gradient
+    bad = ~torch.isfinite(weight.detach())  # detached: isfinite fails on an inference tensor that requires grad
     if bool(bad.any()):
         raise QuantizationError(
             f"weight has {int(bad.sum())} NaN or infinite values (first in output channel "
@@ -178,7 +178,7 @@ def act_bits(levels: int | None) -> int:
 def act_params(lo: float, hi: float, bits: int = 8) -> ActQuant:
     """Asymmetric parameters of the range [lo, hi], widened to hold 0 (zero padding must be exact).
 
-    The scale is rounded to float32 before its reciprocal is taken, so both are what the tensors will hold.
+    The scale is rounded to float32 before its reciprocal is taken, so that both are the values that tensors hold.
     """
     lo, hi, levels = min(lo, 0.0), max(hi, 0.0), 2**bits - 1
     scale = (hi - lo) / levels
@@ -191,8 +191,8 @@ def act_params(lo: float, hi: float, bits: int = 8) -> ActQuant:
 def quantize_act(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
     """uint8 codes of ``x`` (int8 codes minus 128 on CUDA, whose integer matrix units want signed operands).
 
-    inv_scale: float32 []; zero_point: int32 []. A graph being traced gets plain operators, which Inductor fuses into
-    whatever produced ``x``; eager mode on a CPU one pass over the memory.
+    inv_scale: float32 []; zero_point: int32 []. Traced graphs get plain operators, which Inductor fuses into the
+    producer of ``x`` as an epilogue; eager mode on a CPU calls one kernel, a single pass over memory.
     """
     if is_eager(x):
         return torch.ops.inductor_kernels.quantize(x, inv_scale, zero_point, levels)
@@ -200,6 +200,6 @@ def quantize_act(x: Tensor, inv_scale: Tensor, zero_point: Tensor, levels: int) 
 
 
 def fake_quantize_act(x: Tensor, params: ActQuant) -> Tensor:
-    """``x`` rounded to the values its codes stand for; float32 in, float32 out (other dtypes come back as given)."""
+    """``x`` quantized and dequantized, in its own dtype."""
     codes = torch.round(x.to(torch.float32) * params.inv_scale + params.zero_point).clamp(0, params.levels)
     return ((codes - params.zero_point) * params.scale).to(x.dtype)

@@ -1,7 +1,7 @@
-"""Small tensors that many weights have in common, held once: activation parameters of tied layers, the BOS embedding.
+"""Interning of small tensors that many weights share: activation parameters of tied layers, the BOS embedding.
 
-Compiled code tells inputs apart by identity. Layers that hold the *same* activation parameters share one quantize of
-the tensor they read, and layers with the same BOS embedding one mask; equal copies would each get their own.
+Compilers distinguish inputs by identity. Layers that hold the *same* activation parameters share one quantization of
+the tensor they read, and layers with the same BOS embedding share one mask; equal copies would each get their own.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ _lock = threading.RLock()  # reentrant: a collection inside may drop an entry
 
 
 def share(tensor: Tensor | None, *beside: Tensor | None) -> Tensor | None:
-    """The one tensor with these values on this device; ``tensor`` itself if it is the first, or not a plain one (fake
-    and functional tensors, while a graph is traced). What is returned must never be changed in place.
+    """The one interned tensor with these values on this device: ``tensor`` itself if it is the first, or not a plain
+    tensor (fake and functional tensors, while a graph is traced). The result must never be changed in place.
 
-    ``beside``: tensors whose values must be the same too. Zero points are small numbers that agree by chance; layers
-    share one only with the scale it belongs to, so that equal blocks of a model look equal to a compiler.
+    ``beside``: tensors whose values must agree too. Zero points are small numbers that often agree by chance; they are
+    shared only together with their scale, so that equal blocks of a model look equal to a compiler.
     """
     if tensor is None or not _plain(tensor, *beside):
         return tensor
     with _lock:
-        # An alias, as detach() makes, is recognised without reading its values.
+        # An alias, such as the result of detach(), is recognised by address, without reading its values.
         found = _by_address.get((*_layout(tensor), tensor.data_ptr()))
         return _only(tensor, _values(tensor, *beside)) if found is None else found
 
 
 def moved(tensor: Tensor, device: torch.device, *beside: Tensor | None) -> Tensor:
-    """``tensor`` on ``device``, shared there. From a CPU nothing is copied where it is known already, and nothing is
-    read back. Waits until it has arrived: before that it has other values."""
+    """The interned copy of ``tensor`` on ``device``. From a CPU, a tensor known there is not copied again, and no
+    values are read back. Copies are synchronous: an unfinished one has other values."""
     if not _plain(tensor, *beside) or tensor.device.type != "cpu":
         return share(tensor.to(device), *beside)  # type: ignore[return-value]  # there is one
     values = _values(tensor, *beside)
@@ -63,7 +63,7 @@ def _only(tensor: Tensor, values: tuple[bytes, ...]) -> Tensor:
 
 
 def key(*tensors: Tensor | None) -> str | None:
-    """A digest of the tensors' values, the same in every process; None when one is not a plain tensor."""
+    """A digest of the tensors' values, the same in every process; None if one is not a plain tensor."""
     if not _plain(*tensors):
         return None
     digest = hashlib.blake2b(digest_size=8)

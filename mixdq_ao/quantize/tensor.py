@@ -18,8 +18,8 @@ from .shared import key, share
 
 
 class _Parameters(type(TorchAOBaseTensor)):
-    """``type(parameter)(tensor, requires_grad=...)`` makes a parameter of a tensor of that class, as nn.Parameter does:
-    offloading by accelerate puts weights back into a model in this way."""
+    """Lets ``type(parameter)(tensor, requires_grad=...)`` make a parameter of a tensor of that class, as nn.Parameter
+    does: accelerate's offloading restores weights in this way."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and isinstance(args[0], cls) and set(kwargs) <= {"requires_grad"}:
@@ -37,15 +37,15 @@ class MixDQTensor(TorchAOBaseTensor, metaclass=_Parameters):
             (``inductor_kernels.packing``).
         scale: float32 [N], weight scale times activation scale (weight scale alone with 16-bit activations).
         weight_zero_point: int8 [N], None at 8 bits.
-        weight_sum: int32 [N], sum of the signed integers of a channel; held only off the CPU, where kernels take
-            it as an argument (on a CPU it is computed once when the weight is prepacked).
+        weight_sum: int32 [N], sum of the signed integers of a channel; None on a CPU, where it is computed once when
+            the weight is prepacked. Kernels elsewhere take it as an argument.
         act_scale, act_inv_scale: float32 []; act_zero_point: int32 []. None with 16-bit activations.
         bos_embedding: float32 [K]; bos_output: [N] in the layer's type. None without BOS.
         bits: 8, 4 or 2. length: elements of the last stored dimension before packing (K or C / groups).
         act_levels: largest activation code (255 or 15), None with 16-bit activations.
         shared_key: a digest of ``shared_tensors``, None where they hold no values (on the meta device).
 
-    ``shared_tensors`` are the same objects in all weights where they are equal (see ``shared``): never change them.
+    Weights with equal ``shared_tensors`` hold the same objects (see ``shared``): never change them in place.
     """
 
     tensor_data_names = ["qdata", "scale"]
@@ -79,22 +79,9 @@ class MixDQTensor(TorchAOBaseTensor, metaclass=_Parameters):
 
     @staticmethod
     def __new__(
-        cls,
-        qdata: Tensor,
-        scale: Tensor,
-        bits: int,
-        length: int,
-        dtype: torch.dtype,
-        weight_zero_point: Tensor | None = None,
-        weight_sum: Tensor | None = None,
-        act_scale: Tensor | None = None,
-        act_inv_scale: Tensor | None = None,
-        act_zero_point: Tensor | None = None,
-        bos_embedding: Tensor | None = None,
-        bos_output: Tensor | None = None,
-        act_levels: int | None = None,
-        shared_key: str | None = None,
+        cls, qdata: Tensor, scale: Tensor, bits: int, length: int, dtype: torch.dtype, *optional: Any, **named: Any
     ):
+        """The arguments are those of ``__init__``; only shape, type and device matter here."""
         stored = qdata.shape
         shape = (stored[0], length, *stored[1:-1])
         return wrapper(cls, shape, dtype=dtype, device=qdata.device)
@@ -127,22 +114,23 @@ class MixDQTensor(TorchAOBaseTensor, metaclass=_Parameters):
         self._flat = [*self.tensor_data_names, *optional], self.attributes()
 
     def attributes(self) -> dict[str, object]:
-        """What this weight is made with besides its tensors."""
+        """The constructor's arguments other than tensors."""
         names = (*self.tensor_attribute_names, *self.optional_tensor_attribute_names)
         return {name: getattr(self, name) for name in names}
 
     def take_shared_key(self, source: MixDQTensor) -> None:
-        """The ``shared_tensors`` are now those of ``source``."""
+        """Copies the digest of ``source``, whose ``shared_tensors`` this weight has taken over."""
         self.shared_key = source.shared_key
         self._flat = self._flat[0], self.attributes()
 
     def __tensor_flatten__(self):
-        """As inherited, but put together once: torch.compile asks every weight for it at every call."""
+        """As inherited, but computed once: torch.compile calls this for every weight at every call."""
         return self._flat
 
     @classmethod
     def __metadata_guard__(cls, traced: dict[str, object], other: dict[str, object]) -> bool:
-        """Compiled code takes any values of ``shared_tensors``; torch.compile guards which of them are one."""
+        """Ignores ``shared_key``: compiled code accepts any values of ``shared_tensors``, and torch.compile guards
+        which of them are the same object."""
         return traced == other or all(traced[name] == other[name] for name in traced if name != "shared_key")
 
     @classmethod
@@ -157,8 +145,8 @@ class MixDQTensor(TorchAOBaseTensor, metaclass=_Parameters):
     ) -> MixDQTensor:
         """Quantizes a floating-point weight [N, K] or [O, C / groups, kh, kw].
 
-        ``act``: static activation parameters, None for 16-bit activations. ``bos_embedding`` [K]: rows of the
-        input equal to it give ``weight @ bos_embedding``, computed here in float64.
+        ``act``: static activation parameters, None for 16-bit activations. ``bos_embedding`` [K]: input rows equal to
+        it give ``weight @ bos_embedding``, computed here in float64.
 
         Raises:
             QuantizationError: the weight or the bits cannot be used (see ``quantize_weight``).
@@ -183,7 +171,7 @@ class MixDQTensor(TorchAOBaseTensor, metaclass=_Parameters):
         bos_embedding: Tensor | None = None,
         bos_output: Tensor | None = None,
     ) -> MixDQTensor:
-        """Packs codes that are already chosen (shaped like the weight)."""
+        """Packs weight codes that have been computed already."""
         codes = quant.codes.movedim(1, -1).contiguous()
         device = codes.device
         return cls(
@@ -210,7 +198,7 @@ class MixDQTensor(TorchAOBaseTensor, metaclass=_Parameters):
         return self.act_inv_scale, self.act_zero_point, self.act_levels
 
     def codes(self) -> Tensor:
-        """What is stored, a code for each element, shaped like ``qdata`` before packing: int8 at 8 bits, else uint8."""
+        """The unpacked codes, one per element, with channels last as in ``qdata``: int8 at 8 bits, else uint8."""
         return self.qdata if self.bits == 8 else unpack(self.qdata, self.bits, self.length)
 
     def integers(self) -> Tensor:
@@ -237,21 +225,21 @@ class MixDQTensor(TorchAOBaseTensor, metaclass=_Parameters):
         return {name: getattr(self, name) for name in self.__tensor_flatten__()[0]}
 
     def by_row(self) -> dict[str, Tensor]:
-        """Those of ``stored_tensors`` that have a row for each output feature."""
+        """The stored tensors whose first dimension is the output features."""
         return {name: tensor for name, tensor in self.stored_tensors().items() if name in self.row_tensors}
 
     def with_tensors(self, *, length: int | None = None, **changed: Tensor) -> MixDQTensor:
-        """A weight like this one that holds other tensors; ``length`` where it has other input features too."""
+        """A copy with some tensors replaced; ``length``: the new number of input features, where it changes."""
         tensors: dict[str, Any] = {**self.stored_tensors(), **changed}
         attributes: dict[str, Any] = self.attributes() | ({} if length is None else {"length": length})
         if changed.keys() & set(self.shared_tensors):
-            attributes["shared_key"] = None  # of the new values; else it need not be read off the device again
+            attributes["shared_key"] = None  # computed anew, which reads the values off the device
         return MixDQTensor(**tensors, **attributes)
 
     def _stable_hash_for_caching(self) -> str:
-        """Everything compiled code depends on: two processes that quantize alike share a compilation.
+        """A hash of all that compiled code depends on, so that processes that quantize alike share a compilation.
 
-        The values of ``shared_tensors`` belong to it: which weights hold the same ones is compiled into the graph.
+        It includes the values of ``shared_tensors``: which weights share them is compiled into the graph.
         """
         return stable_hash(self, self.bits, self.length, self.act_levels, self.shared_key)
 
@@ -272,7 +260,8 @@ def _row_sums(integers: Tensor) -> Tensor:
 
 
 class SplitMixDQTensor(TorchAOBaseTensor, metaclass=_Parameters):
-    """The weight of a convolution whose input is a concatenation: each half has its own scales and input range.
+    """The weight of a convolution whose input is a concatenation of two tensors: each half of the weight has its own
+    scales and input range.
 
     Attributes:
         first, second: MixDQTensor [O, split, kh, kw] and [O, C - split, kh, kw].
@@ -319,12 +308,12 @@ class SplitMixDQTensor(TorchAOBaseTensor, metaclass=_Parameters):
 
 
 def stable_hash(weight: MixDQTensor | SplitMixDQTensor, *attributes: object) -> str:
-    """A key of types, shapes, strides, devices and attributes, the same in every process."""
+    """A hash of types, shapes, strides, devices and attributes, the same in every process."""
     layout = [(n, t.dtype, tuple(t.shape), t.stride(), t.device.type) for n, t in weight.stored_tensors().items()]
     text = repr((type(weight).__name__, weight.dtype, attributes, layout))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def is_quantized(weight: object) -> bool:
-    """Whether a layer's weight is one of ours."""
+    """Whether a layer's weight is a MixDQTensor or SplitMixDQTensor."""
     return isinstance(weight, MixDQTensor | SplitMixDQTensor)

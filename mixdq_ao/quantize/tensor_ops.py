@@ -1,4 +1,4 @@
-"""What torch does with a quantized weight: the products it takes part in, and the copies and slices it supports."""
+"""The torch operators of quantized weights: products, copies, moves and slices."""
 
 from __future__ import annotations
 
@@ -117,14 +117,14 @@ def _(func, types, args, kwargs):
 
 
 def _named(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """torch's name of the first argument, for who gives it by name."""
+    """``kwargs`` with torch's name of the first argument, "input", replaced by ours."""
     return {"x" if name == "input" else name: value for name, value in kwargs.items()}
 
 
 @MixDQTensor.implements_torch_function(Tensor.requires_grad_)
 @SplitMixDQTensor.implements_torch_function(Tensor.requires_grad_)
 def _(func, types, args, kwargs):
-    """Integers are not trained: what asks for all parameters gets those it can have."""
+    """Warns and keeps requires_grad False, since integers are not trained, so that ``model.requires_grad_()`` works."""
     weight, *asked = args
     if (*asked, *kwargs.values(), True)[0]:
         warnings.warn(
@@ -138,12 +138,12 @@ def _(func, types, args, kwargs):
 @MixDQTensor.implements([aten.transpose.int, aten.permute.default])
 @SplitMixDQTensor.implements([aten.t.default, aten.transpose.int, aten.permute.default])
 def _(func, types, args, kwargs):
-    """A packed weight has no transposed storage: the result is a plain floating-point tensor of its values."""
+    """A packed weight has no transposed form: the result is a plain floating-point tensor of its values."""
     return func(args[0].dequantize(), *args[1:], **kwargs)
 
 
 def sliced(weight: MixDQTensor, dim: int, start: int, end: int) -> MixDQTensor:
-    """Rows (dim 0) or input channels (dim 1) [start, end) of a weight, with the scales that go with them."""
+    """Rows (dim 0) or input channels (dim 1) [start, end) of a weight, with their scales."""
     if dim == 0:
         rows: dict[str, Any] = {name: tensor[start:end] for name, tensor in weight.by_row().items()}
         return weight.with_tensors(**rows)
@@ -189,7 +189,7 @@ def _(func, types, args, kwargs):
 
 @MixDQTensor.implements(aten.chunk.default)
 def _(func, types, args, kwargs):
-    """Inference mode does not take this apart into the above."""
+    """Inference mode does not decompose this operator into splits."""
     call: tuple[Any, ...] = (*args, *kwargs.values(), 0)
     weight, count, dim = call[:3]
     return _parts(weight, -(-weight.shape[dim] // count), dim)
@@ -197,7 +197,8 @@ def _(func, types, args, kwargs):
 
 @MixDQTensor.implements_torch_function(torch.cat)
 def _(func, types, args, kwargs):
-    """As the dispatcher does it (``collectives``); ``copy_`` tells by it what ``fuse_qkv_projections`` copies."""
+    """Concatenates as ``__torch_dispatch__`` does (``collectives``) and marks the result, by which ``copy_`` recognises
+    diffusers' ``fuse_qkv_projections``."""
     with without_torch_function():
         whole = func(*args, **kwargs)
     whole.concatenated = True
@@ -206,7 +207,7 @@ def _(func, types, args, kwargs):
 
 @MixDQTensor.implements(aten._to_copy.default)
 def _(func, types, args, kwargs):
-    """Device moves take every tensor along; a floating-point type becomes the layer's type, integers stay."""
+    """Moves every stored tensor to the device; a floating-point type becomes the layer's type, integers stay."""
     weight = args[0]
     device = kwargs.get("device") or weight.device
     dtype = kwargs.get("dtype") or weight.dtype
@@ -228,7 +229,7 @@ def _beside(weight: MixDQTensor, name: str) -> tuple[Tensor | None, ...]:
 @MixDQTensor.implements(aten.copy_.default)
 @SplitMixDQTensor.implements(aten.copy_.default)
 def _(func, types, args, kwargs):
-    """In place from a weight of the same kind; into a plain tensor as what the integers stand for."""
+    """Copies in place from a weight of the same kind, or the dequantized values into a plain tensor."""
     weight, source = args[:2]
     if not isinstance(weight, MixDQTensor | SplitMixDQTensor):
         if getattr(source, "concatenated", False):
@@ -252,16 +253,17 @@ def _halves(weight: MixDQTensor | SplitMixDQTensor) -> list[MixDQTensor]:
 
 
 def _take(weight: MixDQTensor, source: MixDQTensor) -> None:
-    """The tensors of ``source``. Row sums follow from the codes: each side keeps or drops its own."""
+    """Copies the tensors of ``source`` into ``weight``. Row sums are computed from the codes where only ``weight``
+    holds them."""
     tensors = source.stored_tensors()
     for name, tensor in weight.stored_tensors().items():
         if name in weight.shared_tensors:
             setattr(weight, name, moved(tensors[name], tensor.device, *_beside(source, name)))
             continue
         tensor.copy_(tensors[name] if name in tensors else _row_sums(source.integers()))
-        # Below the dispatcher nothing else counts versions; forms prepared of the old weight must be dropped.
+        # Below autograd copy_ does not count versions, by which prepared forms of the old weight are dropped.
         torch.autograd.graph.increment_version(tensor)
-    if weight.qdata.is_inference():  # these have no versions
+    if weight.qdata.is_inference():  # inference tensors have no version counter
         weights.clear()
     weight.take_shared_key(source)
 
@@ -291,7 +293,7 @@ VIEWS = [aten.detach.default, aten.alias.default]
 @MixDQTensor.implements(VIEWS)
 @SplitMixDQTensor.implements(VIEWS)
 def _(func, types, args, kwargs):
-    """torch wants a view to be an inference tensor where the weight is one, whatever the mode."""
+    """torch requires a view to be an inference tensor if and only if its base is one, in every mode."""
     with torch.inference_mode(args[0].is_inference()) if torch.is_inference_mode_enabled() else nullcontext():
         view = args[0]._apply_fn_to_data(lambda tensor: func(tensor, *args[1:], **kwargs))
     return return_and_correct_aliasing(func, args, kwargs, view)
@@ -303,7 +305,7 @@ TO = [aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other]
 @MixDQTensor.implements(TO)
 @SplitMixDQTensor.implements(TO)
 def _(func, types, args, kwargs):
-    """Inference mode does not take these apart into the above."""
+    """Inference mode does not decompose these operators into ``_to_copy``."""
     call = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
     weight, like = call["self"], call.get("other", call["self"])
     device, dtype = call.get("device") or like.device, call.get("dtype") or like.dtype
@@ -313,7 +315,7 @@ def _(func, types, args, kwargs):
 
 
 def with_dtype(weight: MixDQTensor, dtype: torch.dtype) -> MixDQTensor:
-    """The same weight for layers computing in ``dtype``; off the CPU it also gets its row sums."""
+    """The same weight for layers that compute in ``dtype``; off the CPU with its row sums."""
     tensors = _with_sums(weight) if weight.device.type != "cpu" else weight.stored_tensors()
     if weight.bos_output is not None:
         tensors["bos_output"] = weight.bos_output.to(dtype)
@@ -321,7 +323,7 @@ def with_dtype(weight: MixDQTensor, dtype: torch.dtype) -> MixDQTensor:
 
 
 def _held_by(weight: MixDQTensor, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> MixDQTensor:
-    """The same weight as other tensors of equal values: what says which these are is not read from them again."""
+    """The same weight holding other tensors of equal values, whose digest ``shared_key`` need not be computed again."""
     attributes = weight.attributes() | {"dtype": dtype or weight.dtype}
     if tensors["qdata"].is_meta:
         attributes["shared_key"] = None
@@ -329,7 +331,7 @@ def _held_by(weight: MixDQTensor, tensors: Mapping[str, Tensor], dtype: torch.dt
 
 
 def _with_sums(weight: MixDQTensor) -> dict[str, Tensor]:
-    """The tensors of a weight for a GPU, where products with quantized activations want its row sums."""
+    """The stored tensors plus the row sums that a GPU's products with quantized activations take as an argument."""
     tensors = weight.stored_tensors()
     if weight.act_levels is not None and weight.weight_sum is None:
         tensors["weight_sum"] = _row_sums(weight.integers())
@@ -344,8 +346,8 @@ def _(func, types, args, kwargs):
 
 @MixDQTensor.implements(aten._pin_memory.default)
 def _(func, types, args, kwargs):
-    """Offloading with streams copies from pinned memory, again and again: the row sums are made once, here. The few
-    numbers that layers share are not pinned."""
+    """Pins the stored tensors, except the few bytes that layers share. Row sums are added here, once: offloading with
+    streams copies from pinned memory repeatedly."""
     weight: MixDQTensor = args[0]
     tensors = _with_sums(weight)
     pinned = {name: t if name in weight.shared_tensors else t.pin_memory() for name, t in tensors.items()}

@@ -1,7 +1,7 @@
-"""``weight.t()`` of a quantized linear weight: still packed while it is only multiplied with, its values for the rest.
+"""``weight.t()`` of a quantized linear weight: stays packed in matrix products, and is dequantized for other operators.
 
-``x @ weight.t()`` and ``addmm(bias, x, weight.t())`` are what torch makes of ``F.linear`` where it takes it apart, as
-DTensor does; they are the same integer products, with the same quantization of ``x``.
+Where torch decomposes ``F.linear``, as for DTensor, it calls ``x @ weight.t()`` or ``addmm(bias, x, weight.t())``. Both
+compute the same integer product, with the same quantization of ``x``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 class TransposedMixDQTensor(Tensor):
-    """[K, N], or [B, K, N] repeated over a batch, of a weight [N, K]. Made by ``weight.t()``."""
+    """The transpose [K, N] of a weight [N, K], or [B, K, N] expanded over a batch. Made by ``weight.t()``."""
 
     weight: MixDQTensor
 
@@ -42,7 +42,7 @@ class TransposedMixDQTensor(Tensor):
         return cls(tensors["weight"], batch)
 
     def dequantize(self) -> Tensor:
-        """The values, in the layer's type."""
+        """The floating-point values, in the layer's type."""
         return self.weight.dequantize().t().expand(self.shape)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
@@ -54,7 +54,7 @@ class TransposedMixDQTensor(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = _HANDLERS.get(func)
         found = NotImplemented if handler is None else handler(func, args, kwargs or {})
-        if found is NotImplemented:  # any other use is one of its values
+        if found is NotImplemented:  # any other operator gets the dequantized values
             args, kwargs = tree_map_only(cls, lambda t: t.dequantize(), (args, kwargs or {}))
             return func(*args, **kwargs)
         return found
@@ -72,7 +72,7 @@ def _product(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _added_product(func: Any, args: Any, kwargs: Any) -> Any:
-    """bias [N] + x [M, K] @ [K, N], as a layer computes it."""
+    """bias [N] + x [M, K] @ [K, N], computed as the layer's product."""
     bias, x, transposed = args[:3]
     if kwargs or not _plain(x) or _plain(transposed) or bias.shape != transposed.shape[-1:]:
         return NotImplemented
@@ -92,7 +92,7 @@ def _same(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _repeated(func: Any, args: Any, kwargs: Any) -> Any:
-    """Over a batch, or a batch of another shape, as a product of three dimensions asks for it."""
+    """Expands or reshapes the batch dimensions, as torch does before a batched product."""
     transposed, size = args[0], list(args[1])
     if len(size) < 2 or tuple(size[-2:]) != tuple(transposed.shape[-2:]) or -1 in size:
         return NotImplemented
@@ -122,5 +122,5 @@ def _(func, types, args, kwargs):
 
 @MixDQTensor.implements([aten.mm.default, aten.bmm.default])
 def _(func, types, args, kwargs):
-    """``grad @ weight``, what torch makes of the backward of ``x @ weight.t()``: of the weight's values."""
+    """``grad @ weight``, the backward of ``x @ weight.t()``, with the dequantized weight."""
     return func(*(t.dequantize() if isinstance(t, MixDQTensor) else t for t in args))

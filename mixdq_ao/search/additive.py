@@ -1,4 +1,4 @@
-"""Error powers made fit for adding up: monotone in bits, and cut at the measurement's noise floor."""
+"""Error powers prepared for summing over layers: monotone in bits, with the measurement's noise floor subtracted."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Errors = dict[str, dict[int, float]]
 def additive_errors(sensitivity: Sensitivity, kind: Kind) -> tuple[Errors, tuple[str, ...]]:
     """{layer: {bits: error power}} and the names of the layers whose measurements were repaired.
 
-    A measurement that says fewer bits are better is noise: error powers are made non-increasing in bits by isotonic
-    regression of their logarithms (``pool_decreasing``). Powers at or below the noise floor (1e-12, or what the
-    sensitivity's metadata says) count as equal: the floor, which every measurement contains, is subtracted. At 16
-    bits the error is 0. Layers without measurements are left out.
+    A smaller error at fewer bits is noise: error powers are made non-increasing in bits by isotonic regression of their
+    logarithms (``pool_decreasing``). Powers at or below the noise floor (1e-12, or the sensitivity's if larger) count
+    as equal: the floor, which every measurement contains, is subtracted. At 16 bits the error is 0. Layers without
+    measurements are left out.
     """
     errors: Errors = {}
     repaired: list[str] = []
@@ -32,9 +32,9 @@ def additive_errors(sensitivity: Sensitivity, kind: Kind) -> tuple[Errors, tuple
 
 
 def pool_decreasing(errors: Mapping[int, float]) -> dict[int, float]:
-    """Positive errors by bits made non-increasing: pool adjacent violators (least squares of the logarithms).
+    """Positive errors made non-increasing in bits, by pooling adjacent violators (least squares of the logarithms).
 
-    Values that already fall stay exactly as they are; a pool gets its geometric mean.
+    Values that already decrease are returned unchanged; pooled values become their geometric mean.
     """
     pools: list[list[int]] = []
     means: list[float] = []

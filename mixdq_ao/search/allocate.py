@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, Unpack
 
 from ..errors import AllocationError
 from ..plan import Plan
@@ -20,7 +20,7 @@ from .allocation import Allocation, Assembler, KindBits
 from .infeasible import Unreachable
 from .kinds import quantized_units, solve_kind
 from .objectives import Objective
-from .request import Budget, Offer, Request, check_request
+from .request import Budget, Offer, Request, SweepOptions, check_request
 from .sensitivity import Kind, Sensitivity
 
 Judge = Callable[[Plan], float]
@@ -42,26 +42,26 @@ def allocate(
     judge: Judge | None = None,
     time_limit: float = 60.0,
 ) -> Allocation:
-    """The best bits per layer within a budget.
+    """Chooses the best bits per layer within a budget.
 
     Args:
         sensitivity: from ``analyze`` or ``Sensitivity.from_mixdq_yaml``.
-        weight_bits: average bits over the weights, a number or {"content": b, "quality": b}; 16 keeps the weights, for
-            a plan of activations alone (which only ``mode="fake"`` can run).
+        weight_bits: average bits over the weights, a number or {"content": b, "quality": b}; 16 leaves the weights
+            unquantized, for a plan of activations alone (which only ``mode="fake"`` can run).
         weight_bytes: instead of weight_bits, bytes of all weights as stored, scales and protected layers included.
         act_bits: average bits over the input elements, likewise. None, or 8 and more with the default choices: all
-            activations at 8 bits; 16: activations kept. Where 16 is a choice and a weight gets it, its activation is
-            kept as well (no integer product takes the two) and not counted in the average.
+            activations at 8 bits; 16: no activation is quantized. Where 16 is a choice and a weight gets it, its
+            activation is not quantized either (no integer product has a 16-bit weight) and not counted in the average.
         objective: "decoupled", "sqnr" or "additive" (see above).
         weight_choices, act_choices: bits offered, for all layers or {"content": ..., "quality": ...}. Default:
             weights {2, 4, 8}, but quality layers {4, 8} in "decoupled", as published; activations {4, 8}.
         weight_splits, act_splits: ratios k = content / quality bits to try where "decoupled" gets one number
-            (default: the published grids, and 1). A split that leaves a group's reach is skipped.
+            (default: the published grids, and 1). A split is skipped where a group's choices cannot reach its share.
         protect: layers kept at 16 bits, weights and activations; not counted in average bits.
         tie: groups of layers that must share a precision (for instance layers that read the same tensor).
-        judge: measured quality of a plan, higher is better. Chooses among splits: weights first, then activations.
-            Without it, the smallest predicted error where errors are known, else the k nearest 1.
-        time_limit: seconds for each kind's programs.
+        judge: measures the quality of a plan, higher is better, to choose among splits: weights first, then
+            activations. None chooses the smallest predicted error where errors are known, else the k nearest 1.
+        time_limit: seconds for the programs of weights, and again for those of activations.
 
     Raises:
         AllocationError: invalid argument, no plan within the budget, or none found in time; says what to do.
@@ -80,9 +80,13 @@ def allocate(
         tie=tie,
         time_limit=time_limit,
     )
-    assemble = Assembler(request)
+    assemble = Assembler(request.sensitivity, request.objective)
     weights, acts = solve_kind(request, "weight"), _acts_beside([request])
-    neutral = lambda part: acts(part)[0] if len(acts(part)) == 1 else _constant(request, 16)  # noqa: E731
+
+    def neutral(part: KindBits) -> KindBits:
+        """Activations for judging weights: the only candidate, or 16 bits while there are several."""
+        return acts(part)[0] if len(acts(part)) == 1 else _constant(request, 16)
+
     weight = _pick(weights, assemble, judge, lambda part: assemble(part, neutral(part)).plan)
     act = _pick(acts(weight), assemble, judge, lambda part: assemble(weight, part).plan)
     return assemble(weight, act)
@@ -93,9 +97,9 @@ def sweep(
     *,
     weight_bits: Budget | Sequence[Budget],
     act_bits: Budget | Sequence[Budget] | None = None,
-    **options: Any,
+    **options: Unpack[SweepOptions],
 ) -> list[Allocation]:
-    """Every candidate: all splits of every weight budget, with all splits of every activation budget.
+    """All candidates: every split of every weight budget, with every split of every activation budget.
 
     The published search is ``weight_bits=numpy.linspace(T - 0.3, T, 10)`` for a target T. Budgets that no split can
     meet are left out. ``options``: as for ``allocate``, without judge and weight_bytes.
@@ -105,19 +109,20 @@ def sweep(
     weight_budgets, act_budgets = _sequence(weight_bits), _sequence(act_bits)
     weights = _reachable([_request(sensitivity, w, act_budgets[0], options) for w in weight_budgets], "weight")
     acts = _acts_beside([_request(sensitivity, weight_budgets[0], a, options) for a in act_budgets])
-    assemble = Assembler(_request(sensitivity, weight_budgets[0], act_budgets[0], options))
+    first = _request(sensitivity, weight_budgets[0], act_budgets[0], options)
+    assemble = Assembler(first.sensitivity, first.objective)
     return [assemble(weight, act) for weight in weights for act in acts(weight)]
 
 
 def _acts_beside(requests: list[Request]) -> Callable[[KindBits], list[KindBits]]:
-    """Gives the candidates for the activations beside a weight part: found once for all parts that quantize the same
-    layers."""
+    """The function from a weight part to the candidates for activations, which solves once for all weight parts that
+    quantize the same layers."""
     solved = cache(lambda units: _reachable([replace(r, units=units) for r in requests], "act"))
     return lambda weight: solved(quantized_units(requests[0], weight))
 
 
 def _reachable(requests: list[Request], kind: Kind) -> list[KindBits]:
-    """The candidates of all budgets that can be met; the last reason where none can."""
+    """The candidates of all budgets that can be met. Raises the last Unreachable where none can."""
     parts: list[KindBits] = []
     reason: Unreachable | None = None
     for request in requests:
@@ -138,20 +143,11 @@ def _sequence(budgets: Any) -> list[Any]:
     return items
 
 
-def _request(sensitivity: Sensitivity, weight: Any, act: Any, options: dict[str, Any]) -> Request:
-    defaults: dict[str, Any] = {
-        "objective": "decoupled",
-        "weight_choices": None,
-        "act_choices": None,
-        "weight_splits": None,
-        "act_splits": None,
-        "protect": (),
-        "tie": (),
-        "time_limit": 60.0,
-    }
-    if unknown := set(options) - set(defaults):
-        raise AllocationError(f"unknown option {min(unknown)!r}; expected {', '.join(sorted(defaults))}")
-    return check_request(sensitivity, weight_bits=weight, weight_bytes=None, act_bits=act, **defaults | options)
+def _request(sensitivity: Sensitivity, weight: Any, act: Any, options: SweepOptions) -> Request:
+    known = SweepOptions.__optional_keys__
+    if unknown := set(options) - known:
+        raise AllocationError(f"unknown option {min(unknown)!r}; expected {', '.join(sorted(known))}")
+    return check_request(sensitivity, weight_bits=weight, act_bits=act, **options)
 
 
 def _constant(request: Request, bits: int) -> KindBits:
@@ -161,7 +157,8 @@ def _constant(request: Request, bits: int) -> KindBits:
 def _pick(
     parts: list[KindBits], assemble: Assembler, judge: Judge | None, plan: Callable[[KindBits], Plan]
 ) -> KindBits:
-    """The candidate with the best judgement, else the smallest predicted error, else the k nearest 1."""
+    """The candidate that ``judge`` scores highest; without a judge, that of the smallest predicted error where all
+    errors are known, else that whose k is nearest 1."""
     if len(parts) == 1:
         return parts[0]
     if judge is not None:

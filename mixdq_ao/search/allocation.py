@@ -1,4 +1,4 @@
-"""The result of an allocation: the plan, how good it is, and how it was found."""
+"""The result of an allocation: the plan and its figures, assembled from the bits of weights and of activations."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from math import ceil
 from ..layer_plan import LayerPlan
 from ..plan import Plan
 from .additive import Errors, additive_errors
-from .request import Request
+from .objectives import Objective
 from .roundings import rounded_as
-from .sensitivity import GROUPS, Kind
+from .sensitivity import GROUPS, Kind, Sensitivity
 from .tables import stored
 
 
@@ -23,18 +23,18 @@ class Allocation:
     Attributes:
         plan: bits of every layer; no ranges yet (see Plan.with_calibration).
         status: "optimal", or "feasible, gap 0.1 %" where time ran out.
-        objective: {"weight/content", "weight/quality", "act/content", "act/quality"}: the group's sum of what was
-            optimised (SSIM or dB: higher is better; error power: lower is better), protected layers left out. A key
-            is absent where the figures of its layers are not known.
-        average_bits: the same keys; mean over weights or input elements, protected layers left out, and of activations
-            those whose layer's weight has 16 bits.
+        objective: {"weight/content", "weight/quality", "act/content", "act/quality": the group's sum of the optimised
+            figure} (SSIM or dB: higher is better; error power: lower is better), without protected layers. A key is
+            absent where the figure is not known for all layers of the group.
+        average_bits: {the same keys: mean over weights or input elements}, without protected layers, and for
+            activations without layers whose weight has 16 bits.
         predicted_error: relative error power of the model's output, the sum over all layers, weights and
             activations; None where it was not measured for all of them.
         weight_bytes: bytes of all layers' weights, protected ones at 16 bits: as stored where the sensitivity
-            records it, else bits times weights.
+            records it, else computed from bits times weights.
         repaired: layers whose measured errors were not monotone in bits (see ``additive_errors``).
         k: {"weight": B_content / B_quality, "act": ...} where a budget was split between the groups.
-        seconds: time the solver took for this plan's programs.
+        seconds: time the solver took for the programs of this plan.
         totals: {"weight_bytes", "act_bytes", "seconds", "bit_operations": amount} of the limits given to
             ``allocate_jointly``.
     """
@@ -53,8 +53,8 @@ class Allocation:
 
 @dataclass(frozen=True, slots=True)
 class KindBits:
-    """Bits of one kind, from one or two programs, for every layer that is not protected; of activations for those whose
-    weight has less than 16 bits."""
+    """Bits of one kind, from one or two programs, for every layer that is not protected; for activations only layers
+    whose weight has less than 16 bits."""
 
     kind: Kind
     bits: Mapping[str, int]
@@ -65,7 +65,7 @@ class KindBits:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one part contributes to an allocation; each is computed once, however many allocations share the part."""
+    """The figures of one part of an allocation, computed once for all allocations that share the part."""
 
     objective: dict[str, float]
     average: dict[str, float]
@@ -74,17 +74,17 @@ class Figures:
 
 
 class Assembler:
-    """Puts a weight part and an activation part together, with all figures."""
+    """Makes an Allocation with all figures from a weight part and an activation part."""
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+    def __init__(self, sensitivity: Sensitivity, objective: Objective) -> None:
+        self.sensitivity, self.objective = sensitivity, objective
         self.errors: dict[Kind, Errors] = {}
         self._figures: dict[int, tuple[KindBits, Figures]] = {}
         repaired: set[str] = set()
         for kind in ("weight", "act"):
-            self.errors[kind], names = additive_errors(request.sensitivity, kind)
+            self.errors[kind], names = additive_errors(sensitivity, kind)
             repaired.update(names)
-        self.repaired = tuple(n for n in request.sensitivity.layers if n in repaired)
+        self.repaired = tuple(n for n in sensitivity.layers if n in repaired)
 
     def __call__(self, weight: KindBits, act: KindBits) -> Allocation:
         w, a, gap = self.figures(weight), self.figures(act), max(weight.gap, act.gap)
@@ -93,7 +93,7 @@ class Assembler:
         error = None if w.predicted is None or a.predicted is None else w.predicted + a.predicted
         average = w.average | a.average
         metadata = {
-            "source": f"allocate, objective {self.request.objective}",
+            "source": f"allocate, objective {self.objective}",
             "status": status,
             "average_bits": average,
             "k": k,
@@ -112,7 +112,7 @@ class Assembler:
         )
 
     def figures(self, part: KindBits) -> Figures:
-        """The key keeps the part alive, so its id stays its own."""
+        # The cache holds the part as well: while it lives, no other object has its id.
         if id(part) not in self._figures:
             figures = Figures(
                 objective=self._objectives(part),
@@ -124,7 +124,7 @@ class Assembler:
         return self._figures[id(part)][1]
 
     def _layers(self, weight: KindBits, act: KindBits) -> dict[str, LayerPlan]:
-        kept, layers = LayerPlan(), self.request.sensitivity.layers
+        kept, layers = LayerPlan(), self.sensitivity.layers
         return {
             name: _layer(bits, act.bits[name], layers[name].rounding(bits)) if name in act.bits else kept
             for name, bits in {**dict.fromkeys(layers, 16), **weight.bits}.items()
@@ -132,12 +132,12 @@ class Assembler:
 
     def _groups(self, part: KindBits) -> dict[str, list[str]]:
         """{"weight/content": layers, ...}; groups without layers are absent."""
-        layers = self.request.sensitivity.layers
+        layers = self.sensitivity.layers
         groups = {f"{part.kind}/{g}": [n for n in part.bits if layers[n].group == g] for g in GROUPS}
         return {key: names for key, names in groups.items() if names}
 
     def _averages(self, part: KindBits) -> dict[str, float]:
-        layers = self.request.sensitivity.layers
+        layers = self.sensitivity.layers
         return {
             key: sum(part.bits[n] * layers[n].size(part.kind) for n in names)
             / sum(layers[n].size(part.kind) for n in names)
@@ -145,7 +145,7 @@ class Assembler:
         }
 
     def _objectives(self, part: KindBits) -> dict[str, float]:
-        """Groups in which the optimised figure is not known of every layer are left out."""
+        """{group: sum of the optimised figure}, without groups where it is not known for every layer."""
         sums: dict[str, float] = {}
         for key, names in self._groups(part).items():
             values = [self._score(part.kind, n).get(part.bits[n]) for n in names]
@@ -155,20 +155,20 @@ class Assembler:
         return sums
 
     def _score(self, kind: Kind, name: str) -> Mapping[int, float]:
-        layer = self.request.sensitivity.layers[name]
-        if self.request.objective == "additive":
+        layer = self.sensitivity.layers[name]
+        if self.objective == "additive":
             return self.errors[kind].get(name, {})
-        return layer.sqnr(kind) if self.request.objective == "sqnr" else layer.scores(kind)
+        return layer.sqnr(kind) if self.objective == "sqnr" else layer.scores(kind)
 
     def _predicted(self, part: KindBits) -> float | None:
-        """Summed error power; 16 bits have none; None where a layer's error was not measured."""
+        """Summed error power, 0 at 16 bits; None where a layer's error was not measured."""
         errors = self.errors[part.kind]
         values = [0.0 if bits == 16 else errors.get(name, {}).get(bits) for name, bits in part.bits.items()]
         known = [v for v in values if v is not None]
         return sum(known) if len(known) == len(values) else None
 
     def _bytes(self, weight: KindBits) -> int:
-        layers = self.request.sensitivity.layers
+        layers = self.sensitivity.layers
         recorded = all(bits == 16 or bits in layers[n].weight_bytes for n, bits in weight.bits.items())
         total = 0
         for name, layer in layers.items():

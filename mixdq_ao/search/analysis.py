@@ -1,4 +1,4 @@
-"""What a sensitivity analysis is asked for, whatever its method: a model, its inputs, what is tried, and by whom."""
+"""The settings of a sensitivity analysis, whatever its method: the model, its inputs, bit widths, store and workers."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from .watch import denoiser_of
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Analysis:
-    """An analysis of a model that is as it was calibrated: with its inputs folded, where the calibration says so.
+    """The settings of an analysis, of a model whose weights carry the smoothing and rotation of its calibration.
 
     Attributes:
         pipe, prompts, weight_bits, act_bits, rule, budget, store: see ``analyze``.
-        calibration: of the model as it is now, nothing left to fold.
-        roundings: as ``check_roundings`` gives them.
-        moments: of the inputs as they are now.
-        workers: who fold what they load.
+        calibration: of the folded model; it has no smoothing or rotation left to fold.
+        roundings: as ``check_roundings`` returns them.
+        moments: of the folded model's inputs.
+        workers: Ray workers whose loaded models carry the same folding.
         merge, part: see ``analyze``, ``analyze_part``.
     """
 
@@ -40,8 +40,8 @@ class Analysis:
     prompts: list[str]
     sampling: Sampling
     calibration: Calibration
-    weight_bits: Sequence[int]
-    act_bits: Sequence[int]
+    weight_bits: Sequence[int] = (2, 4, 8)
+    act_bits: Sequence[int] = (4, 8)
     roundings: tuple[str, ...] = (PLAIN,)
     moments: Mapping[str, Tensor] | None = None
     rule: GroupRule = group_of
@@ -57,30 +57,30 @@ class Analysis:
 
     @property
     def bits(self) -> list[list[int]]:
-        """Of weights and of activations, for ``settings``."""
+        """Bit widths of weights and of activations, for ``settings``."""
         return [list(self.weight_bits), list(self.act_bits)]
 
     @property
     def choices(self) -> tuple[Calibration, Sequence[int], Sequence[int], tuple[str, ...], Mapping[str, Tensor] | None]:
-        """What ``deltas_of`` takes after the model."""
+        """The arguments of ``deltas_of`` after the model."""
         return self.calibration, self.weight_bits, self.act_bits, self.roundings, self.moments
 
     @property
     def content(self) -> list[str]:
-        """Calibrated layers that the ``rule`` judges as content, sorted; for ``settings``."""
+        """Calibrated layers whose group is "content" by the ``rule``, sorted; for ``settings``."""
         known = self.calibration.layers
         return sorted(n for n in find_layers(self.model) if n in known and self.rule(n) == "content")
 
     def settings(self, **own: Any) -> dict[str, Any]:
-        """What results depend on besides the pipeline, and what a method adds of its ``own``, as JSON: with the
-        pipeline, the fingerprint of a store. Stores on disk continue only where it stays as it is.
+        """The settings that results depend on, and a method's ``own`` ones, as JSON. Together with the pipeline they
+        make the fingerprint of a store: where they change, stores on disk cannot be continued.
 
-        Roundings count where they are not plain alone, moments where roundings count.
+        Roundings are part of it unless they are PLAIN alone, moments where roundings are.
         """
         settings = {"prompts": self.prompts, "sampling": asdict(self.sampling)}
         settings["calibration"] = _calibration_key(self.calibration)
         if any(layer.split is not None for layer in self.calibration.layers.values()):
-            settings["split"] = "weight and act"  # activations once were tried with one range for both halves
+            settings["split"] = "weight and act"  # stores of older versions tried one range for both
         if self.roundings != (PLAIN,):
             settings["roundings"] = list(self.roundings)
             if self.moments is not None:
@@ -88,12 +88,12 @@ class Analysis:
         return settings | own
 
     def metadata(self, method: str, **own: Any) -> dict[str, Any]:
-        """What a Sensitivity says about how it was made."""
+        """The metadata of the resulting Sensitivity."""
         return {"prompts": len(self.prompts), "sampling": asdict(self.sampling), "method": method, **own}
 
     @contextmanager
     def results(self, settings: Mapping[str, Any]) -> Iterator[Store]:
-        """The store of these settings, open, with the results of the stores to merge."""
+        """The open store of these settings, after merging the stores of ``merge`` into it."""
         with Store(self.store, fingerprint(self.pipe, settings)) as results:
             results.merge(self.merge)
             yield results
@@ -101,16 +101,17 @@ class Analysis:
     def pool(
         self, here: Build[Item, Result], away: Build[Item, Result], settings: Mapping[str, Any], results: Store
     ) -> Pool[Item, Result]:
-        """Makes results of items with what ``here`` builds, or with what ``away`` builds of each worker's own pipeline.
+        """The pool that computes results: in this process with the function ``here`` builds, or on workers with the
+        function ``away`` builds from each worker's own pipeline.
 
-        ``away`` is sent to the workers: it must not hold this analysis, which has the pipeline.
+        ``away`` is pickled for the workers, so it must not refer to this analysis, which holds the pipeline.
         """
         build = here if self.workers is None else of_same_model(away, settings, results.fingerprint)
         return pool_of(self.workers, self.pipe, build)
 
 
 def of_same_model(build: Build[Item, Result], settings: Mapping[str, Any], expected: str) -> Build[Item, Result]:
-    """``build``, for a worker: what it loaded must be the pipeline that is analyzed. Raises SensitivityError."""
+    """``build`` for a worker; it raises SensitivityError where the worker's pipeline is not the analyzed one."""
 
     def checked(pipe: Any) -> Any:
         if fingerprint(pipe, settings) != expected:
@@ -124,7 +125,7 @@ def of_same_model(build: Build[Item, Result], settings: Mapping[str, Any], expec
 
 
 def check_covered(called: Iterable[str], calibrated: Container[str]) -> None:
-    """Raises SensitivityError where a layer is called that was not calibrated. Those never called need not be."""
+    """Raises SensitivityError where a called layer was not calibrated. Layers that are never called need not be."""
     for name in called:
         if name not in calibrated:
             raise SensitivityError(
@@ -134,5 +135,5 @@ def check_covered(called: Iterable[str], calibrated: Container[str]) -> None:
 
 
 def _calibration_key(calibration: Calibration) -> dict[str, Any]:
-    """What results depend on of it."""
+    """The fields of a calibration that results depend on."""
     return {"layers": {n: layer_to_json(v) for n, v in calibration.layers.items()}, "bos": calibration.bos_embedding}

@@ -1,4 +1,4 @@
-"""Prompts in batches that draw what they draw in the whole list."""
+"""Splits prompts into batches that draw the same noise as the whole list."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..models.pipelines import Sampling
 
 
 def batches(prompts: list[str], sampling: Sampling) -> Iterator[tuple[list[str], Sampling]]:
-    """The prompts cut into batches, each with the sampling that draws the same noise as in the whole list."""
+    """Batches of the prompts, each with the sampling that draws the same noise as in the whole list."""
     for start in range(0, len(prompts), sampling.batch_size):
         part = prompts[start : start + sampling.batch_size]
         yield part, replace(sampling, seed=sampling.seed + start, batch_size=len(part))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import CalibrationError
+from ..expect import expect
 from ..layer_plan import Range
 from ..layers import find_layers, split_points, text_readers
 from ..models.pipelines import Sampling
@@ -26,18 +27,18 @@ from .smoothing import choose_folds, rotation_note
 from .ties import Ties
 from .watch import model_of, watched
 
-# A first row is handled as BOS when it is the same for every prompt and this many times larger than all other rows.
 BOS_RATIO = 4.0
+"""A first row is handled as BOS when it is the same for every prompt and its peak at least this many times that of all
+other rows. CLIP's is 50 to 80 times larger than the others; 4 is a threshold well below that, not a tuned one."""
 
 
 class _Watch:
     """The observers of one layer's input."""
 
     def __init__(self, method: RangeMethod, split: int | None, text: bool) -> None:
-        new = lambda: RangeObserver(method)  # noqa: E731
-        self.whole, self.split = new(), split
-        self.halves = () if split is None else (new(), new())
-        self.prompt = new() if text else None
+        self.whole, self.split = RangeObserver(method), split
+        self.halves = () if split is None else (RangeObserver(method), RangeObserver(method))
+        self.prompt = RangeObserver(method) if text else None
         self.act_size = self.macs = 0
 
     def update(self, module: nn.Linear | nn.Conv2d, x: Tensor, y: Tensor, bos: Tensor | None) -> None:
@@ -65,8 +66,7 @@ class Calibrator:
         self, model: nn.Module, method: RangeMethod = "minmax", bos: bool | None = None, act_bits: int = 8
     ) -> None:
         check_method(method)
-        if act_bits not in (8, 4):
-            raise CalibrationError(f"act_bits is {act_bits!r}, expected 8 or 4")
+        expect(act_bits in (8, 4), "act_bits", act_bits, "8 or 4", CalibrationError)
         model = model_of(model)
         _check_original(model)
         self.model, self.bos = model, bos
@@ -80,8 +80,8 @@ class Calibrator:
 
     @contextmanager
     def watch(self) -> Iterator[Calibrator]:
-        """Observes every linear and convolution layer inside the block, which runs eagerly. All hooks are removed at
-        its end."""
+        """Observes every linear and convolution layer inside the block, which runs eagerly; hooks are removed at its
+        end."""
         layers = find_layers(self.model)
         for name in layers:
             self.watches.setdefault(name, _Watch(self.method, self.splits.get(name), name in self.readers))
@@ -99,12 +99,13 @@ class Calibrator:
         watch.update(module, x, y, self.candidate)
 
     def _is_text(self, x: Tensor) -> bool:
-        """Whether an input [batch, tokens, width] has rows as the text's first layer saw them. Of several text encoders
-        that differ in width, the first one's."""
+        """Whether an input [batch, tokens, width] holds rows as wide as those of the first layer that read the text.
+        Where text encoders differ in width, only the first one's rows count."""
         return x.dim() == 3 and (self.candidate is None or x.shape[-1] == len(self.candidate))
 
     def _see_first_rows(self, x: Tensor) -> None:
-        """A BOS row is the same for every prompt; rows of zeros (an empty negative prompt) say nothing."""
+        """Compares the first row with earlier prompts' and updates the peaks of all rows. Rows of zeros (an empty
+        negative prompt) are skipped."""
         peaks = x.detach().abs().amax((0, 2)).float().cpu()
         length = max(len(peaks), len(self.row_peaks))
         self.row_peaks = torch.maximum(*(F.pad(p, (0, length - len(p))) for p in (peaks, self.row_peaks)))
@@ -126,7 +127,7 @@ class Calibrator:
         return tuple(self.candidate.tolist()) if stands_out or self.bos is True else None
 
     def _note(self, apart: bool) -> str | None:
-        """What was found of the text's rows, in words; None where the model reads no text or was not to look."""
+        """A note for metadata on the rows of the text embedding; None if the model reads no text, or ``bos=False``."""
         if not len(self.row_peaks) or self.bos is False:
             return None
         median = max(self.row_peaks.median().item(), 1e-30)
@@ -185,8 +186,8 @@ class Calibrator:
 
 
 def _check_original(model: nn.Module) -> None:
-    """Raises CalibrationError unless the layers of ``model`` are its own, in full precision: what layers read, and
-    where inputs are concatenated, is known by their names."""
+    """Raises CalibrationError unless the layers of ``model`` are the original ones in full precision: their names say
+    which read the text, and which read concatenated inputs."""
     for name, module in find_layers(model).items():
         if is_quantized(module.weight):
             raise CalibrationError(f"layer {name!r} is quantized already; calibrate the original model")
@@ -198,7 +199,7 @@ def _check_original(model: nn.Module) -> None:
 
 
 def calibrate_as_drawn(pipe: Any, prompts: Sequence[str], sampling: Sampling) -> Calibration:
-    """The ranges over what an analysis draws, for one that was given no calibration. Raises as ``calibrate``."""
+    """The calibration of an analysis that was given none, on the prompts it draws. Raises as ``calibrate``."""
     return calibrate(pipe, prompts, **asdict(sampling))
 
 
@@ -223,35 +224,37 @@ def calibrate(
     """Runs a model over prompts and records the range of every layer's input.
 
     Args:
-        pipe: a diffusers pipeline (its unet or transformer is observed); or any nn.Module, with ``run``. What is
-            compiled runs eagerly meanwhile.
-        prompts: texts to draw. Real ones: ranges are only as good as they are.
+        pipe: a diffusers pipeline (its unet or transformer is observed); or any nn.Module, with ``run``. Compiled
+            models run eagerly meanwhile.
+        prompts: texts to draw; use real ones, as the ranges depend on them.
         steps: denoising steps, or several counts (a plan for 1 and 4 steps is calibrated with ``(1, 4)``).
-        run: for a bare module, or in the place of prompts: a callable that runs it on representative data.
+        run: for a bare module, or in place of prompts: a callable that runs it on representative data.
         method: "minmax", "percentile" or "mse" (see RangeObserver.range).
-        act_bits: 8 or 4, of the activations that "mse" looks for the best range of; the others give one for both.
-        bos: True or False, or None to find out: the first text row is the same for every prompt and at least
-            four times larger than all others.
+        act_bits: 8 or 4, the bits that "mse" finds the best range for; the other methods' ranges serve both.
+        bos: whether the first row of the text embedding is handled apart as the BOS row; None: where it is the same for
+            every prompt and at least four times larger than all other rows.
         guidance_scale, batch_size, seed, height, width, frames: see Sampling.
-        smoothing: 0 to 1, or None for none: channels that stand out in inputs of transformer blocks are made smaller by
-            powers of two, and the weights that read them larger; this is the share of the difference that weights take
-            over (0.5 is usual). Plans with this calibration say so, and ``quantize_`` does it to the original model.
-        rotation: values of attention are rotated within heads by Hadamard matrices, likewise.
+        smoothing: 0 to 1, or None for none: outlier channels in inputs of transformer blocks are divided by powers of
+            two, and the weights that read them multiplied; the number is the share of the range moved into the weights
+            (0.5 is usual). Plans with this calibration record it, and ``quantize_`` applies it to the original model.
+        rotation: rotate attention values within heads by Hadamard matrices, likewise.
 
-        Either runs everything twice: once to look at the channels, once with the weights changed (they are put back).
+        Smoothing or rotation runs everything twice: once to observe the channels, once with folded weights, which are
+        restored.
 
     Raises:
-        CalibrationError: method, act_bits or steps is none of what is offered; prompts and run are both given; the
-            model is quantized or prepared for a schedule already, has an adapter, or its projections are fused; nothing
-            ran, or an input holds NaN or infinity.
+        CalibrationError: method, act_bits or steps is not a valid choice; prompts and run are both given; the model is
+            quantized or prepared for a schedule already, has an adapter, or its projections are fused; nothing ran, or
+            an input holds NaN or infinity.
         MixDQError: prompts are empty.
-        QuantizationError: the model computes something else when smoothed or rotated.
+        QuantizationError: smoothing or rotation changes the model's output.
     """
     model = model_of(pipe)
     calibrator = Calibrator(model, method, bos, act_bits)
-    size = {"height": height, "width": width, "frames": frames}
-    options = {"guidance_scale": guidance_scale, "batch_size": batch_size, "seed": seed, **size}
-    go, metadata = runs(pipe, prompts, run, title="calibrating", steps=steps, **options)
+    go, metadata = runs(
+        pipe, prompts, run, title="calibrating", steps=steps, guidance_scale=guidance_scale, seed=seed,
+        batch_size=batch_size, height=height, width=width, frames=frames,
+    )  # fmt: skip
     folds = _folds(model, go, smoothing, rotation)
     with folded(model, folds), calibrator.watch(), torch.no_grad():
         go()

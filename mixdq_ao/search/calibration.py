@@ -1,32 +1,41 @@
-"""Calibration data: the range of every layer's input and the BOS embedding, as a checked JSON file."""
+"""Calibration data: the range of every layer's input and the BOS embedding, as a checked JSON file.
+
+Read and written without importing torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..document import Document
 from ..errors import CalibrationError, PlanError
+from ..expect import expect, located
 from ..layer_plan import LayerPlan, Range, check_folding, parse_embedding, parse_range
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 KEYS = ("format", "version", "metadata", "bos_embedding", "ties", "layers")
 FOLDING = ("smoothing", "rotation")
-"""Fields that only files of calibrations that asked for them hold."""
+"""Fields that are in a file only where the calibration was asked for them."""
 LEAST = {"act_size": 1, "macs": 0, "split": 1}
-"""Of each size; the macs of an input that was no batch may have been counted as 0."""
+"""Least value of each size; the macs of an unbatched input may have been counted as 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerCalibration:
-    """What calibration learnt of one layer's input.
+    """Ranges and sizes of one layer's input.
 
     Attributes:
         act_range: (lo, hi) over every row.
         act_size: input elements of one sample; macs: multiply-adds of one sample.
-        split, first_range, second_range: channels of the first half of a concatenated input, and the halves' ranges.
+        split, first_range, second_range: channels of the first part of a concatenated input, and the ranges of both
+            parts.
         prompt_range: (lo, hi) over the rows that are not BOS, where the layer reads the text embedding.
-        smoothing, rotation: what was done to the input before it was observed (see LayerPlan).
+        smoothing, rotation: applied to the input before it was observed (see LayerPlan).
     """
 
     act_range: Range
@@ -59,7 +68,7 @@ class Calibration(Document):
 
     Attributes:
         layers: {name: LayerCalibration}.
-        ties: groups of layers that read one tensor; their ranges are equal.
+        ties: groups of layers that read the same tensor; their ranges are equal.
         bos_embedding: the row the text encoders put first for every prompt, or None where no such row stands out.
         metadata: model class, number of prompts, sampling.
     """
@@ -73,7 +82,7 @@ class Calibration(Document):
     def applied(
         self, layers: Mapping[str, LayerPlan], metadata: Mapping[str, Any], *, bos: bool, split: bool
     ) -> dict[str, Any]:
-        """Fields of a plan of these layers with what ``Plan.with_calibration`` fills in."""
+        """The fields of a plan of these layers that ``Plan.with_calibration`` fills in."""
         for name, layer in layers.items():
             if layer.quantized and name not in self.layers:
                 raise CalibrationError(
@@ -87,8 +96,16 @@ class Calibration(Document):
         metadata = {**metadata, "calibration": dict(self.metadata), "act_sizes": sizes}
         return {"layers": planned, "metadata": metadata, "bos_embedding": self.bos_embedding if bos else None}
 
+    def bos_tensor(self, device: torch.device | None = None) -> Tensor | None:
+        """The BOS embedding as a float32 tensor [K], or None."""
+        import torch  # plans import this module, and load without torch
+
+        if self.bos_embedding is None:
+            return None
+        return torch.tensor(self.bos_embedding, dtype=torch.float32, device=device)
+
     def of_folded_model(self) -> Calibration:
-        """The same for a model whose weights smoothing and rotation have been folded into."""
+        """The calibration of the model after smoothing and rotation have been folded into its weights."""
         layers = {n: replace(v, smoothing=None, rotation=None) for n, v in self.layers.items()}
         return replace(self, layers=layers)
 
@@ -113,7 +130,7 @@ class Calibration(Document):
 
 
 def layer_to_json(layer: LayerCalibration) -> dict[str, Any]:
-    """All fields; those of FOLDING only where they say something."""
+    """All fields, but those of FOLDING only where they are not None."""
     return {n: v for n, v in asdict(layer).items() if v is not None or n not in FOLDING}
 
 
@@ -132,23 +149,24 @@ def _tie(tie: object, layers: Mapping[str, object]) -> tuple[str, ...]:
 def _layer(name: str, value: object) -> LayerCalibration:
     known = {f.name for f in fields(LayerCalibration)}
     needed = known - set(FOLDING)
-    if not isinstance(value, dict) or not needed <= set(value) <= known:
-        raise CalibrationError(
-            f"layer {name!r}: expected an object with {', '.join(sorted(needed))}, maybe {' and '.join(FOLDING)}, "
-            "and no more"
-        )
-    try:
-        check_folding(value.get("smoothing"), value.get("rotation"))
-        ranges = {n: None if v is None else parse_range(n, v) for n, v in value.items() if n.endswith("_range")}
-    except PlanError as e:
-        raise CalibrationError(f"layer {name!r}: {e}") from e
-    if ranges["act_range"] is None:
-        raise CalibrationError(f"layer {name!r}: act_range is null, expected [lo, hi]")
-    sizes = {n: value[n] for n in LEAST}
-    for n, v in sizes.items():
-        if (type(v) is not int or not LEAST[n] <= v < 2**53) and (n != "split" or v is not None):
-            raise CalibrationError(f"layer {name!r}: {n} is {v!r}, expected a whole number from {LEAST[n]} below 2^53")
-    if (sizes["split"] is None) != (ranges["first_range"] is None or ranges["second_range"] is None):
-        raise CalibrationError(f"layer {name!r}: split, first_range and second_range come together")
+    with located(f"layer {name!r}", CalibrationError):
+        if not isinstance(value, dict) or not needed <= set(value) <= known:
+            raise CalibrationError(
+                f"expected an object with {', '.join(sorted(needed))}, maybe {' and '.join(FOLDING)}, and no more"
+            )
+        try:
+            check_folding(value.get("smoothing"), value.get("rotation"))
+            ranges = {n: None if v is None else parse_range(n, v) for n, v in value.items() if n.endswith("_range")}
+        except PlanError as e:
+            raise CalibrationError(str(e)) from e
+        if ranges["act_range"] is None:
+            raise CalibrationError("act_range is null, expected [lo, hi]")
+        sizes = {n: value[n] for n in LEAST}
+        for n, v in sizes.items():
+            valid = type(v) is int and LEAST[n] <= v < 2**53
+            expected = f"a whole number from {LEAST[n]} below 2^53"
+            expect(valid or (n == "split" and v is None), n, v, expected, CalibrationError)
+        if (sizes["split"] is None) != (ranges["first_range"] is None or ranges["second_range"] is None):
+            raise CalibrationError("split, first_range and second_range come together")
     folding = {n: value.get(n) for n in FOLDING}
     return LayerCalibration(**sizes, **ranges, **folding)  # type: ignore[arg-type]

@@ -1,7 +1,8 @@
-"""The final plan by what it draws: many prompts, several seeds, never one picture.
+"""Chooses the final plan by the pictures it draws, over many prompts and several seeds.
 
-Programs leave open how a budget is divided between content and quality layers, and which of several objectives is the
-right one for a model. Here every candidate draws the same pictures as full precision does, and the closest one wins.
+Allocation programs leave open how a budget is divided between content and quality layers, and which of several
+objectives is the right one for a model. Here every candidate draws the same pictures as full precision does, and the
+closest one wins.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -25,21 +26,21 @@ from .metrics import WINDOW, psnr, ssim
 from .objectives import OBJECTIVES
 from .pareto import undominated
 from .prediction import faked
-from .request import Budget
+from .request import AllocationOptions, Budget
 from .sensitivity import Sensitivity
 from .watch import denoiser_of, eager
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
-    """A candidate, and how close its pictures are to full precision's.
+    """A candidate, and how close its pictures are to those of full precision.
 
     Attributes:
-        objective: what it was solved for.
-        allocation: its figures. plan: with its activation ranges.
+        objective: the objective it was solved for.
+        allocation: the candidate's figures. plan: its plan, with activation ranges.
         psnr: dB, mean over pictures; error: standard error of that mean.
-        ssim: mean over pictures; None where they are smaller than its window.
-        pictures: their number, prompts times seeds (times frames).
+        ssim: mean over pictures; None where pictures are smaller than the window of SSIM.
+        pictures: number of pictures, prompts times seeds (times frames).
     """
 
     objective: str
@@ -58,10 +59,10 @@ def candidates(
     act_bits: Budget | None = None,
     objectives: Sequence[str] = OBJECTIVES,
     most: int = 12,
-    **options: Any,
+    **options: Unpack[AllocationOptions],
 ) -> list[tuple[str, Allocation]]:
-    """(objective, allocation): of each objective the splits of the budget that no other beats in bytes and predicted
-    error, equal plans once, in turn from each objective until there are ``most``.
+    """At most ``most`` pairs (objective, allocation), taken in turn from each objective: its splits of the budget that
+    no other beats in bytes and predicted error, equal plans once.
 
     ``options``: as for ``allocate``. Raises AllocationError where no objective has a plan within the budget.
     """
@@ -100,11 +101,11 @@ def choose(
     seeds: int = 1,
     moments: Mapping[str, Tensor] | None = None,
 ) -> list[Judged]:
-    """All candidates with what they drew, the best (highest mean PSNR) first.
+    """All candidates with the closeness of their pictures, the best (highest mean PSNR) first.
 
-    Every candidate and full precision draw the same prompts from the same noise, in ``seeds`` rounds of other noise
-    (round r starts from ``sampling.seed`` + r times the number of prompts). In fake mode, in place: the model is never
-    copied, and full precision again afterwards.
+    Every candidate and full precision draw the same prompts from the same noise, in ``seeds`` rounds of different noise
+    (round r starts from ``sampling.seed`` + r times the number of prompts). Candidates run in fake mode, in place: the
+    model is never copied, and back in full precision afterwards.
     """
     prompts, sampling = check_prompts(prompts), sampling or Sampling()
     if seeds < 1 or not given:
@@ -125,7 +126,7 @@ def choose(
 
 
 def _close(drawn: Any, references: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """PSNR and SSIM of every picture; no SSIM of pictures smaller than its window."""
+    """PSNR and SSIM of every picture; SSIM is empty where pictures are smaller than its window."""
     pairs = [(each_frame(a), each_frame(b)) for a, b in zip(drawn, references, strict=True)]
     small = min(pairs[0][0].shape[-2:]) < WINDOW
     return torch.cat([psnr(*p) for p in pairs]), torch.empty(0) if small else torch.cat([ssim(*p) for p in pairs])

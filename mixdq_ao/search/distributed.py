@@ -1,8 +1,8 @@
-"""Where the evaluations of a sensitivity analysis run: in this process, or on Ray actors that each hold the pipeline.
+"""Runs the evaluations of a sensitivity analysis in this process, or on Ray actors that each hold the pipeline.
 
-Ray needs the extra ``mixdq-ao[ray]``. The process that called ``analyze`` is the only one that writes the store; it
-takes each result as it comes. A worker that dies is replaced and what it was doing is given out again, so a killed
-machine costs the work it had in hand and no result.
+Ray needs the extra ``mixdq-ao[ray]``. Only the process that called ``analyze`` writes the store, each result as it
+arrives. A worker that dies is replaced and its item is run again, so a killed machine costs the items it was working on
+and no stored result.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from ..errors import SensitivityError
 Item = TypeVar("Item")
 Result = TypeVar("Result", covariant=True)
 Build = Callable[[Any], Callable[[Item], Result]]
-"""Given the pipeline, makes what turns an item into its result; called once where items are worked on."""
+"""Makes the function from an item to its result, given the pipeline; called once per process that works on items."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RayWorkers:
-    """Where ``analyze`` runs its evaluations.
+    """The Ray workers that ``analyze`` runs its evaluations on.
 
     Attributes:
-        count: workers, each a process with the pipeline in its memory.
-        load: makes the pipeline on a worker, for instance from a disk all machines see; None: the pipeline itself is
-            sent to every worker.
-        cpus, gpus: what each worker asks of the cluster.
+        count: number of workers, each a process with the pipeline in its memory.
+        load: loads the pipeline on a worker, for instance from a shared disk; None: the pipeline itself is sent to
+            every worker.
+        cpus, gpus: resources each worker requests from the cluster.
         losses: workers that may die before the analysis gives up.
-        address: of the cluster, for ``ray.init``; None: the one this process is connected to, else a local one.
+        address: address of the cluster for ``ray.init``; None: the one this process is connected to, else a local one.
     """
 
     count: int
@@ -51,7 +51,7 @@ class RayWorkers:
 
 
 class Pool(Protocol[Item, Result]):
-    """Works on items; a context manager."""
+    """Computes the results of items; a context manager that holds the workers."""
 
     def __enter__(self) -> Pool[Item, Result]: ...
 
@@ -60,17 +60,17 @@ class Pool(Protocol[Item, Result]):
     ) -> None: ...
 
     def run(self, items: Sequence[Item]) -> Iterator[tuple[Item, Result]]:
-        """(item, result) for all items, in the order they are done."""
+        """Yields (item, result) for all items, in order of completion."""
         ...
 
 
 def pool_of(workers: RayWorkers | None, pipe: Any, build: Build[Item, Result]) -> Pool[Item, Result]:
-    """Ray's where there are workers; else one in this process."""
+    """A pool on Ray where ``workers`` are given, else one in this process."""
     return InProcess(pipe, build) if workers is None else OnRay(workers, pipe, build)
 
 
 class _Lazy:
-    """``build`` where it is first needed, and the function it made."""
+    """Calls ``build`` at the first item, and the function it returned for every item."""
 
     def __init__(self, build: Build, pipe: Callable[[], Any]) -> None:
         self.build, self.pipe, self.work = build, pipe, None
@@ -82,7 +82,7 @@ class _Lazy:
 
 
 class InProcess(Generic[Item, Result]):
-    """One after the other, here."""
+    """The pool of this process, which works on one item after the other."""
 
     def __init__(self, pipe: Any, build: Build[Item, Result]) -> None:
         self.call = _Lazy(build, lambda: pipe)
@@ -101,10 +101,10 @@ class InProcess(Generic[Item, Result]):
 
 
 class _Worker:
-    """What runs in a worker's process."""
+    """The Ray actor of one worker."""
 
     def __init__(self, pipe: Any, load: Callable[[], Any] | None, build: Build, threads: int) -> None:
-        torch.set_num_threads(threads)  # sums depend on it, and all workers must give the same
+        torch.set_num_threads(threads)  # float sums depend on it, and all workers must give equal results
         self.call = _Lazy(build, load or (lambda: pipe))
 
     def do(self, item: Any) -> Any:
@@ -112,10 +112,10 @@ class _Worker:
 
 
 class OnRay(Generic[Item, Result]):
-    """Actors of a Ray cluster, hired when there is work and dismissed at the end of the block.
+    """The pool of a Ray cluster: actors are started when there is work and killed at the end of the block.
 
-    ``run`` raises SensitivityError where more workers died than ``losses``, and whatever ``build`` and its function
-    raise on a worker.
+    ``run`` raises SensitivityError where more workers died than ``losses``, and any exception of ``build`` and its
+    function on a worker.
     """
 
     def __init__(self, workers: RayWorkers, pipe: Any, build: Build[Item, Result]) -> None:
@@ -159,7 +159,7 @@ class OnRay(Generic[Item, Result]):
             yield item, result
 
     def _free(self) -> Any:
-        """A worker with nothing to do, a new one where there may be one more, else None."""
+        """An idle worker, a new one where ``count`` allows, else None."""
         if self.idle:
             return self.idle.pop()
         if len(self.busy) < self.workers.count:

@@ -1,4 +1,4 @@
-"""What one trial of a sensitivity analysis changes: the weight or the input of one layer."""
+"""One trial of a sensitivity analysis, which quantizes the weight or the input of one layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .sensitivity import Kind
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One trial: which layer, weight or activation, how many bits, and how a weight is rounded."""
+    """The layer of a trial, weight or activation, the bits, and the rounding of a weight."""
 
     name: str
     kind: Kind
@@ -21,7 +21,7 @@ class Evaluation:
 
     @property
     def label(self) -> str:
-        """Bits, and the rounding where it is not plain."""
+        """The bits, and the rounding unless it is PLAIN."""
         return str(self.bits) if self.rounding == PLAIN else f"{self.bits} {self.rounding}"
 
     @property
@@ -29,7 +29,7 @@ class Evaluation:
         return f"{self.name}|{self.kind}|{self.label}"
 
     def layer(self, calibration: Calibration) -> LayerPlan:
-        """The layer with only its weight, or only its input, quantized."""
+        """The plan of the layer with only its weight, or only its input, quantized."""
         if self.kind == "weight":
             plan = rounded_as(LayerPlan(weight_bits=self.bits), self.rounding)
         else:

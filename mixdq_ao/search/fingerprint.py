@@ -1,4 +1,4 @@
-"""What measurements depend on, as a hash: a pipeline with all its parts, and settings."""
+"""A hash of everything that measurements depend on: a pipeline with all its components, and settings."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .watch import model_of
 
 
 def fingerprint(subject: Any, settings: Mapping[str, Any]) -> str:
-    """A hash of ``settings`` (JSON) and of a model or a pipeline: of all its components, parameters and buffers of
-    modules (names, types, shapes, bytes; of quantized ones what they hold and how it is meant) and configs of those
-    that have one (schedulers, models). What ``torch.compile`` wrapped counts as it is inside."""
+    """A hash of ``settings`` (JSON) and of a model or pipeline: names, dtypes, shapes and bytes of all parameters and
+    buffers (for quantized tensors their stored tensors and attributes), and configs of the components that have one.
+    ``torch.compile`` wrappers are ignored."""
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
     for name, part in _parts(subject).items():
         config = getattr(part, "config", None)
-        if isinstance(config, Mapping):  # names with "_" say where a part came from
+        if isinstance(config, Mapping):  # keys with "_" are about the component's origin
             public = {key: value for key, value in config.items() if not key.startswith("_")}
             text = json.dumps(public, sort_keys=True, default=lambda value: type(value).__name__)
             digest.update(f"{name} {type(part).__name__}{text}".encode())
@@ -32,7 +32,7 @@ def fingerprint(subject: Any, settings: Mapping[str, Any]) -> str:
 
 
 def _parts(subject: Any) -> dict[str, Any]:
-    """Components by name, in one order."""
+    """Components by name, sorted."""
     components = getattr(subject, "components", None)
     if isinstance(subject, nn.Module) or not isinstance(components, Mapping):
         return {"": model_of(subject)}
@@ -41,7 +41,7 @@ def _parts(subject: Any) -> dict[str, Any]:
 
 def _add_values(digest: Any, name: str, tensor: Tensor) -> None:
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    if is_traceable_wrapper_subclass(tensor):  # a quantized weight, which has no bytes of its own
+    if is_traceable_wrapper_subclass(tensor):  # a quantized weight, whose values are in inner tensors
         held, attributes = tensor.__tensor_flatten__()
         digest.update(f"{type(tensor).__name__}{attributes}".encode())
         for part in held:

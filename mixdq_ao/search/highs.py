@@ -1,4 +1,4 @@
-"""Choice programs in HiGHS, built from arrays: one column per allowed choice, no Python expression objects."""
+"""Multiple-choice programs in HiGHS, passed as arrays: one column per offered choice, no Python expression objects."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import highspy
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from .arrays import Array
 
 _MINIMIZE, _ROWWISE = 1, 2
 
@@ -43,7 +43,7 @@ class Choices:
 
 
 def build(problem: Choices, *, integer: bool, time_limit: float) -> highspy.Highs:
-    """The HiGHS model; the caller runs it. 100 000 columns take some 20 ms."""
+    """The HiGHS model, not run yet. Building 100 000 columns takes some 20 ms."""
     offered = problem.offered
     items, columns = len(offered), int(offered.sum())
     costs = problem.cost[:, offered]
@@ -68,28 +68,29 @@ def build(problem: Choices, *, integer: bool, time_limit: float) -> highspy.High
 
 
 def _options(time_limit: float) -> dict[str, bool | int | float]:
-    """A gap of zero: HiGHS would stop 1e-6 from the optimum, which may be more than the whole error power."""
+    """HiGHS options. The gap is zero: by default HiGHS stops 1e-6 from the optimum, which may exceed the whole error
+    power."""
     limit = max(time_limit, 1e-3)
     return {"output_flag": False, "threads": 1, "time_limit": limit, "mip_rel_gap": 0.0, "mip_abs_gap": 0.0}
 
 
 def _scale(problem: Choices) -> Array:
-    """[m] what each constraint is divided by: its limit (12 times faster than its largest entry at 100 000 columns)."""
+    """[m] divisor of each constraint: its limit (12 times faster than its largest entry at 100 000 columns)."""
     largest = np.abs(problem.cost).max(axis=(1, 2), initial=0.0)
     return np.where(problem.limit > 0, problem.limit, np.where(largest > 0, largest, 1.0))
 
 
 @dataclass(frozen=True, slots=True)
 class Relaxation:
-    """factors: [m] Lagrange multipliers (>= 0) at the optimum of the linear relaxation; choice: [n] its solution,
-    the cheaper column where an item is divided between several."""
+    """factors: [m] Lagrange multipliers (>= 0) at the optimum of the linear relaxation; choice: [n] its solution, with
+    the cheapest column where an item is divided between several."""
 
     factors: Array
     choice: NDArray[np.int64]
 
 
 def relax(problem: Choices, time_limit: float) -> Relaxation | None:
-    """The linear relaxation; None where HiGHS found no optimum (infeasible, or out of time)."""
+    """Solves the linear relaxation; None where HiGHS found no optimum (infeasible, or out of time)."""
     model = _relaxed(problem, time_limit)
     if model is None:
         return None
@@ -101,7 +102,7 @@ def relax(problem: Choices, time_limit: float) -> Relaxation | None:
 
 
 def shares(problem: Choices, time_limit: float) -> Array | None:
-    """[n, c] how much of each column the linear relaxation takes, in all 1 of an item; None as ``relax``."""
+    """[n, c] share of each column in the relaxation's solution, summing to 1 per item; None as for ``relax``."""
     model = _relaxed(problem, time_limit)
     if model is None:
         return None
@@ -115,7 +116,7 @@ def _relaxed(problem: Choices, time_limit: float) -> highspy.Highs | None:
 
 
 def _spread(problem: Choices, columns: Array) -> Array:
-    """[n, c] values of HiGHS' columns, -1 where none is offered."""
+    """[n, c] values of HiGHS' columns; -1 where a column is not offered."""
     table = np.full(problem.value.shape, -1.0)
     table[problem.offered] = columns
     return table
@@ -123,7 +124,7 @@ def _spread(problem: Choices, columns: Array) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class BranchAndBound:
-    """choice: [n], None where no solution was found; bound: proven lower bound of the value; infeasible: proven."""
+    """choice: [n], None where no solution was found; bound: proven lower bound of the value; infeasible: proven so."""
 
     choice: NDArray[np.int64] | None
     bound: float
@@ -131,7 +132,7 @@ class BranchAndBound:
 
 
 def branch_and_bound(problem: Choices, start: NDArray[np.int64] | None, time_limit: float) -> BranchAndBound:
-    """HiGHS' branch and bound from an optional first solution [n]."""
+    """HiGHS' branch and bound, started from an optional solution [n]."""
     model = build(problem, integer=True, time_limit=time_limit)
     offered = problem.offered
     if start is not None:
@@ -142,7 +143,7 @@ def branch_and_bound(problem: Choices, start: NDArray[np.int64] | None, time_lim
         model.setSolution(solution)
     model.run()
     if model.getModelStatus() == highspy.HighsModelStatus.kSolveError:
-        # its presolve lost a constraint of one in 20 000 small random programs, and says so (HiGHS 1.15)
+        # HiGHS 1.15's presolve lost a constraint in one of 20 000 small random programs, and reported it as this status
         model.setOptionValue("presolve", "off")
         model.run()
     status, info = model.getModelStatus(), model.getInfo()

@@ -1,4 +1,4 @@
-"""Why a request has no plan, in words: what was asked, what is the least, what causes it, what to do."""
+"""Error messages for requests without a plan: the budget asked, the least reachable, its cause, and what to do."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .tables import Table
 
 
 class Unreachable(AllocationError):
-    """The budget is below what any plan reaches; a larger one may not be."""
+    """The budget is below that of any plan; a larger budget may be reachable."""
 
 
 def too_small(request: Request, demand: Demand, table: Table, groups: list[str]) -> str:
-    """The first budget that even the smallest choices exceed."""
+    """The message for the first budget that even the smallest choices exceed."""
     if not isinstance(demand.budget, dict):
         if len(groups) < len(table.size):
             least = table.reach(groups[0])[0]
@@ -41,7 +41,7 @@ def _least(request: Request, demand: Demand, group: str | None, asked: str, leas
 def no_split(
     request: Request, demand: Demand, average: float, ratio: float, reach: Mapping[str, tuple[float, float]]
 ) -> str:
-    """No split of one number keeps both groups within what their choices reach."""
+    """The message where no split of one budget keeps both groups within the averages that their choices reach."""
     least = smallest_budget(ratio, demand.splits, reach)
     ranges = ", ".join(f"{group} {low:.4g} to {high:.4g}" for group, (low, high) in reach.items())
     asked = f"{_amount(demand, demand.budget)} asked" + (f" ({average:.4g} bits a weight)" if demand.in_bytes else "")

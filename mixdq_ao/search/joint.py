@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypedDict
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import AllocationError
+from ..expect import expect
 from ..layer_plan import ACT_BITS, WEIGHT_BITS
 from .additive import Errors, additive_errors
 from .allocation import Allocation, Assembler, KindBits
+from .arrays import Array
 from .limits import Limits, Pair
 from .program import InfeasibleProgram, OutOfTime, Solution, solve
-from .request import Demand, Request, positive, protected_names, tied_units
+from .request import positive, protected_names, tied_units
 from .sensitivity import Kind, Sensitivity
 
-Array = NDArray[np.float64]
+
+class JointOptions(TypedDict, total=False):
+    """Keyword arguments of ``allocate_jointly``."""
+
+    weight_choices: Sequence[int]
+    act_choices: Sequence[int]
+    protect: Iterable[str]
+    tie: Iterable[Iterable[str]]
+    time_limit: float
 
 
 def allocate_jointly(
@@ -30,11 +40,13 @@ def allocate_jointly(
     tie: Iterable[Iterable[str]] = (),
     time_limit: float = 60.0,
 ) -> Allocation:
-    """The plan with the least summed error power (weights and activations, see ``additive_errors``) within ``limits``.
+    """Finds the plan with the least summed error power (weights and activations, see ``additive_errors``) within
+    ``limits``.
 
-    Every layer chooses a pair (weight bits, activation bits) of the choices; a weight of 16 bits keeps the layer as it
-    is, unless 16 is the only choice. Pairs that exceed ``act_bytes`` by themselves, or that the latency table lacks,
-    are not offered. ``protect`` and ``tie`` as for ``allocate``; protected layers count in every limit, at 16 bits.
+    Every layer gets a pair (weight bits, activation bits) of the choices. A weight of 16 bits leaves the whole layer
+    unquantized, unless 16 is the only choice. Pairs that exceed ``act_bytes`` by themselves, or that the latency table
+    lacks, are not offered. ``protect`` and ``tie`` as for ``allocate``; protected layers count in every limit, at 16
+    bits.
 
     Raises AllocationError: a figure is missing, or no plan keeps the limits; names what is missing, or the least that
     each limit allows by itself.
@@ -43,26 +55,26 @@ def allocate_jointly(
         ("weight_choices", weight_choices, WEIGHT_BITS),
         ("act_choices", act_choices, ACT_BITS),
     ):
-        if not bits or not set(bits) <= set(offered):
-            raise AllocationError(f"{field} is {bits!r}, expected one or more of {', '.join(map(str, offered))}")
+        known = bool(bits) and set(bits) <= set(offered)
+        expect(known, field, bits, f"one or more of {', '.join(map(str, offered))}", AllocationError)
     positive("time_limit", time_limit)
     protected = protected_names(Sensitivity.expect(sensitivity, "sensitivity"), protect)
     units = tied_units(sensitivity, protected, tie)
     weights, acts = sorted(set(weight_choices)), sorted(set(act_choices))
-    alone = weights == [16]  # of activations alone; else there is no product of W16A8
+    alone = weights == [16]  # a plan of activations alone; otherwise W16A8 is not offered, as no product runs it
     pairs = [(w, a) for w in weights for a in (acts if w < 16 or alone else [16])]
     value, cost = _arrays(sensitivity, limits, units, pairs)
     kept = _protected_amounts(sensitivity, limits, protected)
     bound = np.array([amount - kept[name] for name, amount in limits.summed().items()])
     solution = _solve(limits, value, cost, bound, kept, time_limit)
     chosen = {n: pairs[c] for unit, c in zip(units, solution.choice, strict=True) for n in unit}
-    return _allocation(sensitivity, limits, protected, units, chosen, solution, time_limit)
+    return _allocation(sensitivity, limits, protected, chosen, solution)
 
 
 def _arrays(
     sensitivity: Sensitivity, limits: Limits, units: Sequence[tuple[str, ...]], pairs: list[Pair]
 ) -> tuple[Array, Array]:
-    """value [n, c], inf where a pair is not offered, and cost [m, n, c] of the limits that add up."""
+    """value [n, c], inf where a pair is not offered, and cost [m, n, c] of the limits that are sums over layers."""
     errors: dict[Kind, Errors] = {kind: additive_errors(sensitivity, kind)[0] for kind in ("weight", "act")}
     names = list(limits.summed())
     value = np.full((len(units), len(pairs)), np.inf)
@@ -96,7 +108,7 @@ def _error(errors: Mapping[Kind, Errors], kind: Kind, name: str, bits: int) -> f
 
 
 def _protected_amounts(sensitivity: Sensitivity, limits: Limits, protected: frozenset[str]) -> dict[str, float]:
-    """What the protected layers add to each limit."""
+    """{limit: sum over the protected layers, at 16 bits}."""
     totals = dict.fromkeys(limits.summed(), 0.0)
     for name in sorted(protected):
         peak = limits.amount("act_bytes", name, sensitivity, (16, 16)) or 0.0
@@ -132,16 +144,12 @@ def _allocation(
     sensitivity: Sensitivity,
     limits: Limits,
     protected: frozenset[str],
-    units: tuple[tuple[str, ...], ...],
     chosen: Mapping[str, Pair],
     solution: Solution,
-    time_limit: float,
 ) -> Allocation:
-    weight_demand, act_demand = Demand("weight", None, {}, ()), Demand("act", None, {}, ())
-    request = Request(sensitivity, "additive", weight_demand, act_demand, protected, units, time_limit)
     weight = KindBits("weight", {n: pair[0] for n, pair in chosen.items()}, solution.gap, None, solution.seconds)
     act = KindBits("act", {n: pair[1] for n, pair in chosen.items() if pair[0] < 16 or pair[1] < 16})
     every = {**chosen, **dict.fromkeys(protected, (16, 16))}
     totals = {m: sum(limits.amount(m, n, sensitivity, p) or 0.0 for n, p in every.items()) for m in limits.summed()}
     totals["act_bytes"] = max(limits.amount("act_bytes", n, sensitivity, p) or 0.0 for n, p in every.items())
-    return replace(Assembler(request)(weight, act), totals=totals)
+    return replace(Assembler(sensitivity, "additive")(weight, act), totals=totals)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -11,15 +12,16 @@ import numpy as np
 from ..errors import AllocationError
 from . import infeasible
 from .allocation import KindBits
+from .highs import Choices
 from .program import InfeasibleProgram, OutOfTime, Solution, solve
 from .request import Demand, Request
 from .sensitivity import Kind
 from .split import split_budgets
-from .tables import Array, Table, build_table, stored
+from .tables import Table, build_table, stored
 
 
 def solve_kind(request: Request, kind: Kind) -> list[KindBits]:
-    """Every candidate of one kind: one, or one per split. Raises AllocationError where there is none."""
+    """The candidates of one kind: one, or one per split. Raises AllocationError where there is none."""
     demand = request.weight if kind == "weight" else request.act
     if not request.units:
         return [KindBits(kind, {})]
@@ -34,16 +36,16 @@ def solve_kind(request: Request, kind: Kind) -> list[KindBits]:
 
 
 def quantized_units(request: Request, weight: KindBits) -> tuple[tuple[str, ...], ...]:
-    """Units whose activations are chosen: those whose weights get less than 16 bits. Others keep both, as protected
-    layers do: no integer product takes a 16-bit weight. Where all weights are to be kept the plan is of activations
-    alone, and its units are all."""
+    """Units whose activations are allocated: those whose weights get less than 16 bits. Others stay unquantized, as
+    protected layers do: no integer product has a 16-bit weight. Where all weights are fixed at 16 bits the plan is of
+    activations alone, and these are all units."""
     if request.weight.fixed == 16:
         return request.units
     return tuple(unit for unit in request.units if weight.bits[unit[0]] < 16)
 
 
 def _without_protected(request: Request, demand: Demand) -> Demand:
-    """A budget in bytes covers the protected layers too; what is left is for the others."""
+    """A budget in bytes includes the protected layers; here their bytes are subtracted."""
     if not demand.in_bytes or not isinstance(demand.budget, float):
         return demand
     layers = request.sensitivity.layers
@@ -84,16 +86,16 @@ def _decoupled(
     for group, budget in budgets.items():
         rows = table.of_group(group)
         limit = np.array([budget * table.size[group]])
-        solution = _solve(
-            request, demand, table, [group], table.value[rows], table.cost[group][None, rows], limit, deadline
-        )
+        part = Choices(table.value[rows], table.cost[group][None, rows], limit)
+        with _explained(request, demand, table, [group]):
+            solution = _solve(part, deadline)
         bits |= _bits(request, table, np.flatnonzero(rows), solution)
         gap, seconds = max(gap, solution.gap), seconds + solution.seconds
     return KindBits(demand.kind, bits, gap, k, seconds)
 
 
 def _joint(request: Request, demand: Demand, table: Table, deadline: float) -> KindBits:
-    """One program over all layers; a budget per group is one constraint each."""
+    """One program over all layers; budgets per group make one constraint each."""
     groups = list(table.size)
     if isinstance(demand.budget, dict):
         cost = np.stack([table.cost[g] for g in groups])
@@ -101,26 +103,24 @@ def _joint(request: Request, demand: Demand, table: Table, deadline: float) -> K
     else:
         cost = np.sum([table.cost[g] for g in groups], axis=0)[None]
         limit = np.array([_average(demand, table) * sum(table.size.values())])
-    solution = _solve(request, demand, table, groups, table.value, cost, limit, deadline)
+    with _explained(request, demand, table, groups):
+        solution = _solve(Choices(table.value, cost, limit), deadline)
     bits = _bits(request, table, np.arange(len(table.value)), solution)
     return KindBits(demand.kind, bits, solution.gap, None, solution.seconds)
 
 
-def _solve(
-    request: Request,
-    demand: Demand,
-    table: Table,
-    groups: list[str],
-    value: Array,
-    cost: Array,
-    limit: Array,
-    deadline: float,
-) -> Solution:
+def _solve(program: Choices, deadline: float) -> Solution:
     left = deadline - time.perf_counter()
+    if left <= 0:
+        raise OutOfTime
+    return solve(program.value, program.cost, program.limit, time_limit=left)
+
+
+@contextmanager
+def _explained(request: Request, demand: Demand, table: Table, groups: list[str]) -> Iterator[None]:
+    """Raises AllocationError with a full explanation where the program of ``groups`` has no solution."""
     try:
-        if left <= 0:
-            raise OutOfTime
-        return solve(value, cost, limit, time_limit=left)
+        yield
     except InfeasibleProgram:
         raise infeasible.Unreachable(infeasible.too_small(request, demand, table, groups)) from None
     except OutOfTime:

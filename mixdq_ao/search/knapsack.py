@@ -1,9 +1,9 @@
-"""Exact choice program with one limit: undominated states over the items the relaxation leaves open.
+"""Exact solver of multiple-choice programs with one limit, by dynamic programming over undominated states.
 
 Pisinger, "A minimal algorithm for the multiple-choice knapsack problem" (1995): start from the Lagrangian choice,
 add items one at a time, and keep a partial choice only while no other is both cheaper and better and its Lagrangian
-bound is below the best solution known. Branch and bound has no such luck with transformer layers, many of which
-have the same size: 54 s for 374 layers against 25 ms here.
+bound is below the best solution known. Branch and bound is slow for transformers, as many of their layers have the same
+size: 54 s for 374 layers against 25 ms here.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from .arrays import Array
+
 Choice = NDArray[np.int64]
 
 MAX_STATES = 5_000_000
 """States kept over all steps (25 bytes each) before giving up."""
 SLACK = 1e-12
-"""Relative rounding of sums in float64 that must not discard an optimal state."""
+"""Relative tolerance for float64 sums, so that rounding does not discard an optimal state."""
 
 
 @dataclass(slots=True)
 class _States:
-    """Undominated partial choices, by rising cost: cost and value relative to the base choice."""
+    """Undominated partial choices, in order of rising cost; cost and value are relative to the base choice."""
 
     cost: Array
     value: Array
@@ -33,7 +34,7 @@ class _States:
 
 @dataclass(slots=True)
 class _Step:
-    """How the states after an item came to be: the state before, and the column taken."""
+    """The origin of each state after an item: index of the state before it, and the column chosen."""
 
     parent: NDArray[np.int32]
     column: NDArray[np.int8]
@@ -41,7 +42,7 @@ class _Step:
 
 @dataclass(slots=True)
 class _Best:
-    """The best feasible state seen: its value, after which step, at which place in it."""
+    """The best feasible state so far: its value, the step it follows, and its index among that step's states."""
 
     value: float
     step: int = -1
@@ -57,7 +58,7 @@ def improve(
         value, cost: [n, c]; value is inf where the column cannot be in a better solution.
         multiplier: Lagrange multiplier of the limit, >= 0.
         base: [n] minimises value + multiplier * cost in each row.
-        bound: summed value of a known solution; only better ones are looked for.
+        bound: summed value of a known solution; only better ones are searched for.
         deadline: ``time.perf_counter()`` after which to give up.
     """
     rows = np.arange(len(base))
@@ -81,14 +82,15 @@ def improve(
 
 
 def _order(reduced: Array) -> Choice:
-    """Open items, those that are cheapest to change first: the last ones are then soon ruled out by the bound."""
+    """Items with several columns left, those that are cheapest to change first: the bound then soon rules out changes
+    of the last ones."""
     second = np.sort(reduced, axis=1)[:, 1] if reduced.shape[1] > 1 else np.full(len(reduced), np.inf)
     items = np.flatnonzero(np.isfinite(second))
     return items[np.argsort(second[items], kind="stable")]
 
 
 def _extend(states: _States, value: Array, cost: Array) -> tuple[_States, Choice, Choice]:
-    """Every state with every offered column of one item, by rising cost, dominated ones dropped."""
+    """The states combined with every offered column of one item, by rising cost, without dominated ones."""
     columns = np.flatnonzero(np.isfinite(value))
     costs = (states.cost[None, :] + cost[columns, None]).ravel()
     values = (states.value[None, :] + value[columns, None]).ravel()
@@ -101,14 +103,15 @@ def _extend(states: _States, value: Array, cost: Array) -> tuple[_States, Choice
 
 
 def _alive(states: _States, multiplier: float, room: float, best: float, to_come: float) -> NDArray[np.bool_]:
-    """Whatever follows, a state ends at value >= its value + multiplier * (cost - room)."""
+    """Which states can still become a better solution. Whatever follows, a state ends at a value of at least its own +
+    multiplier * (cost - room)."""
     bound = states.value + multiplier * (states.cost - room)
     tolerance = SLACK * (abs(best) + multiplier * abs(room))
     return (bound < best + tolerance) & (states.cost + to_come <= room)
 
 
 def _update(best: _Best, states: _States, room: float, step: int) -> None:
-    """States are by rising cost and falling value, so the last that fits is the best that fits."""
+    """Updates ``best``. States have rising cost and falling value, so the last that fits is the best that fits."""
     state = int(np.searchsorted(states.cost, room, side="right")) - 1
     if state >= 0 and states.value[state] < best.value:
         best.value, best.step, best.state = float(states.value[state]), step, state

@@ -34,19 +34,20 @@ def layer_latencies(
 ) -> dict[tuple[str, int, int], float]:
     """{(layer, weight bits, activation bits): seconds of all its calls in one run}, for ``Limits.latency``.
 
-    ``run()`` calls the model once, as it will be used: its batch and resolution decide. Layers of the same shape,
-    treatment and input share one measurement. Of ``rounds`` the median is taken; the precisions of a layer are measured
-    in turn, so that a machine whose speed drifts slows all of them alike. (16, 16) is always among them.
+    Layers of the same kind, split, BOS treatment and input shape share one measurement, the median of ``rounds``. The
+    precisions of a layer are timed in turn, so that a machine whose speed drifts slows all of them alike. (16, 16) is
+    always among them.
 
     Args:
-        wrap: what is timed of a layer, for instance ``torch.compile``; default: the layer itself, eager.
+        run: calls the model once, with the batch and resolution it will be used with.
+        wrap: makes the timed callable from a layer, for instance ``torch.compile``; default: the layer itself, eager.
 
     Raises:
         CalibrationError: ``run`` calls no linear or convolution layer that was calibrated.
     """
     model = model_of(model)
     calls = _calls(model, calibration, run)
-    calibration = calibration.of_folded_model()  # what is folded into weights costs no time
+    calibration = calibration.of_folded_model()  # folding changes weights only, which takes no time
     pairs = [(16, 16), *((w, a) for w in sorted(set(weight_bits)) for a in sorted(set(act_bits)))]
     known: dict[Any, dict[Pair, float]] = {}
     table: dict[tuple[str, int, int], float] = {}
@@ -64,7 +65,8 @@ def layer_latencies(
 
 
 def _calls(model: nn.Module, calibration: Calibration, run: Callable[[], object]) -> dict[str, list[Tensor]]:
-    """Of every calibrated layer, an input like that of each of its calls; of equal shape and type only one is kept."""
+    """{layer: an input for each of its calls}, of calibrated layers; inputs of equal shape, strides and dtype are one
+    tensor."""
     calls: dict[str, list[Tensor]] = {}
     shared: dict[Any, Tensor] = {}
 
@@ -107,19 +109,17 @@ def _timed(
             start = time.perf_counter()
             call(x)
             _wait(x)
-            if i > 0:  # the first prepares what later ones find ready
+            if i > 0:  # the first round warms up: it compiles and fills caches
                 times[pair].append(time.perf_counter() - start)
     return {pair: statistics.median(t) for pair, t in times.items()}
 
 
 def _quantized(module: nn.Linear | nn.Conv2d, name: str, calibration: Calibration, pair: Pair) -> nn.Module:
-    """A copy; ranges and BOS treatment as calibrated."""
+    """A quantized copy of the layer, with its calibrated ranges, split and BOS treatment."""
     layer = copy.deepcopy(module)
     if pair != (16, 16):
         plan = calibration.layers[name].plan(LayerPlan(weight_bits=pair[0], act_bits=pair[1]), bos=True, split=True)
-        embedding = calibration.bos_embedding
-        device = module.weight.device
-        bos = torch.tensor(embedding, dtype=torch.float32, device=device) if embedding and plan.bos else None
+        bos = calibration.bos_tensor(module.weight.device) if plan.bos else None
         quantize_(layer, MixDQLayerConfig(plan, "real", bos, name), filter_fn=lambda m, _: m is layer)
     return layer
 

@@ -1,4 +1,4 @@
-"""The LayerSensitivity of a layer from what was measured of it, whatever the method."""
+"""Makes the LayerSensitivity of a layer from its measured errors and scores, for every method."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ def layer_sensitivity(
     errors: Mapping[Evaluation, float],
     scores: Mapping[Evaluation, float] | None = None,
 ) -> LayerSensitivity:
-    """Of every bit width the rounding of the least error. ``errors`` and, where the method gives any, ``scores`` are of
-    the same evaluations, all of this layer."""
+    """The layer's figures, for weights those of the rounding with the least error at each bit width.
+
+    ``errors`` and, where the method has any, ``scores`` are of the same evaluations, all of this layer.
+    """
     best = best_of({(e.bits, e.rounding): error for e, error in errors.items() if e.kind == "weight"})
 
     def table(kind: Kind, values: Mapping[Evaluation, float] | None) -> dict[int, float]:
@@ -45,6 +47,6 @@ def layer_sensitivity(
 
 
 def weight_bytes(shape: LayerShape, own: LayerCalibration, weight_bits: Iterable[int]) -> dict[int, int]:
-    """{bits: bytes the layer's tensors hold with 8-bit activations}, rising; how a weight is rounded costs none."""
+    """{bits: bytes of the layer's tensors with 8-bit activations}, rising; the rounding of a weight does not matter."""
     plans = {bits: own.plan(LayerPlan(weight_bits=bits, act_bits=8), bos=True, split=True) for bits in weight_bits}
     return {bits: stored_bytes(shape, plans[bits]) for bits in sorted(plans)}

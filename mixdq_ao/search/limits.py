@@ -1,4 +1,4 @@
-"""What an allocation over weights and activations together must keep: bytes, time and operations."""
+"""Limits of an allocation over weights and activations together: bytes, time and operations."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ ACT_BYTES = {4: 1, 8: 1, 16: 2}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Any of these together; None: no limit.
+    """Any combination of limits; None: no limit.
 
     Attributes:
         weight_bytes: all weights as stored, scales included, protected layers at 16 bits.
-        act_bytes: peak over layers of the input's bytes for ``batch`` samples, plus ``live_bytes[layer]``, what else is
-            alive while the layer runs (skip connections, the output).
+        act_bytes: peak over layers of the input's bytes for ``batch`` samples, plus ``live_bytes[layer]``, the other
+            bytes alive while the layer runs (skip connections, the output).
         seconds: sum over layers of ``latency[layer, weight bits, activation bits]``, a table from a benchmark run.
         bit_operations: sum over layers of ``macs[layer]`` x weight bits x activation bits (Yao et al., HAWQ-V3, 2021).
     """
@@ -51,12 +51,12 @@ class Limits:
         positive("batch", self.batch)
 
     def summed(self) -> dict[str, float]:
-        """The limits that add up over layers."""
+        """{limit: amount} of the given limits that are sums over layers."""
         amounts = {n: getattr(self, n) for n in ("weight_bytes", "seconds", "bit_operations")}
         return {name: float(amount) for name, amount in amounts.items() if amount is not None}
 
     def amount(self, limit: str, name: str, sensitivity: Sensitivity, pair: Pair) -> float | None:
-        """What one layer adds to a limit; None where the benchmark did not run the pair."""
+        """One layer's contribution to a limit; None where the latency table lacks the pair."""
         layer, (weight, act) = sensitivity.layers[name], pair
         if limit == "weight_bytes":
             return stored(name, layer, weight)

@@ -1,4 +1,4 @@
-"""Picture and signal metrics, in float64. None of them needs a network."""
+"""Picture and signal metrics in float64, none of which uses a neural network."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from ..errors import MixDQError
 WINDOW, SIGMA = 11, 1.5
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 MAX_PSNR = 100.0
-"""dB given to equal images."""
-
-
+"""dB of equal images."""
 OVERFLOW = 1e6
-"""Error power, relative to the signal's, given to what overflows."""
+"""Relative error power recorded for outputs that overflow."""
 
 
 def error_power(reference: Tensor, other: Tensor) -> float:

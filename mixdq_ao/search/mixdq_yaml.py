@@ -18,7 +18,7 @@ WEIGHT_UNIT = 11520
 ACT_UNIT = 320
 """Input elements of the published size 1 (a time embedding's 320 features)."""
 FLOOR_WINDOW = 0.5
-"""dB below the best SQNR in a file that count as its noise floor (the published ones saturate at 83.9 dB)."""
+"""The noise floor is this many dB below the best SQNR in the files (the published ones saturate at 83.9 dB)."""
 
 Table = dict[str, tuple[float, ...]]
 
@@ -31,7 +31,7 @@ def sensitivity_from_mixdq_yaml(
     weight_ratio: PathLike,
     act_ratio: PathLike,
 ) -> Sensitivity:
-    """A Sensitivity from the published files.
+    """Reads a Sensitivity from the published files.
 
     Layers in the SSIM files are the content group, all others the quality group; the SQNR files name every layer,
     so the error power 10^(-dB / 10) of every layer is known. Sizes are the published ratios times 11520 weights

@@ -1,4 +1,4 @@
-"""Second moments of layers' inputs, collected while a model runs over real prompts: what good rounding needs."""
+"""Second moments of layers' inputs, collected while a model runs over real prompts, for compensated rounding."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from ..quantize.bos import bos_mask
 from .calibration import Calibration
 from .moments_file import fingerprint_of, read_moments, write_moments
 from .runs import runs
+from .ties import MOST
 from .watch import model_of, watched
 
 ROWS_AT_ONCE = 4096
-"""Unfolded windows of a convolution held at a time."""
+"""Unfolded windows of a convolution in memory at a time."""
 
 
 class Moments(Mapping[str, Tensor]):
-    """{layer: mean of x x^T over its inputs}, float32 [K, K] on the CPU; K is the number of weights an output channel
-    has, in the order of ``weight.flatten(1)``. Layers that read the same tensor share one matrix.
+    """{layer: mean of x x^T over its inputs}, float32 [K, K] on the CPU; K is the number of weights of an output
+    channel, in the order of ``weight.flatten(1)``. Layers that read the same tensor share one matrix.
 
     Attributes:
-        matrices: the matrices; one object where layers share it.
+        matrices: the matrices by layer; layers that share a matrix have the same object.
         metadata: model class, number of prompts, sampling.
     """
 
@@ -61,7 +62,7 @@ class Moments(Mapping[str, Tensor]):
 
     @property
     def fingerprint(self) -> str:
-        """A hash that tells moments of other prompts, models or layers from these."""
+        """A hash of the matrices, which differs for other prompts, models or layers."""
         return fingerprint_of(self.matrices)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -76,7 +77,7 @@ class Moments(Mapping[str, Tensor]):
 
 
 class _Deviated(Exception):
-    """Layers that read the same tensor in one call read different ones in another."""
+    """Layers that read the same tensor in one call read different tensors in another."""
 
 
 class Collector:
@@ -85,15 +86,14 @@ class Collector:
     State: one float32 [K, K] matrix for each set of layers that read the same tensor in the same way.
 
     Args:
-        calibration: tells which rows are BOS rows that a layer handles apart; they are left out.
+        calibration: says which layers handle BOS rows apart; these rows are left out.
         share: whether layers that read the same tensor share a matrix.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[str], calibration: Calibration, share: bool = True) -> None:
         self.model, self.layers, self.share = model, list(layers), share
         self.apart = {n for n in self.layers if calibration.layers[n].prompt_range is not None}
-        bos = calibration.bos_embedding
-        self.bos = None if bos is None else torch.tensor(bos, dtype=torch.float32)
+        self.bos = calibration.bos_tensor()
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.calls: dict[str, int] = {}
@@ -116,7 +116,7 @@ class Collector:
             self._add(name, module, x.detach())
 
     def _owner(self, name: str, module: nn.Linear | nn.Conv2d, x: Tensor) -> str:
-        """The first layer that read this very tensor in this way; a weak reference tells a living tensor from a
+        """The first layer that read this tensor object in the same way; a weak reference tells a live tensor from a
         reused address."""
         if not self.share:
             return name
@@ -124,7 +124,7 @@ class Collector:
         how = (version, name in self.apart, *_geometry(module))
         known = self.last.get(id(x))
         if known is None or known[0]() is not x:
-            if len(self.last) > 1024:
+            if len(self.last) > MOST:
                 self.last = {k: v for k, v in self.last.items() if v[0]() is not None}
             known = self.last[id(x)] = weakref.ref(x), {}
         return known[1].setdefault(how, name)
@@ -140,7 +140,7 @@ class Collector:
             self.counts[name] = self.counts.get(name, 0) + len(rows)
 
     def matrices(self) -> dict[str, Tensor]:
-        """{layer: mean of x x^T} of the layers that ran; frees the sums. Raises CalibrationError where an input holds
+        """{layer: mean of x x^T} for the layers that ran; frees the sums. Raises CalibrationError where an input holds
         NaN or infinity, or nothing ran."""
         if any(self.calls[name] != self.calls[owner] for name, owner in self.owners.items()):
             raise _Deviated
@@ -156,7 +156,7 @@ class Collector:
 
 
 def input_rows(module: nn.Linear | nn.Conv2d, x: Tensor) -> Iterator[Tensor]:
-    """The rows [n, K] that a layer's weight (flattened to [N, K]) multiplies for the input ``x``: rows of a linear
+    """The rows [n, K] of input ``x`` that a layer's weight (flattened to [N, K]) multiplies: input rows of a linear
     layer; unfolded windows of a convolution, zero padding included, some samples at a time."""
     if isinstance(module, nn.Linear):
         yield x.reshape(-1, x.shape[-1])
@@ -192,24 +192,25 @@ def input_moments(
     """Runs a model over prompts and collects the second moment of every layer's input.
 
     Memory: 4 K^2 bytes for a layer of K inputs per output (K = channels times kernel area for convolutions), once for
-    layers that read the same tensor. With ``layers`` a large model is done in groups, each with its own plan and
-    ``quantize_``; groups collected after others are quantized see the inputs they will really get.
+    layers that read the same tensor. With ``layers`` a large model can be processed in groups, each with its own plan
+    and ``quantize_``; a group collected after others are quantized sees the inputs of the quantized model.
 
     Args:
         pipe, prompts, steps, run, guidance_scale, batch_size, seed, height, width, frames: as for ``calibrate``.
             ``run`` may be called twice.
-        calibration: of the same model; says where BOS rows are handled apart, which do not count here.
+        calibration: of the same model; says which layers handle BOS rows apart, which are left out here.
         layers: names of layers; None for all calibrated ones that can use a moment (no grouped convolutions).
 
     Raises:
-        CalibrationError: a name is unknown or not calibrated, steps are no counts, nothing ran, or an input holds NaN
-            or infinity.
+        CalibrationError: a name is unknown or not calibrated, steps is not a count or several, nothing ran, or an input
+            holds NaN or infinity.
     """
     model = model_of(pipe)
     names = _names(model, Calibration.expect(calibration, "calibration"), layers)
-    size = {"height": height, "width": width, "frames": frames}
-    options = {"guidance_scale": guidance_scale, "batch_size": batch_size, "seed": seed, **size}
-    go, drawn = runs(pipe, prompts, run, title="collecting moments", steps=steps, **options)
+    go, drawn = runs(
+        pipe, prompts, run, title="collecting moments", steps=steps, guidance_scale=guidance_scale, seed=seed,
+        batch_size=batch_size, height=height, width=width, frames=frames,
+    )  # fmt: skip
     settings = {"model": type(model).__name__, **drawn}
     try:
         return Moments(_collect(Collector(model, names, calibration), go), settings)

@@ -1,4 +1,4 @@
-"""Second moments on disk: one safetensors file, each matrix once, and which layers share it."""
+"""Second moments on disk: a safetensors file with each matrix once, and the layers that share it in the header."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AGAIN = "collect moments again"
 
 
 def fingerprint_of(matrices: Mapping[str, Tensor]) -> str:
-    """A hash of names, sizes and diagonals: other prompts, another model or other layers give another one."""
+    """A hash of names, sizes and diagonals, which differs for other prompts, models or layers."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(matrices):
         digest.update(f"{name} {tuple(matrices[name].shape)}".encode())
@@ -30,7 +30,7 @@ def fingerprint_of(matrices: Mapping[str, Tensor]) -> str:
 
 
 def write_moments(path: str | os.PathLike[str], matrices: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Writes float32 matrices; a crash leaves either the old file or the whole new one."""
+    """Writes float32 matrices; after a crash the file is either the old or the complete new one."""
     path = Path(path)
     owners: dict[int, str] = {}
     layers = {name: owners.setdefault(id(matrix), name) for name, matrix in matrices.items()}
@@ -49,7 +49,7 @@ def write_moments(path: str | os.PathLike[str], matrices: Mapping[str, Tensor], 
 
 
 def read_moments(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Matrices by layer, mapped from the file, and the metadata. Raises CalibrationError."""
+    """The matrices by layer, memory-mapped, and the metadata. Raises CalibrationError."""
     path = Path(path)
     try:
         header = read_header(path)

@@ -1,4 +1,4 @@
-"""What an allocation by errors may optimise, alone: the command line offers the names and imports no more to start."""
+"""Names of the allocation objectives, in a module without heavy imports so that the command line starts fast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is remembered of a layer's input while calibration runs: O(1) numbers, never the input."""
+"""The running range of a layer's input during calibration, in O(1) memory: the input itself is never kept."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
+from ..expect import expect
 
 RangeMethod = Literal["minmax", "percentile", "mse"]
 BINS = 4096
 EXACT = 1 << 24
-"""How far float32, in which ``torch.histc`` counts, counts exactly."""
+"""Largest count that float32, in which ``torch.histc`` counts, holds exactly."""
+TAIL = 1e-4
+"""Share of values that "percentile" clips at either end; chosen by convention, not measured here."""
 
 
 def check_method(method: object) -> None:
-    """Raises CalibrationError for what is no RangeMethod."""
-    if method not in get_args(RangeMethod):
-        raise CalibrationError(f"method is {method!r}, expected one of {', '.join(get_args(RangeMethod))}")
+    """Raises CalibrationError unless ``method`` is a RangeMethod."""
+    known = get_args(RangeMethod)
+    expect(method in known, "method", method, f"one of {', '.join(known)}", CalibrationError)
 
 
 class RangeObserver:
     """Running range of a stream of tensors.
 
-    Keeps the exact minimum and maximum and, where the method needs it, a histogram of BINS bins over [-m, m]; m
-    doubles when a value falls outside, and pairs of bins are merged. Zeros are counted apart: they round exactly.
+    Keeps the exact minimum and maximum and, where the method needs it, a histogram of BINS bins over [-m, m]. Where a
+    value falls outside, m is doubled and pairs of bins are merged. Zeros are counted apart, as they round exactly.
 
     Raises CalibrationError for an unknown method.
     """
@@ -40,7 +43,7 @@ class RangeObserver:
         self.zeros = 0.0
 
     def update(self, x: Tensor) -> None:
-        """Takes in a tensor of any shape (empty ones change nothing)."""
+        """Adds a tensor of any shape (empty ones change nothing)."""
         if x.numel() == 0:
             return
         x = x.detach().float()
@@ -53,11 +56,14 @@ class RangeObserver:
             self._count(x.flatten())
 
     def _count(self, x: Tensor) -> None:
-        """Takes in [n]. Zeros leave the bin that holds them, whichever rounding makes that."""
+        """Adds a tensor [n] to the histogram. Zeros are taken out of the bin that ``torch.histc`` puts them in."""
         if self.limit == 0.0:
             self.zeros += len(x)
             return
-        bins = lambda values: torch.histc(values, BINS, -self.limit, self.limit).double()  # noqa: E731
+
+        def bins(values: Tensor) -> Tensor:
+            return torch.histc(values, BINS, -self.limit, self.limit).double()
+
         zeros = torch.count_nonzero(x == 0).double()
         counts = torch.stack([bins(part) for part in x.split(EXACT)]).sum(0) - zeros * bins(x.new_zeros(1))
         found = torch.cat([counts, zeros[None]]).cpu()
@@ -78,9 +84,9 @@ class RangeObserver:
         return self.lo > self.hi
 
     def range(self, bits: int = 8) -> tuple[float, float]:
-        """(lo, hi): the extremes, also where one is not finite; or the 0.01 % and 99.99 % quantiles; or the clipping
-        with the smallest squared error at ``bits`` (both ends shrunk together over 100 steps, rounding plus clipping
-        error from the histogram)."""
+        """(lo, hi) by the method: the extremes ("minmax", and wherever one is not finite); the 0.01 % and 99.99 %
+        quantiles ("percentile"); or the clipping range with the smallest squared error at ``bits`` ("mse": both ends
+        are shrunk together in 100 steps; rounding plus clipping error from the histogram)."""
         if self.method == "minmax" or not math.isfinite(self.hi - self.lo) or self.counts.sum() == 0:
             return self.lo, self.hi
         centres = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (2 * self.limit / BINS) - self.limit
@@ -88,8 +94,8 @@ class RangeObserver:
             middle, zeros = BINS // 2, self.counts.new_tensor([self.zeros])
             share = torch.cat([self.counts[:middle], zeros, self.counts[middle:]]).cumsum(0)
             share, values = share / share[-1], torch.cat([centres[:middle], torch.zeros_like(zeros), centres[middle:]])
-            ends = int(torch.searchsorted(share, 1e-4)), min(int(torch.searchsorted(share, 1 - 1e-4)), BINS)
-            # The middle of the bin that holds an extreme may lie beyond it, at either end.
+            ends = int(torch.searchsorted(share, TAIL)), min(int(torch.searchsorted(share, 1 - TAIL)), BINS)
+            # The centre of the outermost bin may lie beyond the extreme in it, at either end.
             lo, hi = (min(max(values[end].item(), self.lo), self.hi) for end in ends)
             return lo, hi
         shrink = torch.linspace(0.01, 1, 100, dtype=torch.float64)[:, None]

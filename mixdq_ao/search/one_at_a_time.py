@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,25 +23,43 @@ from .trial import Trials
 Result = dict[str, float]
 
 
-def one_at_a_time(analysis: Analysis, *, replay: bool) -> Sensitivity:
-    """What ``analyze`` gives, measured: of each layer, kind, bit width and rounding, the output with only that changed.
+@dataclass(frozen=True, slots=True)
+class OneAtATime:
+    """Measures every layer, kind, bit width and rounding by a run in which only that is changed.
 
-    Raises as ``analyze``.
+    ``replay``: compute only what follows the changed layer.
     """
-    settings = analysis.settings(content=analysis.content)
-    with analysis.results(settings) as results, torch.no_grad():
-        trials = _trials(analysis, replay)
-        todo = _evaluations(trials, analysis)
-        todo_now = [e for e in analysis.part.of_items(todo) if results.get(e.key) is None]
-        pool = analysis.pool(lambda _: _evaluator(trials, analysis), _remote(analysis, replay), settings, results)
-        with pool, progress("analyzing", len(todo_now)) as bar:
-            for e, result in pool.run(todo_now):
-                results.put(e.key, result)
-                bar.advance(note=e.key)
-        analysis.part.check_whole(sum(e.key in results.results for e in todo), len(todo))
-        values = {e: results.results[e.key] for e in todo}
-    layers = {n: _layer(n, trials, values, analysis) for n in trials.called()}
-    return Sensitivity(layers, analysis.metadata("one_at_a_time"))
+
+    analysis: Analysis
+    replay: bool = True
+
+    def fill(self) -> tuple[int, int]:
+        """Stores the results of the analysis' part. Returns how many results of all parts are stored, and how many a
+        Sensitivity needs. Raises as ``analyze``."""
+        _, values, needed = self._measured()
+        return len(values), needed
+
+    def sensitivity(self) -> Sensitivity:
+        """Raises Unfinished where results of other parts are missing; otherwise as ``analyze``."""
+        trials, values, needed = self._measured()
+        self.analysis.part.check_whole(len(values), needed)
+        layers = {n: _layer(n, trials, values, self.analysis) for n in trials.called()}
+        return Sensitivity(layers, self.analysis.metadata("one_at_a_time"))
+
+    def _measured(self) -> tuple[Trials, dict[Evaluation, Result], int]:
+        """The trials, the stored results after this part was worked on, and the number of results of all parts."""
+        analysis, settings = self.analysis, self.analysis.settings(content=self.analysis.content)
+        with analysis.results(settings) as results, torch.no_grad():
+            trials = _trials(analysis, self.replay)
+            every = _evaluations(trials, analysis)
+            todo = [e for e in analysis.part.of_items(every) if results.get(e.key) is None]
+            away = _remote(analysis, self.replay)
+            pool = analysis.pool(lambda _: _evaluator(trials, analysis), away, settings, results)
+            with pool, progress("analyzing", len(todo)) as bar:
+                for e, result in pool.run(todo):
+                    results.put(e.key, result)
+                    bar.advance(note=e.key)
+            return trials, {e: found for e in every if (found := results.get(e.key)) is not None}, len(every)
 
 
 def _trials(analysis: Analysis, replay: bool) -> Trials:
@@ -49,7 +67,7 @@ def _trials(analysis: Analysis, replay: bool) -> Trials:
 
 
 def _evaluations(trials: Trials, analysis: Analysis) -> list[Evaluation]:
-    """All there are, in the order of the layers' first calls; each can be made of its layer."""
+    """All evaluations, in the order of the layers' first calls, each checked against its layer."""
     check_covered(trials.called(), analysis.calibration.layers)
     found: list[Evaluation] = []
     for name in trials.called():
@@ -63,10 +81,8 @@ def _evaluations(trials: Trials, analysis: Analysis) -> list[Evaluation]:
 
 
 def _evaluator(trials: Trials, analysis: Analysis) -> Callable[[Evaluation], Result]:
-    """What makes an evaluation's figures, here."""
-    calibration, moments = analysis.calibration, analysis.moments
-    given = calibration.bos_embedding
-    embedding = None if given is None else torch.tensor(given, dtype=torch.float32)
+    """The function that measures an evaluation in this process."""
+    calibration, moments, embedding = analysis.calibration, analysis.moments, analysis.calibration.bos_tensor()
 
     @torch.no_grad()
     def evaluate(e: Evaluation) -> Result:
@@ -78,7 +94,7 @@ def _evaluator(trials: Trials, analysis: Analysis) -> Callable[[Evaluation], Res
 
 
 def _remote(analysis: Analysis, replay: bool) -> Build[Evaluation, Result]:
-    """What makes them on a worker, whose reference run is its own."""
+    """Builds that function on a worker, which makes a reference run of its own."""
     sent = replace(analysis, pipe=None, workers=None, store=None, merge=())
 
     @torch.no_grad()
@@ -90,13 +106,13 @@ def _remote(analysis: Analysis, replay: bool) -> Build[Evaluation, Result]:
 
 
 def _finite(result: Result) -> Result:
-    """A trial's figures; an output that overflows has the error power OVERFLOW and an SSIM of 0."""
+    """The figures of a trial, those that are not finite replaced: an error power by OVERFLOW, an SSIM by 0."""
     instead = {"error": OVERFLOW, "ssim": 0.0}
     return {name: value if math.isfinite(value) else instead[name] for name, value in result.items()}
 
 
 def _layer(name: str, trials: Trials, values: Mapping[Evaluation, Result], analysis: Analysis) -> LayerSensitivity:
     own, group = {e: v for e, v in values.items() if e.name == name}, analysis.rule(name)
-    score = lambda v: v["ssim"] if group == "content" else sqnr_from_error(v["error"])  # noqa: E731
-    errors, scores = {e: v["error"] for e, v in own.items()}, {e: score(v) for e, v in own.items()}
+    errors = {e: v["error"] for e, v in own.items()}
+    scores = {e: v["ssim"] if group == "content" else sqnr_from_error(v["error"]) for e, v in own.items()}
     return layer_sensitivity(trials.layers[name], analysis.calibration.layers[name], group, errors, scores)

@@ -1,8 +1,8 @@
-"""Importance of layers from how little they correlate with others: MPQ-Diff (arXiv 2412.00144), step by step.
+"""Importance of layers, which is high where a layer correlates little with others: MPQ-Diff (arXiv 2412.00144).
 
-Written from the papers' formulas (the metric is OMPQ's, arXiv 2109.07865). It measures no error and knows no bit width:
-one run of the model in full precision tells the importance of every layer at every sampled step. The paper weighs the
-steps exponentially; the rule for that (``step_weights``) and the default of beta are ours.
+Written from the papers' formulas (the metric is OMPQ's, arXiv 2109.07865). It measures no quantization error and no bit
+width: one run of the model in full precision gives the importance of every layer at every sampled step. The paper
+weights the steps exponentially; the weighting rule (``step_weights``) and the default of beta are ours.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from ..document import Document
 from ..errors import SensitivityError
-from ..expect import is_number
+from ..expect import expect, is_number, whole
 from ..layers import find_layers, group_of
 from ..models.pipelines import Sampling, check_prompts, generate
 from ..plan_size import LayerShape
 from ..progress import progress
+from .arrays import Array
 from .calibration import Calibration
 from .layer_sensitivity import weight_bytes
 from .orthogonality_gram import LEAST, Correlator, Enough, Estimator
@@ -33,11 +33,9 @@ from .watch import model_of
 
 KEYS = ("format", "version", "metadata", "estimator", "steps", "sampled", "layers", "matrices")
 DECIMALS = 6
-"""Correlations are kept to this many: more than some tens of samples can tell."""
+"""Decimals that correlations are rounded to; some tens of samples determine fewer."""
 DECAY = 1.0
-"""Default of ``importance``: the last step weighs e times the first."""
-
-Array = NDArray[np.float64]
+"""Default of ``importance``: the last step has e times the weight of the first."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -46,9 +44,10 @@ class Orthogonality(Document):
 
     Attributes:
         layers: {name: sizes and group of the layer}, in module order; scores and errors are empty.
-        steps: denoising steps of the run. sampled: those looked at, rising, 0 the first (most noise).
-        matrices: float64 [sampled, L, L], ORM(i, j) in [-1, 1] as ``orthogonality_gram`` has it: symmetric, 1 on the
-            diagonal; all zero, diagonal included, where a layer's output was the same for every sample.
+        steps: denoising steps of the run. sampled: the steps correlated, rising, 0 the first (most noise).
+        matrices: float64 [sampled, L, L], ORM(i, j) in [-1, 1] as defined in ``orthogonality_gram``: symmetric, 1 on
+            the diagonal; rows and columns of a layer whose output was the same for every sample are 0, diagonal
+            included.
         estimator: "biased" or "unbiased".
         metadata: model class, number of prompts, sampling.
     """
@@ -87,15 +86,14 @@ class Orthogonality(Document):
         """float64 [sampled, L]: theta_i = exp(-beta gamma_i) at each sampled step; higher is more important.
 
         Args:
-            beta: how far importances are spread, > 0, as in OMPQ. None: 1 / (L - 1), which makes the exponent
-                minus the mean correlation with the other layers, whatever their number. Larger values give more
-                of the budget to the least correlated layers.
+            beta: spread of the importances, > 0, as in OMPQ. None: 1 / (L - 1), which makes the exponent minus the mean
+                correlation with the other layers, whatever their number. Larger values give more of the budget to the
+                least correlated layers.
 
-        Raises SensitivityError where beta is no such number, or so large that an importance leaves float64.
+        Raises SensitivityError where beta is invalid, or so large that an importance overflows or underflows float64.
         """
         value = 1.0 / max(1, len(self.layers) - 1) if beta is None else beta
-        if not is_number(value) or value <= 0:
-            raise SensitivityError(f"beta is {beta!r}, expected a finite number > 0, or None")
+        expect(is_number(value) and value > 0, "beta", beta, "a finite number > 0, or None", SensitivityError)
         with np.errstate(over="ignore"):
             theta = np.exp(-value * self.gamma)
         if not bool(((theta > 0) & np.isfinite(theta)).all()):
@@ -108,8 +106,8 @@ class Orthogonality(Document):
     def step_weights(self, decay: float = DECAY) -> Array:
         """float64 [sampled], sum 1: weights of the sampled steps, proportional to exp(decay p).
 
-        p is a step's place in the run, 0 for the first (most noise) and 1 for the last. ``decay`` > 0 lets late steps
-        count more, < 0 early ones; 0 is the plain mean. Raises SensitivityError where it is no finite number.
+        p is the place of a step in the run, 0 for the first (most noise) and 1 for the last. ``decay`` > 0 gives late
+        steps more weight, < 0 early ones; 0 is the plain mean. Raises SensitivityError where it is not a finite number.
         """
         return place_weights(self.sampled, self.steps, decay)
 
@@ -119,13 +117,13 @@ class Orthogonality(Document):
         return dict(zip(self.layers, theta.tolist(), strict=True))
 
     def aggregated(self, decay: float = DECAY) -> list[list[float]]:
-        """L x L: the mean of the sampled steps' ORM with the weights ``step_weights(decay)``, rows as ``names``; for
-        a picture."""
+        """L x L: the mean of the sampled steps' ORM with the weights ``step_weights(decay)``, rows in the order of
+        ``names``; for plotting."""
         mean = np.tensordot(self.step_weights(decay), self.matrices, axes=1)
         return mean.round(DECIMALS).tolist()
 
     def subset(self, sampled: Sequence[int]) -> Orthogonality:
-        """What a run that looks at fewer steps would have found. Raises SensitivityError for a step not sampled."""
+        """The result restricted to fewer sampled steps. Raises SensitivityError for a step that was not sampled."""
         missing = sorted(set(sampled) - set(self.sampled))
         if missing or not sampled:
             raise SensitivityError(f"sampled is {list(sampled)}, expected some of {list(self.sampled)}")
@@ -134,7 +132,7 @@ class Orthogonality(Document):
         return Orthogonality(self.layers, self.steps, tuple(kept), matrices, self.estimator, self.metadata)
 
     def to_json(self) -> dict[str, Any]:
-        """Of each matrix the lower triangle with the diagonal, row after row: L (L + 1) / 2 numbers."""
+        """The document; matrices as their lower triangles with the diagonal, row after row: L (L + 1) / 2 numbers."""
         rows, columns = np.tril_indices(len(self.layers))
         return {
             **self.header(),
@@ -162,16 +160,15 @@ class Orthogonality(Document):
 
 
 def check_estimator(estimator: object) -> None:
-    """Raises SensitivityError for what is no Estimator."""
-    if estimator not in tuple(LEAST):  # a file may hold a list, which no dict can look up
-        raise SensitivityError(f"estimator is {estimator!r}, expected one of {', '.join(LEAST)}")
+    """Raises SensitivityError unless ``estimator`` is an Estimator."""
+    known = estimator in tuple(LEAST)  # a file may hold a list, which a dict cannot look up
+    expect(known, "estimator", estimator, f"one of {', '.join(LEAST)}", SensitivityError)
 
 
 def sampled_steps(steps: object, timesteps: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The steps that are looked at: all for None; the middles of ``timesteps`` equal shares of the run (uniform
-    sampling as in MPQ-Diff); or those given. Raises SensitivityError naming argument, value and what was expected."""
-    if type(steps) is not int or steps < 1:
-        raise SensitivityError(f"steps is {steps!r}, expected a whole number of at least 1")
+    """The steps to sample: all for None; for a number the middles of that many equal shares of the run (uniform
+    sampling as in MPQ-Diff); or the given ones. Raises SensitivityError for invalid steps or timesteps."""
+    steps = whole(steps, "steps", error=SensitivityError)
     if timesteps is None:
         return tuple(range(steps))
     if isinstance(timesteps, int):
@@ -186,8 +183,7 @@ def sampled_steps(steps: object, timesteps: int | Sequence[int] | None) -> tuple
 
 def place_weights(places: Sequence[int], steps: int, decay: float) -> Array:
     """float64, sum 1: exp(decay p) of steps at the places p = step / (steps - 1) of a run."""
-    if not is_number(decay):
-        raise SensitivityError(f"decay is {decay!r}, expected a finite number")
+    expect(is_number(decay), "decay", decay, "a finite number", SensitivityError)
     exponent = decay * np.array(places, dtype=np.float64) / max(1, steps - 1)
     weights = np.exp(exponent - exponent.max())
     return weights / weights.sum()
@@ -227,26 +223,26 @@ def orthogonality(
 ) -> Orthogonality:
     """Runs a model in full precision and correlates the outputs of all its linear and convolution layers.
 
-    Gram matrices are made while the model runs, one call and layer at a time; no features are kept. The run ends after
-    the last sampled step.
+    Gram matrices are computed while the model runs, one call and layer at a time; features are not kept. The run ends
+    after the last sampled step.
 
     Args:
-        pipe: a diffusers pipeline (its unet or transformer is looked at); or any nn.Module, with ``run``.
-        prompts: texts to draw, drawn in batches of equal size (to one) of at most ``batch_size``. Samples are
-            correlated within a batch, so larger batches tell more than more of them.
-        steps: denoising steps of the run (default 1). With ``run``, how many different timesteps it shows the model in
-            every repetition (default: as many as come).
-        timesteps: how many steps of the run to sample, uniformly, or which; default all. Cost and file grow with it.
-        run: for a bare module: a callable that runs it, on at least two samples a call. A step is a value of the
-            module's argument ``timestep``; calls with the same one are batches of one step. A module without it has
-            one step.
+        pipe: a diffusers pipeline (its unet or transformer is observed); or any nn.Module, with ``run``.
+        prompts: texts to draw, in batches of at most ``batch_size`` whose sizes differ by one at most. Samples are
+            correlated within a batch, so larger batches are more informative than more batches.
+        steps: denoising steps of the run (default 1). With ``run``, the number of different timesteps it passes to the
+            model (default: as many as occur).
+        timesteps: how many steps of the run to sample, uniformly, or a list of them; default all. Time and file size
+            grow with it.
+        run: for a bare module: a callable that runs it, on at least two samples a call. Calls with the same value of
+            the module's argument ``timestep`` are batches of one step. A module without that argument has one step.
         estimator: "biased" (as published) or "unbiased" (batches of at least 4), see ``orthogonality_gram``.
-        calibration: tells the bytes each layer's weights take, for budgets in bytes.
+        calibration: gives the stored bytes of each layer's weights, for budgets in bytes.
         guidance_scale, seed, height, width, frames: see Sampling.
 
     Raises:
         SensitivityError: an argument is wrong, fewer samples than the estimator needs, nothing ran, a sampled step did
-            not come, or an output holds NaN or infinity. MixDQError: prompts are empty.
+            not occur, or an output holds NaN or infinity. MixDQError: prompts are empty.
     """
     check_estimator(estimator)
     model = model_of(pipe)
@@ -261,8 +257,9 @@ def orthogonality(
     else:
         texts = check_prompts(prompts or ())
         batches = _batches(len(texts), batch_size, LEAST[estimator], estimator)
-        size: dict[str, Any] = {"height": height, "width": width, "frames": frames}
-        drawn = Sampling(steps=total or 1, guidance_scale=guidance_scale, seed=seed, **size)
+        drawn = Sampling(
+            steps=total or 1, guidance_scale=guidance_scale, seed=seed, height=height, width=width, frames=frames
+        )
         metadata |= {"prompts": len(texts), "batches": batches, "guidance_scale": guidance_scale, "seed": seed}
         metadata |= drawn.size()
         with watcher.watch(), progress("correlating", len(texts)) as bar:
@@ -275,9 +272,8 @@ def orthogonality(
 
 
 def _batches(prompts: int, batch_size: int, least: int, estimator: str) -> list[int]:
-    """Sizes that differ by one at most, none above ``batch_size``."""
-    if type(batch_size) is not int or batch_size < 1:
-        raise SensitivityError(f"batch_size is {batch_size!r}, expected a whole number of at least 1")
+    """Batch sizes that differ by one at most, none above ``batch_size``."""
+    whole(batch_size, "batch_size", error=SensitivityError)
     count = math.ceil(prompts / batch_size)
     sizes = [prompts // count + (i < prompts % count) for i in range(count)]
     if min(sizes) < least:

@@ -1,9 +1,9 @@
-"""Bits per layer from network orthogonality: the published program, and one shaped like an error.
+"""Bits per layer from network orthogonality: the published program, and one whose objective is shaped like an error.
 
 "linear": maximise sum theta_i b_i within the budget as a linear program (MPQ-Diff, arXiv 2412.00144), each b_i anywhere
-between the lowest and the highest bits offered, and rounded down to offered ones. "integer": the same over offered bits
-only, exactly. "error": minimise sum theta_i 4^-b_i exactly; a bit more quarters the power of a rounding error, so that
-the first bits of every layer count most, which the published form does not say.
+between the lowest and the highest bits offered, then rounded down to offered ones. "integer": the same over offered
+bits only, solved exactly. "error": minimise sum theta_i 4^-b_i exactly: each bit quarters the power of a rounding
+error, so the first bits of a layer gain most, whereas in the published form every bit gains the same.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import Literal, get_args
 import numpy as np
 
 from ..errors import AllocationError
+from ..expect import expect, is_number
 from .allocation import Allocation, Assembler, KindBits
-from .highs import Array, Choices, shares
+from .arrays import Array
+from .highs import Choices, shares
 from .kinds import quantized_units
 from .orthogonality import DECAY, Orthogonality
 from .program import ROUNDING, InfeasibleProgram, OutOfTime, Solution, solve
@@ -43,7 +45,7 @@ def allocate_orthogonal(
     tie: Iterable[Iterable[str]] = (),
     time_limit: float = 60.0,
 ) -> Allocation:
-    """The bits per layer that a form finds best within a budget, the same at all steps.
+    """Chooses the bits per layer that are best by ``form`` within a budget, the same at all steps.
 
     Args:
         orthogonality: from ``orthogonality``.
@@ -71,31 +73,30 @@ def allocate_orthogonal(
         objective="additive",
         weight_choices=weight_choices,
         act_choices=act_choices,
-        weight_splits=None,
-        act_splits=None,
         protect=protect,
         tie=tie,
         time_limit=time_limit,
     )
     weight = _part(request, request.weight, theta, form)
     act = _part(replace(request, units=quantized_units(request, weight)), request.act, theta, form)
-    return _labelled(Assembler(request)(weight, act), theta, form, weight, act)
+    return _labelled(Assembler(request.sensitivity, request.objective)(weight, act), theta, form, weight, act)
 
 
 def check_form(form: object) -> None:
-    if form not in get_args(Form):
-        raise AllocationError(f"form is {form!r}, expected one of {', '.join(get_args(Form))}")
+    """Raises AllocationError unless ``form`` is a Form."""
+    expect(form in get_args(Form), "form", form, f"one of {', '.join(get_args(Form))}", AllocationError)
 
 
 def worth(form: Form, bits: int) -> float:
-    """What a form minimises, for an importance of 1."""
+    """The term of the minimised sum for a layer of importance 1."""
     return 4.0**-bits if form == "error" else -float(bits)
 
 
 def choose(form: Form, value: Array, cost: Array, limit: float, *, field: str, time_limit: float) -> Solution:
-    """One column for each item within a limit: value and cost [n, c], inf where a column is not offered.
+    """Chooses one column for each item within a limit. value and cost: [n, c]; value is inf where a column is not
+    offered.
 
-    "linear" is the linear relaxation, the one item that it divides given the best column within its share.
+    "linear" solves the linear relaxation; the one item that it divides gets the best column within its share.
 
     Raises AllocationError naming ``field`` and what would be reachable.
     """
@@ -130,8 +131,8 @@ def _rounded_relaxation(value: Array, cost: Array, limit: float, time_limit: flo
 def _check_importance(orthogonality: Orthogonality, theta: Mapping[str, float]) -> None:
     for name in orthogonality.layers:
         value = theta.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise AllocationError(f"layer {name!r}: importance is {value!r}, expected a finite number > 0")
+        good = is_number(value) and value > 0
+        expect(good, f"layer {name!r}: importance", value, "a finite number > 0", AllocationError)
 
 
 def _part(request: Request, demand: Demand, theta: Mapping[str, float], form: Form) -> KindBits:
@@ -161,7 +162,7 @@ def _cost(request: Request, demand: Demand, name: str, bits: int) -> float:
 def _labelled(
     allocation: Allocation, theta: Mapping[str, float], form: Form, weight: KindBits, act: KindBits
 ) -> Allocation:
-    """What was optimised, and how, instead of what an allocation by errors says."""
+    """The allocation with the objective and source of this program in place of those of an allocation by errors."""
     sums = {p.kind: sum(theta[n] * abs(worth(form, b)) for n, b in p.bits.items()) for p in (weight, act)}
     status = "linear program, rounded down" if form == "linear" else allocation.status
     source = f"network orthogonality, form {form}"

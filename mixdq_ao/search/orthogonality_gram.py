@@ -1,21 +1,21 @@
-"""How alike the outputs of a model's layers are: centred Gram matrices of one call at a time, and their correlations.
+"""Correlations between the outputs of a model's layers, from centred Gram matrices of one call at a time.
 
 Linear centred kernel alignment (Kornblith et al. 2019, arXiv 1905.00414), the network orthogonality metric of OMPQ
 (arXiv 2109.07865) and MPQ-Diff (arXiv 2412.00144): with the features F_i [n, d_i] of layer i over n samples,
 
     G_i = F_i F_i^T,   H_i = G_i centred,   ORM(i, j) = <H_i, H_j> / (|H_i| |H_j|)
 
-Biased: H = C G C with C = I - 1/n. It tends to 1 for all pairs where d is much larger than n. Unbiased: H as in Szekely
-and Rizzo (2014), whose inner product over n (n - 3) is the unbiased estimate of HSIC of Song et al. (2007). Of several
-calls the estimates of HSIC are summed before the quotient is taken (Nguyen et al. 2021, arXiv 2010.15327), so that no
-sample of one call has to be kept for another.
+Biased: H = C G C with C = I - 1/n. ORM tends to 1 for all pairs where d is much larger than n. Unbiased: H as in
+Szekely and Rizzo (2014), whose inner product over n (n - 3) is the unbiased estimate of HSIC of Song et al. (2007).
+With several calls the estimates of HSIC are summed before the quotient is taken (Nguyen et al. 2021, arXiv 2010.15327),
+so that no sample of one call has to be kept for another.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,26 +24,26 @@ from torch import Tensor, nn
 
 from ..errors import SensitivityError
 from ..layers import find_layers
-from .watch import watched
+from .watch import hooked, watched
 
 Estimator = Literal["biased", "unbiased"]
 LEAST: dict[Estimator, int] = {"biased": 2, "unbiased": 4}
-"""Samples a call needs at least."""
+"""Least number of samples in a call."""
 COLUMNS = 1 << 16
-"""Features of all samples that are converted and centred at once."""
+"""Features converted and centred at once, for all samples."""
 CONSTANT = 2e-6
-"""An output whose deviation from its mean over samples, relative to its size, is below this (or below the rounding of
-its type) says nothing about samples: products of equal rows differ by as much in float32."""
+"""Relative deviation of an output from its mean over samples below which (or below the epsilon of its dtype) it counts
+as the same for every sample: products of equal rows differ by as much in float32."""
 
 
 class Enough(Exception):
-    """All sampled steps were seen. Never leaves this package."""
+    """Ends a run after the last sampled step. Never leaves this package."""
 
 
 def gram(features: Tensor) -> tuple[Tensor, float]:
-    """float64 [n, n] products of features [n, d] centred over samples, and their summed squares before centring.
+    """float64 [n, n] Gram matrix of features [n, d] centred over samples, and their summed squares before centring.
 
-    Centring first gives the same correlations, biased and unbiased, without the cancellation of centring products.
+    Centring features rather than their products gives the same correlations, biased and unbiased, without cancellation.
     """
     samples = len(features)
     total, power = torch.zeros(samples, samples, dtype=torch.float64), 0.0
@@ -69,13 +69,13 @@ def centred(grams: Tensor, estimator: Estimator) -> Tensor:
 
 
 def independence(grams: Tensor, estimator: Estimator) -> Tensor:
-    """float64 [L, L]: HSIC of each pair, times the samples n (what several calls are weighted with)."""
+    """float64 [L, L]: HSIC of each pair, times the number of samples n, so that sums over calls are weighted by it."""
     n, rows = grams.shape[-1], centred(grams, estimator).flatten(1)
     return rows @ rows.T * (n / (n - 1) ** 2 if estimator == "biased" else 1 / (n - 3))
 
 
 def correlations(sums: Tensor) -> Tensor:
-    """float64 [L, L]: ORM from summed HSIC; 1 on the diagonal, but 0 in the rows of layers that never varied."""
+    """float64 [L, L]: ORM from summed HSIC; 1 on the diagonal, 0 in rows and columns of layers that never varied."""
     size = sums.diagonal().clamp(min=0).sqrt()
     varies = size > 0
     scale = torch.where(varies, size, torch.ones_like(size))
@@ -86,7 +86,7 @@ def correlations(sums: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class _Call:
-    """One call of the model at a sampled step: a Gram matrix [n, n] for each layer, and the squares it came from."""
+    """One call of the model at a sampled step: {layer: Gram matrix [n, n]}, summed squares and relative rounding."""
 
     step: int
     samples: int
@@ -95,7 +95,7 @@ class _Call:
     rounding: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, output: Tensor) -> None:
-        """A layer that runs several times has the features of all its runs."""
+        """Adds an output of a layer; the features of a layer that runs several times are concatenated."""
         features = _per_sample(name, output, self.samples)
         matrix, power = gram(features)
         self.grams[name] = self.grams[name] + matrix if name in self.grams else matrix
@@ -110,15 +110,16 @@ class _Call:
 class Correlator:
     """Watches a model while it runs. Use ``watch()``, run the model, then ``matrix(step)``.
 
-    A step is known by the value of the model's argument ``timestep``, in the order in which values come first; a model
-    without one has one step. State: one [n, n] matrix a layer during a call, one [L, L] matrix a step; no features.
+    A step is identified by the value of the model's argument ``timestep``, numbered in order of first appearance; a
+    model without that argument has one step. State: one [n, n] matrix a layer during a call, one [L, L] matrix a step;
+    no features.
 
     Args:
-        sampled: steps that are looked at; None for all.
-        stop: raise Enough at the first call beyond the last of them.
+        sampled: steps to correlate; None for all.
+        stop: raise Enough at the first call after the last sampled step.
 
     Attributes:
-        steps: {timestep: step} seen. act_sizes: {layer: input elements of a sample} of the layers that ran.
+        steps: {timestep: step} seen so far. act_sizes: {layer: input elements of a sample} of the layers that ran.
     """
 
     def __init__(
@@ -136,10 +137,9 @@ class Correlator:
     @contextmanager
     def watch(self) -> Iterator[Correlator]:
         """Observes every linear and convolution layer inside the block; all hooks are removed at its end."""
-        with ExitStack() as stack:
-            stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
-            stack.callback(self.model.register_forward_hook(self._end).remove)
-            stack.enter_context(watched(self.model, self.names, self._see))
+        begin = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        end = self.model.register_forward_hook(self._end)
+        with hooked(begin, end), watched(self.model, self.names, self._see):
             yield self
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -189,7 +189,7 @@ def _timestep(value: object) -> float | None:
 
 
 def _samples(args: tuple[Any, ...], kwargs: dict[str, Any], estimator: Estimator) -> int:
-    """Leading size of the first tensor handed to the model that has more than one axis."""
+    """The number of samples of a call: the leading size of the first tensor argument with more than one axis."""
     tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1]
     samples = len(tensors[0]) if tensors else 0
     if samples < LEAST[estimator]:
@@ -201,7 +201,7 @@ def _samples(args: tuple[Any, ...], kwargs: dict[str, Any], estimator: Estimator
 
 
 def _per_sample(name: str, output: Tensor, samples: int) -> Tensor:
-    """[n, d]; an output of one row is the same for every sample."""
+    """Features [n, d] of an output; an output of one row is repeated for every sample."""
     if output.shape[0] == 1:
         return output.reshape(1, -1).expand(samples, -1)
     if output.shape[0] % samples:

@@ -1,18 +1,18 @@
-"""Several budgets from one scoring: the plans that no other beats in bytes, predicted error and time at once."""
+"""Plans for several budgets that no other plan beats in bytes, predicted error and time at once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 from ..errors import AllocationError
 from ..plan import Plan
 from .allocate import sweep
 from .allocation import Allocation
-from .joint import allocate_jointly
+from .joint import JointOptions, allocate_jointly
 from .limits import Latency, Limits
-from .request import Budget
+from .request import Budget, SweepOptions
 from .sensitivity import Sensitivity
 
 
@@ -22,15 +22,15 @@ def pareto(
     weight_bits: Sequence[Budget],
     act_bits: Any = None,
     latency: Latency | None = None,
-    **options: Any,
+    **options: Unpack[SweepOptions],
 ) -> list[Allocation]:
     """Plans by rising weight bytes and falling predicted error, from every split of every budget.
 
     Args:
         weight_bits: budgets, each as for ``allocate``.
         act_bits: one budget or several.
-        latency: a table as ``layer_latencies`` gives; every plan then has ``totals["seconds"]``, and plans that are
-            faster stay too.
+        latency: a table from ``layer_latencies``; every plan then has ``totals["seconds"]``, and a plan is also kept
+            for being faster.
         options: as for ``allocate`` (objective, choices, splits, protect, tie, time_limit).
 
     Budgets that cannot be met are left out. Raises AllocationError where none can, errors were not measured, or the
@@ -47,10 +47,12 @@ def pareto(
     return undominated(candidates)
 
 
-def pareto_jointly(sensitivity: Sensitivity, limits: Iterable[Limits], **options: Any) -> list[Allocation]:
-    """The front of ``allocate_jointly`` over several limits. ``options``: as there.
+def pareto_jointly(
+    sensitivity: Sensitivity, limits: Iterable[Limits], **options: Unpack[JointOptions]
+) -> list[Allocation]:
+    """The Pareto front of ``allocate_jointly`` over several limits. ``options``: as for ``allocate_jointly``.
 
-    Limits that cannot be kept are left out. Raises AllocationError, the last one's, where none can.
+    Limits that cannot be kept are left out. Raises the AllocationError of the last one where none can.
     """
     found: list[Allocation] = []
     reason: AllocationError | None = None
@@ -70,7 +72,7 @@ def pareto_jointly(sensitivity: Sensitivity, limits: Iterable[Limits], **options
 
 
 def seconds(plan: Plan, latency: Latency) -> float:
-    """What a plan's layers take together. Raises AllocationError naming a layer whose precision was not measured."""
+    """Summed latency of a plan's layers. Raises AllocationError naming a layer whose precision was not measured."""
     total = 0.0
     for name, layer in plan.layers.items():
         pair = layer.weight_bits, layer.act_bits
@@ -81,8 +83,8 @@ def seconds(plan: Plan, latency: Latency) -> float:
 
 
 def undominated(allocations: Iterable[Allocation]) -> list[Allocation]:
-    """Those that no other beats in bytes, predicted error and seconds (where known) at once, by rising bytes; of equals
-    the first."""
+    """The allocations that no other beats in bytes, predicted error and seconds (where known) at once, by rising bytes;
+    of equal ones the first."""
 
     def key(a: Allocation) -> tuple[float, float, float]:
         return a.weight_bytes, _error(a), a.totals.get("seconds", 0.0)

@@ -1,10 +1,10 @@
-"""One of several parts of an analysis, for machines that share nothing but their results."""
+"""A part of an analysis: what one of several machines works on that share nothing but their results."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 from ..errors import SensitivityError
@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 
 
 class Unfinished(SensitivityError):
-    """A part is done, and the others are not here."""
+    """This part's results are stored; a Sensitivity also needs those of the other parts."""
 
     def __init__(self, have: int, need: int) -> None:
         super().__init__(f"{have} of {need} results are here; merge the stores of the other parts")
@@ -22,7 +22,7 @@ class Unfinished(SensitivityError):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Part ``index`` of ``of``, counted from 1. ``only``: nothing follows from it, even where all is there already."""
+    """Part ``index`` of ``of``, counted from 1. ``only``: store this part's results, never assemble the final one."""
 
     index: int = 1
     of: int = 1
@@ -35,21 +35,18 @@ class Part:
 
     @classmethod
     def parse(cls, text: str) -> Part:
-        """ "2/8", the second of eight. Raises SensitivityError where that is no part."""
+        """The part that a text such as "2/8" names, the second of eight. Raises SensitivityError for any other text."""
         match = re.fullmatch(r"(\d{1,6})/([1-9]\d{0,5})", text)
         if match is None:
             raise SensitivityError(f"part is {text!r}, expected one such as 2/8, the second of eight")
         return cls(int(match[1]), int(match[2]))
 
-    def alone(self) -> Part:
-        return replace(self, only=True)
-
     def of_items(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Every so many-th: what comes early in a model takes longer, so all parts take the same time."""
+        """Every ``of``-th item: early layers take longer, so interleaving balances the parts."""
         return items[self.index - 1 :: self.of]
 
     def check_whole(self, have: int, need: int) -> None:
-        """Raises Unfinished where nothing can follow yet, or should."""
+        """Raises Unfinished where results are missing, or the part is ``only`` to be stored."""
         if self.only or have < need:
             raise Unfinished(have, need)
 

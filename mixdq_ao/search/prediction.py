@@ -1,8 +1,8 @@
-"""Whether whole plans have the error that was predicted of them: measured on the model itself.
+"""Checks the predicted error of whole plans by measuring it on the model.
 
-The additive program predicts that the error powers of single layers add up. That is a property of a model, to be
-checked on each: ``measured_errors`` of some plans, ``Agreement`` of those with the prediction, ``with_measured`` to
-write both beside a plan.
+The additive program predicts that the error powers of single layers add up. Whether they do depends on the model:
+``measured_errors`` measures some plans, ``Agreement`` compares them with the prediction, and ``with_measured`` writes
+both into a plan's metadata.
 """
 
 from __future__ import annotations
@@ -32,10 +32,14 @@ from .sensitivity import Sensitivity
 from .trial import rounding, run, signal_power
 from .watch import denoiser_of
 
+CONCENTRATION = 0.7
+"""Dirichlet parameter of random plans. Below 1 it favours uneven shares of the widths, so that plans spread from nearly
+all low bits to nearly all high ones. Not tuned."""
+
 
 @contextmanager
 def faked(model: nn.Module, plan: Plan, moments: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-    """Inside, ``model`` rounds as ``plan`` says, in floating point; then it is as it was. Kept: a byte a weight."""
+    """Inside the block ``model`` runs in fake mode by ``plan``; afterwards it is restored. Takes a byte a weight."""
     check_plan(plan, model)
     layers = find_layers(model)
     with ExitStack() as stack:
@@ -55,11 +59,11 @@ def measured_errors(
     sampling: Sampling | None = None,
     moments: Mapping[str, Tensor] | None = None,
 ) -> list[float]:
-    """Relative error power of the denoiser's output, over all prompts and steps, of each plan (with its ranges).
+    """Relative error power of the denoiser's output, over all prompts and steps, of each plan (with its ranges): the
+    quantity that ``Allocation.predicted_error`` predicts.
 
-    What ``Allocation.predicted_error`` predicts. In fake mode, in place: the model is never copied, and full precision
-    again afterwards. Raises PlanError where a plan does not fit the model, SensitivityError where the model's output is
-    zero or not finite.
+    Plans run in fake mode, in place: the model is never copied, and back in full precision afterwards. Raises PlanError
+    where a plan does not fit the model, SensitivityError where the model's output is zero or not finite.
     """
     model, parts = denoiser_of(pipe), list(batches(check_prompts(prompts), sampling or Sampling()))
     references = [run(pipe, part, drawn, images=False).denoised for part, drawn in parts]
@@ -88,15 +92,15 @@ def check_prediction(
     sampling: Sampling | None = None,
     moments: Mapping[str, Tensor] | None = None,
 ) -> Plan:
-    """``plan`` with what it was measured to cost beside what was predicted, in its metadata (see ``with_measured``).
+    """Measures the error of ``plan`` and returns the plan with the measurement in its metadata (see ``with_measured``).
 
     Args:
         ranges: gives a plan its activation ranges (``lambda p: p.with_calibration(calibration)``).
-        count: random plans measured too, with the plan's layers, whose agreement with their predictions says how far
-            predictions can be trusted on this model; at least 2, or 0 for none.
+        count: number of random plans, over the layers that ``plan`` quantizes, to measure as well: their agreement with
+            their predictions says how far predictions can be trusted on this model. At least 2, or 0 for none.
 
     Raises:
-        SensitivityError: count is 1, or there are no errors or no moments for the random plans; before any is measured.
+        SensitivityError: count is 1, or errors or moments for the random plans are missing. Nothing was measured then.
     """
     if count == 1 or count < 0:
         raise SensitivityError(f"count is {count}, expected 0 or at least 2 random plans")
@@ -110,7 +114,7 @@ def check_prediction(
 
 
 def _within(other: Plan, plan: Plan) -> Plan:
-    """``other`` where ``plan`` quantizes: layers it keeps stay, and activations have its bits."""
+    """``other`` restricted to the layers that ``plan`` quantizes, with the activation bits of ``plan``."""
     layers = {
         n: replace(other.layers[n], act_bits=layer.act_bits) if layer.weight_bits < 16 and n in other.layers else layer
         for n, layer in plan.layers.items()
@@ -128,7 +132,7 @@ def _check_moments(plans: Sequence[Plan], moments: Mapping[str, Tensor] | None) 
 
 
 def predicted_error(sensitivity: Sensitivity, plan: Plan) -> float:
-    """Summed error power of the plan's layers, weights and activations, as the additive program counts it.
+    """Summed error power of the plan's layers, weights and activations, as the additive program sums it.
 
     Raises SensitivityError naming a layer and bits that were not measured.
     """
@@ -147,16 +151,17 @@ def predicted_error(sensitivity: Sensitivity, plan: Plan) -> float:
 def random_plans(
     sensitivity: Sensitivity, count: int, *, seed: int = 0, weight_bits: Sequence[int] | None = None, act_bits: int = 8
 ) -> list[Plan]:
-    """Plans without ranges: each draws how often it takes each width, then every layer's width by that. Layers are
-    rounded as their errors were measured.
+    """``count`` plans without ranges. Each draws shares of the widths from a Dirichlet distribution, then every layer's
+    width by these shares. Layers are rounded as their errors were measured.
 
-    ``weight_bits``: None for those that every layer has errors at. Raises SensitivityError where these are less than 2.
+    ``weight_bits``: None for the widths at which every layer has errors. Raises SensitivityError where these are fewer
+    than 2.
     """
     weight_bits = _common_widths(sensitivity) if weight_bits is None else weight_bits
     generator, layers = np.random.default_rng(seed), sensitivity.layers
     plans = []
     for _ in range(count):
-        shares = generator.dirichlet(np.full(len(weight_bits), 0.7))
+        shares = generator.dirichlet(np.full(len(weight_bits), CONCENTRATION))
         drawn = generator.choice(weight_bits, size=len(layers), p=shares).tolist()
         pairs = zip(layers, drawn, strict=True)
         planned = {n: LayerPlan(weight_bits=b, act_bits=act_bits) for n, b in pairs}
@@ -166,7 +171,7 @@ def random_plans(
 
 
 def _common_widths(sensitivity: Sensitivity) -> list[int]:
-    """Weight bits below 16 that all layers with errors have them at, rising."""
+    """Weight bits below 16 at which all layers with any errors have one, rising."""
     tables = [set(layer.weight_errors) for layer in sensitivity.layers.values() if layer.weight_errors]
     widths = sorted(set.intersection(*tables) - {16}) if tables else []
     if len(widths) < 2:
@@ -179,12 +184,13 @@ def _common_widths(sensitivity: Sensitivity) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How predictions (any unit, higher is worse) agree with measured errors of whole plans.
+    """Agreement of predictions (any unit, higher is worse) with measured errors of whole plans.
 
     Attributes:
-        plans: their number.
+        plans: number of plans.
         rank: Spearman's correlation.
-        log_correlation: Pearson's of the logarithms; None where a value is not positive, or all of one kind are equal.
+        log_correlation: Pearson's of the logarithms; None where a value is not positive, or where all predictions or
+            all errors are equal.
         ratio: median of measured / predicted; spread: standard deviation of its natural logarithm; None where a value
             is not positive.
     """
@@ -213,8 +219,8 @@ class Agreement:
 
 
 def with_measured(plan: Plan, measured: float, *, agreement: Agreement | None = None) -> Plan:
-    """A copy whose metadata says what was measured beside what was predicted: ``measured_error``, its ratio to
-    ``predicted_error`` where there is one, and how well predictions of other plans held on this model."""
+    """A copy with ``measured_error`` in its metadata, its ratio to ``predicted_error`` where there is one, and the
+    ``agreement`` of predictions with measurements of other plans on this model."""
     metadata: dict[str, Any] = {**plan.metadata, "measured_error": measured}
     predicted = plan.metadata.get("predicted_error")
     if isinstance(predicted, float) and predicted > 0:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import SensitivityError
@@ -21,12 +23,15 @@ from .store import Store
 from .watch import denoiser_of
 
 MAX_PROBES = 32
+"""Probes after which ``precision`` is given up."""
 AT_ONCE = 4
-"""Probes of a batch between two writes to the store; with several steps each step's graph serves so many."""
+"""Probes of a batch between two writes to the store; with several steps the graph of each step is built once for so
+many."""
 
 
-def probe_sensitivity(analysis: Analysis, *, probes: int | None = None, precision: float = 0.995) -> Sensitivity:
-    """What ``analyze`` gives, estimated to first order by random probes (see BatchProbe and Estimates).
+@dataclass(frozen=True, slots=True)
+class Probing:
+    """Estimates sensitivities to first order by random probes (see BatchProbe and Estimates).
 
     ``weight_errors`` and ``act_errors`` are relative error powers of the denoiser's output, each step's own call on
     the full-precision trajectory, summed over steps; a quality layer's score is their SQNR in dB. A content layer's
@@ -34,50 +39,81 @@ def probe_sensitivity(analysis: Analysis, *, probes: int | None = None, precisio
     later steps and decoder. SSIM is no squared norm of a linear map, so a probe cannot give it; metadata
     ``content_score`` says "psnr".
 
-    Few probes are made better by what layers and bit widths have in common (``probe_shrink``): 2 of them then rank as
-    well as 4 to 6 would by themselves.
+    Shrinking noisy estimates towards the trend over layers and bit widths (``probe_shrink``) makes 2 probes rank layers
+    as well as 4 to 6 unshrunk ones.
 
-    First order has a limit no number of probes lifts: where a large error (4 and 2 bits) tips a saturated attention
-    over, the estimate is off in either direction. On the bundled pipeline, 16 prompts, every third layer, rank
-    correlations with one layer at a time are .98 and .99 at 2 and 4-bit weights, .999 at 8, .996 and .999 at 4 and
-    8-bit activations; one layer at a time repeats itself on other prompts with .96 to .98.
+    A first-order estimate has a limit that more probes do not lift: where a large error (4 and 2 bits) changes what a
+    saturated attention attends to, the estimate is too high or too low. On the bundled pipeline, 16 prompts, every
+    third layer, rank correlations with method "one_at_a_time" are .98 and .99 at 2 and 4-bit weights, .999 at 8, .996
+    and .999 at 4 and 8-bit activations; "one_at_a_time" correlates with itself on other prompts by .96 to .98.
 
     Probes run in rounds of 2, 2, 4, 8, ... until the estimated rank correlation with infinitely many (see
     Estimates.settled) reaches ``precision`` for weights and activations at every bit width, or 32 have run. Metadata
     holds ``probes``, ``settled``, ``standard_errors`` (of the errors), ``picture_errors`` and
     ``picture_standard_errors`` (mean squared error of the pictures, values in [0, 1]); with several roundings also
-    ``rounding_errors``, the errors of all of them, whereas all other figures are of the best.
+    ``rounding_errors``, the errors of every rounding, whereas all other figures are those of the best.
 
-    Args:
-        analysis: its ``budget`` is bytes of layers' output changes kept between probes; what does not fit is computed
-            again.
-        probes: exactly so many probes; None: as many as ``precision`` asks for.
+    Attributes:
+        analysis: its ``budget`` is the bytes of layers' output changes kept between probes; changes that do not fit are
+            computed again.
+        probes: exactly this number of probes; None: as many as ``precision`` asks for.
+        precision: see above, between 0 and 1.
 
-    Raises:
-        SensitivityError: a layer is out of the gradient's reach, the store cannot be used, an argument is wrong.
+    Both methods raise SensitivityError: the gradient does not reach a layer, the store cannot be used, or an argument
+    is wrong.
     """
-    _check(analysis.part, probes, precision)
-    deltas = deltas_of(analysis.model, *analysis.choices)
-    names = analysis.content
-    settings, content = analysis.settings(method="probe 2", bits=analysis.bits, content=names), frozenset(names)
-    parts = list(batches(analysis.prompts, analysis.sampling))
-    here = lambda pipe: _prober(pipe, parts, deltas, content, analysis.budget)  # noqa: E731
-    away = _remote(analysis, parts, content)
-    with analysis.results(settings) as results, analysis.pool(here, away, settings, results) as pool:
-        estimates = _Runs(pool, len(parts), results, analysis.part).settle(probes, precision)
-    metadata = analysis.metadata("probe", precision=precision)
-    return to_sensitivity(estimates, deltas, analysis.calibration, analysis.rule, metadata)
 
+    analysis: Analysis
+    probes: int | None = None
+    precision: float = 0.995
 
-def _check(part: Part, probes: int | None, precision: float) -> None:
-    if (probes is not None and probes < 1) or not 0 < precision < 1:
-        raise SensitivityError(f"probes is {probes}, precision {precision}; expected at least 1, and between 0 and 1")
-    if part != WHOLE and probes is None:
-        raise SensitivityError(f"part {part.index}/{part.of} of how many probes? give probes")
+    def fill(self) -> tuple[int, int]:
+        """Stores the results of the analysis' part. Returns how many results of all parts are stored, and how many a
+        Sensitivity needs."""
+        self._check(self.probes is None)
+        assert self.probes is not None
+        with self._runs(self._deltas()) as runs, runs.bar(self.probes) as bar:
+            return runs.fill(self.probes, bar)
+
+    def sensitivity(self) -> Sensitivity:
+        """Raises Unfinished, a SensitivityError, where results of other parts are missing."""
+        analysis = self.analysis
+        self._check(self.probes is None and analysis.part != WHOLE)
+        deltas = self._deltas()
+        with self._runs(deltas) as runs:
+            estimates = runs.settle(self.probes, self.precision)
+        metadata = analysis.metadata("probe", precision=self.precision)
+        return to_sensitivity(estimates, deltas, analysis.calibration, analysis.rule, metadata)
+
+    def _check(self, uncounted: bool) -> None:
+        """``uncounted``: the number of probes is not given and needed, as machines cannot agree on it otherwise."""
+        probes, part = self.probes, self.analysis.part
+        if (probes is not None and probes < 1) or not 0 < self.precision < 1:
+            raise SensitivityError(
+                f"probes is {probes}, precision {self.precision}; expected at least 1, and between 0 and 1"
+            )
+        if uncounted:
+            raise SensitivityError(f"part {part.index}/{part.of} of how many probes? give probes")
+
+    def _deltas(self) -> dict[str, LayerDeltas]:
+        return deltas_of(self.analysis.model, *self.analysis.choices)
+
+    @contextmanager
+    def _runs(self, deltas: Mapping[str, LayerDeltas]) -> Iterator[_Runs]:
+        analysis, names = self.analysis, self.analysis.content
+        settings, content = analysis.settings(method="probe 2", bits=analysis.bits, content=names), frozenset(names)
+        parts = list(batches(analysis.prompts, analysis.sampling))
+
+        def here(pipe: Any) -> Callable[[Item], list[Record]]:
+            return _prober(pipe, parts, deltas, content, analysis.budget)
+
+        away = _remote(analysis, parts, content)
+        with analysis.results(settings) as results, analysis.pool(here, away, settings, results) as pool:
+            yield _Runs(pool, len(parts), results, analysis.part)
 
 
 Item = tuple[int, tuple[int, ...]]
-"""Number of a batch, numbers of probes."""
+"""The number of a batch, and the numbers of its probes to run."""
 
 
 def _prober(
@@ -87,8 +123,8 @@ def _prober(
     content: Set[str],
     budget: int,
 ) -> Callable[[Item], list[Record]]:
-    """What makes the records of some probes of a batch. Only the trace of the last batch asked for is kept, so a single
-    batch is traced once."""
+    """The function that runs some probes of a batch and returns their records. It keeps the trace of the last batch
+    only, so a single batch is traced once."""
     last: list[tuple[int, BatchProbe]] = []
 
     def probe(part: Item) -> list[Record]:
@@ -104,7 +140,7 @@ def _prober(
 def _remote(
     analysis: Analysis, parts: list[tuple[list[str], Sampling]], content: Set[str]
 ) -> Callable[[Any], Callable[[Item], list[Record]]]:
-    """The same on a worker, which rounds its own weights."""
+    """Builds that function on a worker, which rounds the weights of its own pipeline."""
     choices, budget = analysis.choices, analysis.budget
 
     def build(pipe: Any) -> Callable[[Item], list[Record]]:
@@ -114,13 +150,17 @@ def _remote(
 
 
 class _Runs:
-    """Probes of every batch, taken from the store where they are there already."""
+    """Runs the probes of every batch that the store does not have yet."""
 
     def __init__(self, pool: Pool[Item, list[Record]], batches: int, results: Store, part: Part) -> None:
         self.pool, self.batches, self.results, self.part = pool, batches, results, part
 
+    def bar(self, probes: int) -> AbstractContextManager[Bar]:
+        return progress("probing", probes * self.batches)
+
     def settle(self, probes: int | None, precision: float) -> Estimates:
-        with progress("probing", (probes or MAX_PROBES) * self.batches) as bar:
+        """The estimates of ``probes`` probes, or of as many as ``precision`` asks for."""
+        with self.bar(probes or MAX_PROBES) as bar:
             if probes is not None:
                 return self._first(probes, bar)
             count = 2
@@ -130,8 +170,9 @@ class _Runs:
                     return estimates
                 count *= 2
 
-    def _first(self, count: int, bar: Bar) -> Estimates:
-        """The estimates of the first ``count`` probes."""
+    def fill(self, count: int, bar: Bar) -> tuple[int, int]:
+        """Runs this part's share of the first ``count`` probes of every batch. Returns how many of all parts' results
+        are stored, and how many there are in all."""
         items: list[Item] = []
         own = set(self.part.of_items([(k, batch) for batch in range(self.batches) for k in range(count)]))
         for batch in range(self.batches):
@@ -141,10 +182,14 @@ class _Runs:
             for k, record in zip(part, records, strict=True):
                 self.results.put(_key(k, batch), record)
                 bar.advance(note=f"batch {batch + 1}")
-        keys = [_key(k, batch) for batch in range(self.batches) for k in range(count)]
-        self.part.check_whole(sum(key in self.results.results for key in keys), len(keys))
-        get: Any = self.results.get
-        return Estimates.of([[get(_key(k, b)) for b in range(self.batches)] for k in range(count)])
+        stored = [_key(k, batch) in self.results.results for batch in range(self.batches) for k in range(count)]
+        return sum(stored), len(stored)
+
+    def _first(self, count: int, bar: Bar) -> Estimates:
+        """The estimates of the first ``count`` probes. Raises Unfinished where some are missing."""
+        self.part.check_whole(*self.fill(count, bar))
+        results = self.results.results
+        return Estimates.of([[results[_key(k, b)] for b in range(self.batches)] for k in range(count)])
 
 
 def _key(probe: int, batch: int) -> str:

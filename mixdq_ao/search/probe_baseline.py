@@ -1,4 +1,4 @@
-"""A published first-order score of layers, to compare the random probes with."""
+"""A published first-order score of layers, which benchmarks compare the random probes with."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def gradient_scores(
     probes: int = 4,
     budget: int = 4 << 30,
 ) -> Scores:
-    """``sum((dL/dY * dY)^2)`` over the elements of a layer's output Y: the score NVIDIA ModelOpt's ``auto_quantize``
-    ranks layers by.
+    """Scores ``sum((dL/dY * dY)^2)`` over the elements of each layer's output Y, by which NVIDIA ModelOpt's
+    ``auto_quantize`` ranks layers.
 
     ModelOpt takes the gradient of a task loss. Distance to the reference output has gradient zero at the reference, so
     L here is the loss of a random probe, <v, output> with random signs v, averaged over ``probes``. In expectation the
     score is ``sum_j |J_j|^2 dY_j^2``, J_j the column of the Jacobian for element j: the output's error power if the
-    errors of a layer's elements were independent. ``probe_sensitivity`` squares after summing and keeps what they
-    share. For ranking only: there is no unit.
+    errors of a layer's elements were independent. ``Probing`` squares after summing and so
+    keeps their correlation. For ranking only: there is no unit.
 
     Returns:
         {"weight" or "act": {layer: {bits: score, summed over samples and steps}}}.

@@ -1,4 +1,4 @@
-"""Probes of one batch of prompts: squared answers of every layer and choice, summed over samples and steps."""
+"""Probes of one batch of prompts: p^2 of every layer and choice, summed over samples and steps (see BatchProbe)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Record = dict[str, float]
 
 
 def signs(like: Tensor, *key: object) -> Tensor:
-    """Random signs shaped as ``like``; the same for the same ``key``, on every device and in any order."""
+    """Random signs shaped as ``like``, which depend on ``key`` only, not on the device or the order of calls."""
     seed = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
     return (torch.randint(0, 2, like.shape, generator=generator) * 2 - 1).to(like.device, like.dtype)
@@ -33,7 +33,7 @@ def signs(like: Tensor, *key: object) -> Tensor:
 
 @dataclass(slots=True)
 class _Tally:
-    """One probe's answers: of the outputs, already summed; of the pictures, still to be summed over steps."""
+    """The p of one probe: for outputs sums of their powers, for pictures p itself, still to be summed over steps."""
 
     sums: dict[str, _Moments] = field(default_factory=dict)
     pictures: dict[str, Tensor] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class _Tally:
 
 @dataclass(frozen=True, slots=True)
 class _Moments:
-    """Sums of p^2 and p^4 [choices], and how many p there were of each."""
+    """Sums of p^2 and p^4 [choices], and the number of p in each sum."""
 
     second: Tensor
     fourth: Tensor
@@ -72,12 +72,12 @@ class BatchProbe:
     For random signs v over the denoiser's output, g_i = J_i^T v at the output of layer i and p = <g_i, dY_i>, the mean
     of p^2 is |J_i dY_i|^2: the squared change of the output when layer i alone changes by dY_i, to first order
     (Hutchinson 1990, "A stochastic estimator of the trace of the influence matrix", for the matrix
-    J_i dY_i dY_i^T J_i^T). Samples of a batch do not mix, so each gives its own p. The same with signs over the
-    pictures, where v reaches a step through the decoder, the scheduler and all later steps.
+    J_i dY_i dY_i^T J_i^T). Samples of a batch do not interact, so each gives a p of its own. For pictures v are signs
+    over the pictures, pulled back to a step through the decoder, the scheduler and all later steps.
 
     Args:
-        index: number of the batch; makes its signs its own.
-        content: layers to judge in the pictures as well.
+        index: number of the batch, which its signs depend on.
+        content: layers to judge by the pictures as well.
         budget: bytes for deltas, see Tape.
 
     Raises SensitivityError where a layer without deltas is called, or the denoiser's output is zero or not finite.
@@ -95,7 +95,10 @@ class BatchProbe:
     ) -> None:
         self.pipe, self.deltas, self.content, self.budget = pipe, deltas, content, budget
         self.key = (sampling.seed, index)
-        refuse = lambda name, *_: check_covered([name], deltas)  # noqa: E731
+
+        def refuse(name: str, *_: Any) -> None:
+            check_covered([name], deltas)
+
         with frozen_pipeline(pipe), watched(denoiser_of(pipe), find_layers(denoiser_of(pipe)).keys() - deltas, refuse):
             self.trace: Trace = trace(pipe, prompts, sampling, pictures=bool(content))
         self._tape: tuple[int, Tape] | None = None
@@ -105,8 +108,8 @@ class BatchProbe:
 
     def run(self, probes: Sequence[int]) -> list[Record]:
         """One record per probe number: {"layer|kind|bits|output": sum of p^2, "...|output|4th": sum of p^4,
-        "...|output|rows": how many p, "...|output|change": sum of squares of the layer's own change, the same with
-        "picture"} and "power" (of the outputs), "pixels" (number of picture values)."""
+        "...|output|rows": number of p, "...|output|change": sum of squares of the layer's own change}, the same with
+        "picture" for "output", "power" (of the outputs) and "pixels" (number of picture values)."""
         tallies = {k: _Tally() for k in probes}
         images, steps = self.trace.images, self.trace.steps
         pictures = {}
@@ -124,8 +127,7 @@ class BatchProbe:
         return [self._record(tally) for tally in tallies.values()]
 
     def scores(self, probe: int, contract: Contract) -> dict[str, Tensor]:
-        """One probe with another use of the gradients: {layer: contract(dY, g), summed over samples and
-        steps, [choices]}."""
+        """One probe with another ``contract``: {layer: contract(dY, g), summed over samples and steps, [choices]}."""
         totals: dict[str, Tensor] = {}
         with frozen_pipeline(self.pipe):
             for s, step in enumerate(self.trace.steps):
@@ -135,7 +137,7 @@ class BatchProbe:
         return {name: totals[name][0] for name in self.order}
 
     def tape(self, step: int) -> Tape:
-        """The tape of one step; only the last one asked for is kept."""
+        """The tape of one step; only the last tape is kept."""
         if self._tape is None or self._tape[0] != step:
             self._tape = None
             s, model = self.trace.steps[step], denoiser_of(self.pipe)
@@ -145,7 +147,7 @@ class BatchProbe:
         return self._tape[1]
 
     def _see_pictures(self, step: int, tape: Tape, tally: _Tally, cotangents: list[Tensor]) -> None:
-        """One step's part of the picture's change; ``cotangents`` of earlier steps get what passes through it."""
+        """Adds one step's part of p of the pictures, and to ``cotangents`` of earlier steps the gradient through it."""
         answers, at_links = tape.pull(cotangents[step], self.content)
         tally.see_pictures(answers, self.trace.count)
         for earlier, g in enumerate(self.trace.earlier_gradients(step, at_links)):

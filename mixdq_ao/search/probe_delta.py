@@ -1,4 +1,4 @@
-"""The change of one layer's own output at every bit width, weight or activation: what a probe is multiplied with."""
+"""The change of one layer's own output at every bit width, weight or activation, which a probe is multiplied with."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import MixDQError, SensitivityError
+from ..expect import located
 from ..layers import find_layers
 from ..plan_check import check_layer
 from ..progress import progress
@@ -23,17 +24,18 @@ from .roundings import PLAIN, usable
 
 
 class LayerDeltas:
-    """Rounds one layer's weight or input in each of the given ways, with the numerics of fake mode.
+    """The changes of one layer's output when its weight or input is rounded in each given way, as fake mode rounds.
 
-    Split halves have their own scales, and rows that are the BOS embedding stay as they are, as in real mode.
+    As in real mode, both parts of a split input have scales of their own, and rows that equal the BOS embedding are not
+    rounded.
 
     Args:
         module: a linear or convolution layer in floating point.
-        choices: what to quantize; all of them name this layer.
+        choices: what to quantize, and how; all of them name this layer.
         embedding: the BOS embedding [K] on the model's device, or None.
         moment: second moment of the layer's input, for choices that need it.
 
-    Codes of weights that are not rounded plainly are kept, a byte a weight and choice; others are made anew.
+    The codes of weights are kept, a byte a weight and choice, unless the rounding is PLAIN: those are computed again.
 
     Raises:
         MixDQError: the layer cannot be quantized as asked, or was not calibrated.
@@ -50,12 +52,10 @@ class LayerDeltas:
         self.module, self.choices = module, tuple(choices)
         self.bos: Tensor | None = None
         self.quantizers: list[FakeQuantizer] = []
-        try:
+        with located(f"layer {self.choices[0].name!r}", MixDQError):
             refuse_unusable(module.weight)
             for choice in self.choices:
                 self._add(choice, calibration, embedding, moment)
-        except MixDQError as e:
-            raise type(e)(f"layer {self.choices[0].name!r}: {e}") from e
 
     def _add(
         self, choice: Evaluation, calibration: Calibration, embedding: Tensor | None, moment: Tensor | None
@@ -71,7 +71,7 @@ class LayerDeltas:
 
     @torch.no_grad()
     def stack(self, x: Tensor, groups: int) -> Tensor:
-        """What quantizing adds to the layer's output for the input ``x``.
+        """The change of the layer's output for the input ``x``, for every choice.
 
         Returns:
             float32 [groups, choices, elements of the output / groups]; the output is cut along its first dimension.
@@ -108,8 +108,7 @@ def deltas_of(
     are given, or where moments are needed and missing."""
     if not weight_bits and not act_bits:
         raise SensitivityError("weight_bits and act_bits are both empty, expected at least one bit width")
-    device, embedding = next(model.parameters()).device, calibration.bos_embedding
-    bos = None if embedding is None else torch.tensor(embedding, dtype=torch.float32, device=device)
+    bos = calibration.bos_tensor(next(model.parameters()).device)
     layers = {name: module for name, module in find_layers(model).items() if name in calibration.layers}
     deltas = {}
     with progress("rounding weights", len(layers)) if tuple(roundings) != (PLAIN,) else nullcontext() as bar:

@@ -22,7 +22,7 @@ def to_sensitivity(
     rule: GroupRule,
     metadata: Mapping[str, Any],
 ) -> Sensitivity:
-    """Error powers of the outputs, scores by group, and the figures' reliability in the metadata."""
+    """The Sensitivity with error powers of the outputs, scores by group, and standard errors in the metadata."""
     values = dict(zip(estimates.keys, estimates.values.tolist(), strict=True))
     names = dict.fromkeys(name for name, *_ in estimates.keys)
     layers = {n: _layer(n, values, deltas[n], calibration.layers[n], rule(n)) for n in names}
@@ -30,17 +30,16 @@ def to_sensitivity(
 
 
 def psnr_from_mse(mse: float) -> float:
-    """dB of a mean squared error of pictures in [0, 1]; at most 120, where float32 arithmetic itself decides."""
+    """PSNR in dB of a mean squared error of pictures in [0, 1]; at most 120, as float32 rounds by as much."""
     return -10.0 * math.log10(max(mse, ERROR_FLOOR))
 
 
 def _layer(
     name: str, values: Mapping[Key, float], deltas: LayerDeltas, own: LayerCalibration, group: Group
 ) -> LayerSensitivity:
-    of = lambda choice, target: values[name, choice.kind, choice.label, target]  # noqa: E731
-    errors = {c: of(c, "output") for c in deltas.choices}
+    errors = {c: values[name, c.kind, c.label, "output"] for c in deltas.choices}
     if group == "content":
-        scores = {c: psnr_from_mse(of(c, "picture")) for c in deltas.choices}
+        scores = {c: psnr_from_mse(values[name, c.kind, c.label, "picture"]) for c in deltas.choices}
     else:
         scores = {c: sqnr_from_error(error) for c, error in errors.items()}
     return layer_sensitivity(deltas.module, own, group, errors, scores)
@@ -74,7 +73,7 @@ def _figures(
 def _nested(
     estimates: Estimates, wanted: str, values: list[float], labels: Mapping[tuple[str, str, str], str]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """{layer: {kind: {label: value}}} as JSON keeps it, of the choices in ``labels``."""
+    """{layer: {kind: {label: value}}}, ready for JSON, of the choices in ``labels``."""
     result: dict[str, dict[str, dict[str, float]]] = {}
     for (name, kind, label, target), value in zip(estimates.keys, values, strict=True):
         if target == wanted and (name, kind, label) in labels:

@@ -1,10 +1,11 @@
-"""Estimates of few probes made better by what layers and bit widths have in common (empirical Bayes).
+"""Shrinks the noisy estimates of few probes towards the trend over layers and bit widths (empirical Bayes).
 
-A probe's p^2 scatters about J dY's power like a chi-square: with few of them the logarithm of their mean is off by
-sqrt(2 / number). But the powers of one layer's changes at several bit widths, each divided by |dY|^2 (which is known
-exactly), are nearly the same number, how much the model amplifies what happens there; so the widths tell of each other,
-and all layers tell how much widths differ. Log gains are taken as normal over layers, with a covariance between bit
-widths and a mean of each that are estimated from all layers; each layer gets its posterior mean.
+The p^2 of probes scatter about the power of J dY like a chi-square: with few of them the standard error of the
+logarithm of their mean is sqrt(2 / number). But the powers at several bit widths of one layer, each divided by |dY|^2
+(which is known exactly), are nearly equal: they are the gain by which the model amplifies changes of that layer. So one
+width informs about the others, and all layers about how much widths differ. Log gains are modelled as normal over
+layers, with a mean for each bit width and a covariance between widths estimated from all layers; each layer gets its
+posterior mean.
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from .arrays import Array
 
 FEWEST = 4
-"""Layers for each column that a covariance is estimated from; with fewer, estimates stay as they are."""
+"""Least number of layers per column to estimate a covariance from; with fewer, estimates are not shrunk."""
 FARTHEST = 2.0
-"""Standard errors that an estimate is moved at most, so that a layer unlike all others keeps its own answer (limited
+"""Most standard errors that an estimate is moved by, so that an outlying layer keeps its own estimate (limited
 translation: Efron and Morris 1972, "Limiting the risk of Bayes and empirical Bayes estimators, part II")."""
 
 
@@ -28,13 +28,13 @@ def shrunk(power: Array, change: Array, count: Array) -> tuple[Array, Array]:
     """Posterior of the powers [layers, columns], columns being bit widths of weights and activations.
 
     Args:
-        power: means of p^2 over samples and probes, times anything constant.
+        power: means of p^2 over samples and probes, in any unit.
         change: |dY|^2 of the layers' own outputs, in any unit.
-        count: how many p^2 each mean is of.
+        count: number of p^2 in each mean.
 
     Returns:
-        Posterior means, and posterior standard deviations as parts of them. Rows with a zero or a value that is not
-        finite stay as they are, and all do where the layers are too few; their deviations are NaN.
+        Posterior means, and posterior standard deviations relative to them. Rows with a zero or a value that is not
+        finite, and all rows where layers are too few, are returned unchanged with deviations of NaN.
     """
     means, deviations = power.copy(), np.full_like(power, np.nan)
     usable = np.isfinite(power) & np.isfinite(change) & (power > 0) & (change > 0) & (count > 0)

@@ -1,4 +1,4 @@
-"""What records of probes say together: mean error powers, their standard errors, and whether the ranking is settled."""
+"""Statistics of probes' records: mean error powers, their standard errors, and the reliability of the ranking."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .arrays import Array
 from .probe_batch import Record
 from .probe_shrink import shrunk
 
-Array = NDArray[np.float64]
 Key = tuple[str, str, str, str]
 
 
 @dataclass(frozen=True)
 class Estimates:
-    """Records of all probes and batches, summed over batches.
+    """Estimates from the records of all probes, summed over batches.
 
     Attributes:
         keys: (layer, kind, label of an Evaluation, "output" or "picture"), in order of the layers' first calls.
         second, fourth: [probes, keys] sums of p^2 and p^4 over samples, steps and batches.
-        change, rows: [keys] sum of squares of the layer's own change, and how many p^2 one probe has.
+        change, rows: [keys] sum of squares of the layer's own change, and number of p^2 per probe.
         power, pixels: sum of squares of the outputs, number of picture values.
     """
 
@@ -39,7 +39,7 @@ class Estimates:
 
     @classmethod
     def of(cls, records: Sequence[Sequence[Record]]) -> Estimates:
-        """From [probe][batch] records; a layer a batch never called counts as without error there."""
+        """Estimates from records [probe][batch]; a layer that a batch never called has no error in that batch."""
         names = list(dict.fromkeys(k for r in records[0] for k in r if k.endswith(("|output", "|picture"))))
 
         def total(suffix: str, probes: Sequence[Sequence[Record]] = records) -> Array:
@@ -53,22 +53,22 @@ class Estimates:
 
     @cached_property
     def scale(self) -> Array:
-        """[keys] what sums are divided by: relative error power of outputs, mean squared error of pictures."""
+        """[keys] divisor of the sums, giving relative error power of outputs and mean squared error of pictures."""
         return np.array([self.power if target == "output" else self.pixels for *_, target in self.keys])
 
     @cached_property
     def values(self) -> Array:
-        """[keys] the estimates: mean over probes, then drawn to what layers and bit widths have in common (``shrunk``)
-        where there are layers enough to know."""
+        """[keys] the estimates: means over probes, shrunk towards the trend over layers and bit widths (``shrunk``)
+        where there are enough layers."""
         return self._posterior[0] / self.scale
 
     @cached_property
     def standard_errors(self) -> Array:
         """[keys] standard errors of ``values`` over the draw of the signs, for these prompts.
 
-        Those of the posterior; where there is none, of the mean: for u = J dY, p is a sum of |u| many random signs:
-        E p^2 = |u|^2 and E p^4 = 3 |u|^4 - 2 sum u_j^4, so the variance of p^2, 2 |u|^4 - 2 sum u_j^4, is at most 2/3
-        of E p^4. That bound needs a single probe only.
+        They are those of the posterior, or of the mean where an estimate was not shrunk. For the latter: with u = J dY,
+        p = sum of u_j times random signs, so E p^2 = |u|^2 and E p^4 = 3 |u|^4 - 2 sum u_j^4, and the variance of p^2,
+        2 |u|^4 - 2 sum u_j^4, is at most 2/3 of E p^4. That bound can be estimated from a single probe.
         """
         means, deviations = self._posterior
         plain = np.sqrt(self.fourth.sum(0) * 2 / 3) / len(self.second)
@@ -79,8 +79,8 @@ class Estimates:
         return self._shrunk(self.second)
 
     def _shrunk(self, second: Array) -> tuple[Array, Array]:
-        """Sums of p^2 a probe [keys] from some probes, and their deviations, of all layers with the same choices at
-        once."""
+        """Shrunk sums of p^2 per probe [keys] from some of the probes, and their relative deviations; layers with the
+        same choices are shrunk together."""
         means, deviations = second.mean(0), np.full(len(self.keys), np.nan)
         for table in self._tables:
             mean = means[table] / np.maximum(self.rows[table], 1)
@@ -90,7 +90,7 @@ class Estimates:
 
     @cached_property
     def _tables(self) -> list[NDArray[np.intp]]:
-        """Indices of keys [layers, columns]: for each target, of the layers that have the same kinds and labels."""
+        """Indices into ``keys`` [layers, columns], one table for each target and set of layers with equal choices."""
         own: dict[tuple[str, str], list[int]] = defaultdict(list)
         for i, (name, _, _, target) in enumerate(self.keys):
             own[name, target].append(i)
@@ -101,11 +101,12 @@ class Estimates:
 
     @cached_property
     def settled(self) -> dict[tuple[str, str, str], float]:
-        """{(kind, label, target): estimated rank correlation, over layers, of ``values`` with infinitely many probes}.
+        """{(kind, label, target): estimated rank correlation over layers between ``values`` and their limit for
+        infinitely many probes}.
 
-        From the Spearman correlation r of two halves (even and odd probes): the whole correlates with another whole
-        of its size by 2 r / (1 + r) (Spearman 1910, Brown 1910), and with the limit by the root of that. 0 with
-        fewer than two probes.
+        From the Spearman correlation r of two halves (even and odd probes): all probes correlate with as many other
+        probes by 2 r / (1 + r) (Spearman 1910, Brown 1910), and with the limit by the root of that. 0 with fewer than
+        two probes.
         """
         columns: dict[tuple[str, str, str], list[int]] = defaultdict(list)
         for i, (_, kind, label, target) in enumerate(self.keys):
@@ -122,8 +123,8 @@ def _reliability(a: Array, b: Array) -> float:
 
 
 def rank_correlation(a: ArrayLike, b: ArrayLike) -> float:
-    """Spearman's: Pearson's correlation of ranks of two arrays [n], equal values sharing the mean of theirs. Where one
-    array has a single value, 1 if the other one has too and 0 if not; 1 for n < 2."""
+    """Spearman's rank correlation of two arrays [n]; equal values share their mean rank. Where an array is constant, 1
+    if the other one is too and 0 if not; 1 for n < 2."""
     if np.size(a) < 2:
         return 1.0
     ranks = _ranks(a), _ranks(b)

@@ -1,4 +1,4 @@
-"""One call of a model with gradients, pulled back to every layer's output and used there, layer by layer."""
+"""One call of a model with gradients, whose backward passes contract each layer's gradient with its deltas."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def inner(deltas: Tensor, gradient: Tensor) -> Tensor:
 
 
 def add(a: Tensor | None, b: Tensor) -> Tensor:
-    """Sum of two results [groups, choices]; where their groups differ, over all groups: [1, choices]."""
+    """Sum of two results [groups, choices]; where their group counts differ, summed over groups first: [1, choices]."""
     if a is None or a.shape == b.shape:
         return b if a is None else a + b
     return a.sum(0, keepdim=True) + b.sum(0, keepdim=True)
@@ -34,7 +34,7 @@ def add(a: Tensor | None, b: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class _Seen:
-    """One call of one layer: its input, or the deltas themselves where the memory budget had room."""
+    """One call of one layer: its input, or its deltas where they fit the memory budget."""
 
     name: str
     groups: int
@@ -45,9 +45,9 @@ class _Seen:
 
 @dataclass(slots=True)
 class _Sink:
-    """Where gradients go. Holds no part of the graph, whose hooks refer to it: the graph dies with its tape.
+    """Receives the gradients from the graph's hooks. It holds no part of the graph, which is thus freed with its Tape.
 
-    ``changes``: {layer: sum of squares of its deltas [choices], over samples}, of layers whose gradient was asked for.
+    ``changes``: {layer: sum of squares of its deltas [choices], over samples}, for layers of the pulls so far.
     """
 
     deltas: Mapping[str, LayerDeltas]
@@ -91,13 +91,13 @@ class _Sink:
 class Tape:
     """The graph of one call ``model(*args, **kwargs)``, and every layer's deltas for it.
 
-    Kept besides autograd's own tensors: deltas up to ``budget`` bytes, and the inputs of the layers whose deltas did
-    not fit (computed again at each pull). A layer's gradient is used as soon as it is there and freed.
+    It keeps, besides autograd's own tensors, deltas up to ``budget`` bytes, and the inputs of the layers whose deltas
+    did not fit (these are computed again at each pull). A layer's gradient is used and freed as soon as it is computed.
 
     Args:
-        model: parameters must not require gradients; its first output is what is differentiated.
+        model: its first output is differentiated; parameters must not require gradients.
         flat, spec: the arguments (args, kwargs) as flattened by ``tree_flatten``.
-        wanted: indices of ``flat`` whose gradients pull() returns; floating-point tensors.
+        wanted: indices of the floating-point tensors in ``flat`` whose gradients pull() returns.
         rows: samples in the first dimension of layers' outputs.
     """
 
@@ -123,11 +123,11 @@ class Tape:
             self.output = first_output(model(*args, **kwargs))
 
     def _see(self, name: str, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """From here on the output's gradient is asked for, whether or not anything before needs it."""
+        """Hooks the gradient of a layer's output, which becomes a leaf of the graph where it requires none yet."""
         index = self.sink.see(name, x, y)
         if not y.requires_grad:
             self.leaves.append(y.detach().requires_grad_(True))
-            y = self.leaves[-1].clone()  # a leaf may not be changed in place, and models do that
+            y = self.leaves[-1].clone()  # a leaf may not be changed in place, which some models do
         y.register_hook(partial(self.sink.take, index))
         return y
 
@@ -141,7 +141,7 @@ class Tape:
             of the wanted arguments.
 
         Raises:
-            SensitivityError: naming the layers the gradient did not reach.
+            SensitivityError: the gradient does not reach some layers, which it names.
         """
         sink = self.sink
         sink.results, sink.names, sink.contract = {}, names, contract
@@ -162,7 +162,7 @@ class Tape:
 
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
-    """No parameter of ``modules`` requires gradients inside the block; each is as it was afterwards."""
+    """No parameter of ``modules`` requires gradients inside the block; ``requires_grad`` is restored afterwards."""
     parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
     try:
         for p in parameters:

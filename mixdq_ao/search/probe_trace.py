@@ -1,4 +1,4 @@
-"""One sampling run as a chain of denoiser calls, with what links them to each other and to the pictures kept."""
+"""One sampling run as a chain of denoiser calls, keeping the autograd graphs between the calls and to the pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..compat import tree_flatten, tree_unflatten
 from ..errors import SensitivityError
 from ..models.pipelines import Sampling, drawn, first_output, generate
 from .probe_tape import frozen
-from .watch import denoiser_of, eager
+from .watch import denoiser_of, eager, hooked
 
 
 @dataclass(slots=True)
@@ -23,9 +23,9 @@ class Step:
     """One call of the denoiser.
 
     Attributes:
-        flat, spec: its arguments, detached copies.
-        links: {index in ``flat``: the argument as a function of earlier steps' outputs}.
-        output: what it gave, a leaf that everything later depends on. [rows, ...]
+        flat, spec: detached copies of its arguments, as flattened by ``tree_flatten``.
+        links: {index in ``flat``: the argument, attached to the graph of earlier steps' outputs}.
+        output: its output [rows, ...], a leaf of the graph that everything later depends on.
     """
 
     flat: list[Any]
@@ -36,19 +36,19 @@ class Step:
 
 @dataclass(slots=True)
 class Trace:
-    """The steps of a run over ``count`` prompts and its pictures [count, 3, H, W] (None where not asked for)."""
+    """The steps of a run over ``count`` prompts and its pictures [count, 3, H, W] (None where not requested)."""
 
     steps: list[Step]
     images: Tensor | None
     count: int
 
     def picture_gradients(self, cotangent: Tensor) -> list[Tensor]:
-        """Gradients of <cotangent, images> at every step's output; later denoiser calls counted as constant."""
+        """Gradients of <cotangent, images> at every step's output, with later denoiser calls held constant."""
         assert self.images is not None
         return _gradients([self.images], [s.output for s in self.steps], [cotangent])
 
     def earlier_gradients(self, step: int, at_links: list[Tensor | None]) -> list[Tensor]:
-        """Gradients at a step's links carried on to the outputs of the steps before it."""
+        """Gradients at a step's links propagated to the outputs of the steps before it."""
         links = [(a, g) for a, g in zip(self.steps[step].links.values(), at_links, strict=True) if g is not None]
         return _gradients([a for a, _ in links], [s.output for s in self.steps[:step]], [g for _, g in links])
 
@@ -74,8 +74,8 @@ class _Differentiable:
 
 
 def trace(pipe: Any, prompts: list[str], sampling: Sampling, *, pictures: bool) -> Trace:
-    """Samples ``prompts`` in one batch. The denoiser itself runs without gradients; the scheduler, and the decoder
-    where pictures are asked for, with them.
+    """Samples ``prompts`` in one batch. The scheduler, and the decoder where ``pictures``, run with gradients, the
+    denoiser without.
 
     Raises:
         SensitivityError: the pictures do not depend on the denoiser's output in a differentiable way.
@@ -109,17 +109,13 @@ def _recorded(model: nn.Module, steps: list[Step]) -> Iterator[None]:
             return leaf if isinstance(output, Tensor) else (leaf, *output[1:])
         return type(output)(sample=leaf)
 
-    handles = [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
-    try:
+    with hooked(model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
 def _unmarked(pipe: Any) -> Iterator[None]:
-    """No watermark inside the block: it leaves the graph, and changes no picture visibly."""
+    """Disables the pipeline's watermark inside the block: it breaks the autograd graph, and is invisible."""
     watermark = getattr(pipe, "watermark", None)
     try:
         if watermark is not None:

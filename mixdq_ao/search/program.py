@@ -2,9 +2,9 @@
 
 Minimise the summed value of one column per item with every summed cost within its limit. The multipliers of HiGHS'
 linear relaxation rule out most columns (a column whose Lagrangian bound is above a known solution's value is in no
-better one). What is left is searched: with one limit by ``knapsack``, exactly; else by HiGHS' branch and bound, which
-takes no notice of what is better by less than a millionth of its unit of value. The unit is the value of a known
-solution, at most twice that of the one found.
+better solution). The remaining columns are searched: with one limit by ``knapsack``, exactly; else by HiGHS' branch and
+bound, which ignores improvements below a millionth of its unit of value. The unit is the value of a known solution, at
+most twice that of the one found.
 """
 
 from __future__ import annotations
@@ -17,13 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import knapsack
-from .highs import Array, Choices, Relaxation, branch_and_bound, relax
+from .arrays import Array
+from .highs import Choices, Relaxation, branch_and_bound, relax
 
 ROUNDING = 1e-9
-"""Relative excess over a limit that is put down to float64 in the limit itself (a number of bits times a size)."""
+"""Relative excess over a limit that is allowed for float64 rounding of the limit (a number of bits times a size)."""
 FILL_TRIES = 5000
+"""Improvements that ``_fill`` tries: a bound on the time of a Python loop; the result is only a first solution."""
+PRICES = (1.0001, 1.001, 1.01, 1.1, 2.0, 10.0)
+"""Multiples of the relaxation's factors that are tried until a choice fits. The factors themselves exceed a limit by at
+most the items that the relaxation divides, so small increases come first."""
 PROVEN = 1e-12
-"""Relative gap that float64 sums cannot resolve."""
+"""Relative gap below which float64 sums cannot tell two values apart."""
 
 
 class InfeasibleProgram(Exception):
@@ -36,8 +41,8 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """choice: [n] columns; value: their sum; gap: proven relative distance to the optimum, of the value above
-    what the limits do not force (0: optimal; with several limits to two millionths)."""
+    """choice: [n] columns; value: their sum; gap: proven relative distance to the optimum of the value in excess of
+    each item's minimum (0: optimal; with several limits to two millionths)."""
 
     choice: NDArray[np.int64]
     value: float
@@ -65,10 +70,10 @@ def solve(value: Array, cost: Array, limit: Array, *, time_limit: float = 60.0) 
 
 
 def _search(problem: Choices, deadline: float) -> tuple[NDArray[np.int64], float]:
-    """Searched again in a finer unit while the solution is less than half of the unit that HiGHS was given.
+    """Repeats the search in a finer unit of value while the solution is below half of the unit that HiGHS was given.
 
-    HiGHS' tolerances are absolute and error powers span twelve decades: of a value far below the unit, neither the
-    choice nor the bound that HiGHS calls optimal means anything.
+    HiGHS' tolerances are absolute and error powers span twelve decades: for values far below the unit, neither the
+    choice nor the bound that HiGHS reports as optimal is reliable.
     """
     ideal = np.lexsort((problem.cost.sum(axis=0), problem.value), axis=-1)[:, 0]
     if problem.fits(ideal):
@@ -87,7 +92,7 @@ def _search(problem: Choices, deadline: float) -> tuple[NDArray[np.int64], float
 def _attempt(
     problem: Choices, known: NDArray[np.int64] | None, deadline: float
 ) -> tuple[NDArray[np.int64], float, float]:
-    """A choice at least as good as ``known``, its gap, and the unit of value that both were found in."""
+    """A choice at least as good as ``known``, its gap, and the unit of value used."""
     cheapest = _cheapest(problem)
     relaxed, bound, scale = _relax(problem, cheapest, deadline)
     best = _better(problem, known, _first(problem, relaxed, cheapest))
@@ -109,7 +114,7 @@ def _attempt(
 
 
 def _cheapest(problem: Choices) -> list[NDArray[np.int64]]:
-    """Per constraint, the choice that costs least in it (of equal ones the best)."""
+    """For each constraint the choice of least cost (of equal ones the best)."""
     costs = np.where(problem.offered[None], problem.cost, np.inf)
     return [np.lexsort((problem.value, cost), axis=-1)[:, 0] for cost in costs]
 
@@ -118,8 +123,8 @@ def _relax(problem: Choices, cheapest: list[NDArray[np.int64]], deadline: float)
     """The relaxation, the Lagrangian bound it proves, and the unit of value it was solved in.
 
     The unit is lowered until the bound is of the order of one, if it is positive. The bound holds for any multipliers,
-    whatever the solver's tolerance. It may be negative where they are poor; what it says of single columns
-    (``_core``) holds for the bound as it is, not for the 0 that is known without it.
+    whatever the solver's tolerance. Poor multipliers may make it negative; ``_core`` must use it as it is, not raised
+    to the 0 that is known anyway, as its regrets are relative to this bound.
     """
     unit = max(problem.total(c) for c in cheapest) or 1.0
     result = Relaxation(np.zeros(len(problem.limit)), cheapest[0]), 0.0, unit
@@ -150,8 +155,8 @@ def _better(
 
 
 def _first(problem: Choices, relaxed: Relaxation, cheapest: list[NDArray[np.int64]]) -> NDArray[np.int64] | None:
-    """A good choice that fits: the relaxation rounded, else at rising prices, filled up with what room is left;
-    None where no attempt fits."""
+    """A good choice that fits: the rounded relaxation, or the choice at increased prices, then improved within the room
+    left; None where no attempt fits."""
     for choice in _roundings(problem, relaxed, cheapest):
         if problem.fits(choice):
             return _fill(problem, choice)
@@ -160,13 +165,13 @@ def _first(problem: Choices, relaxed: Relaxation, cheapest: list[NDArray[np.int6
 
 def _roundings(problem: Choices, relaxed: Relaxation, cheapest: list[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
     yield relaxed.choice
-    for price in (1.0001, 1.001, 1.01, 1.1, 2.0, 10.0):
+    for price in PRICES:
         yield _lagrangian(problem, price * relaxed.factors).argmin(axis=1)
     yield from cheapest
 
 
 def _fill(problem: Choices, choice: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Takes single improvements that fit, the largest first."""
+    """``choice`` after single-item improvements that fit, the largest first."""
     choice, rows = choice.copy(), np.arange(len(choice))
     gain = problem.value[rows, choice][:, None] - problem.value
     extra = problem.cost - problem.cost[:, rows, choice][:, :, None]
@@ -180,7 +185,7 @@ def _fill(problem: Choices, choice: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _core(problem: Choices, factors: Array, bound: float, best: NDArray[np.int64] | None) -> Choices:
-    """The problem without the columns that are in no solution better than ``best``."""
+    """The problem without columns that no solution better than ``best`` can contain."""
     if best is None:
         return problem
     lagrangian = _lagrangian(problem, factors)
@@ -194,8 +199,9 @@ def _core(problem: Choices, factors: Array, bound: float, best: NDArray[np.int64
 def _branch(
     problem: Choices, core: Choices, best: NDArray[np.int64] | None, bound: float, deadline: float
 ) -> tuple[NDArray[np.int64], float]:
-    """HiGHS on the core. Its feasibility tolerance may let a limit be exceeded by a millionth; the limit is then
-    tightened by as much, and what was excluded counts as a gap."""
+    """Branch and bound of the core in HiGHS. Its feasibility tolerance may exceed a limit by a millionth; the limit is
+    then tightened by twice the excess, and the bound of the tightened problem is not used, so that solutions it
+    excludes count as a gap."""
     tight, exact = core, True
     for _ in range(4):
         found = branch_and_bound(tight, best, deadline - time.perf_counter())

@@ -1,8 +1,8 @@
-"""Replay: runs a model again with everything before one layer taken from the first run instead of computed.
+"""Replay: runs a model again, reusing the recorded outputs of everything that ran before one layer.
 
-While recording, the calls of all modules are numbered as they start and end, and their outputs kept (as far as the
-memory budget allows: the outputs of the most deeply nested modules are dropped first). To measure a change in layer
-L, every recorded call that ended before L was first called gives its kept output; the rest runs.
+While recording, the starts and ends of all module calls are numbered, and their outputs kept as far as the memory
+budget allows (those of the most deeply nested modules are dropped first). To measure a change in layer L, every
+recorded call that ended before the first call of L returns its kept output; the rest runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..errors import SensitivityError
 
 @dataclass(slots=True)
 class Call:
-    """One call of one module: when it started and ended (a running count), and what it gave, if kept."""
+    """One call of one module: its start and end on the Recorder's clock, and its output, if kept."""
 
     start: int
     end: int = -1
@@ -32,7 +32,10 @@ class Call:
 
 
 class Recorder:
-    """Records the calls of ``modules`` (name -> module; e.g. a UNet's and the text encoders')."""
+    """Records and replays the calls of ``modules`` (name -> module, e.g. those of a UNet and the text encoders).
+
+    ``budget``: bytes of outputs to keep.
+    """
 
     def __init__(self, modules: Mapping[str, nn.Module], budget: int = 4 << 30) -> None:
         self.modules, self.budget = dict(modules), budget
@@ -42,7 +45,7 @@ class Recorder:
 
     @contextmanager
     def record(self) -> Iterator[None]:
-        """Runs inside are recorded; the modules are as before afterwards."""
+        """Records the runs inside the block; the modules are restored at its end."""
         with _patched(self.modules, self._recording):
             yield
 
@@ -74,7 +77,8 @@ class Recorder:
 
     @contextmanager
     def replay(self, until: str) -> Iterator[None]:
-        """Runs inside compute only what starts after module ``until`` was first called in the recorded run."""
+        """Runs inside the block reuse the outputs of calls that ended before the recorded run first called
+        ``until``."""
         if not self.calls[until]:
             raise SensitivityError(f"layer {until!r} was never called in the recorded run")
         stop = self.calls[until][0].start
@@ -84,8 +88,8 @@ class Recorder:
             calls = self.calls[name]
 
             def run(*args: Any, **kwargs: Any) -> Any:
-                # The recorded call this one repeats is the first after the last one seen. Counting calls would go
-                # wrong: where a module's kept output is given, the modules inside it are not called.
+                # This call repeats the first recorded call after the last one matched. Counting calls would be wrong:
+                # where a module returns its kept output, the modules inside it are not called.
                 nonlocal position
                 call = next((c for c in calls if c.start > position), None)
                 if call is not None and call.kept and call.end < stop:
@@ -116,7 +120,7 @@ def _unchanged(name: str, call: Call) -> Any:
 
 @contextmanager
 def _patched(modules: Mapping[str, nn.Module], wrap: Callable[..., Callable[..., Any]]) -> Iterator[None]:
-    """Every module's ``forward`` wrapped inside the block (an instance attribute, removed at the end)."""
+    """Wraps every module's ``forward`` inside the block (as an instance attribute, removed or restored at its end)."""
     previous = {n: m.__dict__["forward"] for n, m in modules.items() if "forward" in m.__dict__}
     try:
         for name, module in modules.items():
@@ -131,6 +135,6 @@ def _patched(modules: Mapping[str, nn.Module], wrap: Callable[..., Callable[...,
 
 
 def replayable(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules of ``model`` that can be recorded: those that are called (no ModuleList), the model excluded."""
+    """All submodules of ``model`` that are called, so not ModuleList or ModuleDict."""
     skip = (nn.ModuleList, nn.ModuleDict)
     return {n: m for n, m in model.named_modules() if n and not isinstance(m, skip)}

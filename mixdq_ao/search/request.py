@@ -1,14 +1,15 @@
-"""What is asked of an allocation, checked before any program is built."""
+"""The arguments of an allocation, checked and in normal form before any program is built."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 
 from ..errors import AllocationError
-from ..expect import is_number
+from ..expect import expect, is_number
 from ..layer_plan import ACT_BITS, WEIGHT_BITS
 from .objectives import OBJECTIVES, Objective
 from .sensitivity import GROUPS, Kind, Sensitivity
@@ -17,15 +18,39 @@ from .split import SPLITS
 Budget = float | Mapping[str, float]
 Offer = Sequence[int] | Mapping[str, Sequence[int]]
 
+
+class AllocationOptions(TypedDict, total=False):
+    """Keyword arguments of ``allocate`` that functions built on it take as well; ``check_request`` has the defaults."""
+
+    weight_choices: Offer | None
+    act_choices: Offer | None
+    weight_splits: Sequence[float] | None
+    act_splits: Sequence[float] | None
+    protect: Iterable[str]
+    tie: Iterable[Iterable[str]]
+    time_limit: float
+
+
+class SweepOptions(AllocationOptions, total=False):
+    """AllocationOptions, and the objective."""
+
+    objective: str
+
+
 PUBLISHED = {"weight": {"content": (2, 4, 8), "quality": (4, 8)}, "act": {"content": (4, 8), "quality": (4, 8)}}
+"""Bits offered by default for the objective "decoupled", as published."""
 ALL = {"weight": (2, 4, 8), "act": (4, 8)}
+"""Bits offered by default for the other objectives."""
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """One kind's part: average bits (or, for weights, total bytes), choices per group, and the splits to try.
+    """The part of a request for one kind: its budget, choices per group, and the splits to try.
 
-    ``fixed`` bits need no program; budget is then None. ``kept``: bytes of protected layers, taken off the budget.
+    Attributes:
+        budget: average bits, one number or {group: bits}; bytes in all where ``in_bytes``; None where ``fixed``.
+        fixed: bits of every layer, where no program is needed.
+        kept: bytes of protected layers, already subtracted from the budget.
     """
 
     kind: Kind
@@ -57,25 +82,23 @@ class Request:
 def check_request(
     sensitivity: Sensitivity,
     *,
-    weight_bits: Budget | None,
-    weight_bytes: int | None,
-    act_bits: Budget | None,
-    objective: str,
-    weight_choices: Offer | None,
-    act_choices: Offer | None,
-    weight_splits: Sequence[float] | None,
-    act_splits: Sequence[float] | None,
-    protect: Iterable[str],
-    tie: Iterable[Iterable[str]],
-    time_limit: float,
+    weight_bits: Budget | None = None,
+    weight_bytes: int | None = None,
+    act_bits: Budget | None = None,
+    objective: str = "decoupled",
+    weight_choices: Offer | None = None,
+    act_choices: Offer | None = None,
+    weight_splits: Sequence[float] | None = None,
+    act_splits: Sequence[float] | None = None,
+    protect: Iterable[str] = (),
+    tie: Iterable[Iterable[str]] = (),
+    time_limit: float = 60.0,
 ) -> Request:
     """The request in normal form. Raises AllocationError naming argument, value and what was expected; SensitivityError
-    for what is no sensitivity."""
+    where ``sensitivity`` is not one."""
     sensitivity = Sensitivity.expect(sensitivity, "sensitivity")
-    if objective not in OBJECTIVES:
-        raise AllocationError(f"objective is {objective!r}, expected one of {', '.join(OBJECTIVES)}")
-    if not _number(time_limit) or time_limit <= 0:
-        raise AllocationError(f"time_limit is {time_limit!r}, expected seconds > 0")
+    expect(objective in OBJECTIVES, "objective", objective, f"one of {', '.join(OBJECTIVES)}", AllocationError)
+    expect(_number(time_limit) and time_limit > 0, "time_limit", time_limit, "seconds > 0", AllocationError)
     if (weight_bits is None) == (weight_bytes is None):
         raise AllocationError("give exactly one of weight_bits (an average) and weight_bytes (a total)")
     protected = protected_names(sensitivity, protect)
@@ -115,9 +138,10 @@ def _demand(
 def _fixed(
     kind: Kind, budget: float | dict[str, float] | None, choices: dict[str, tuple[int, ...]], default: bool
 ) -> int | None:
-    """Bits that need no program: activations default to 8, 16 keeps a kind as it is, one choice is no choice.
+    """The bits of all layers where no program is needed, else None: 8 for activations without a budget, 16 to keep a
+    kind unquantized, or the only bits offered.
 
-    Four-bit activations save no time, so a budget of 8 does not invite them, even where noise favours them.
+    Four-bit activations save no time, so a budget of 8 does not offer them, even where measurement noise favours them.
     """
     if budget is None:
         return 8
@@ -152,13 +176,14 @@ def _budget(name: str, budget: Budget) -> float | dict[str, float]:
 
 
 def positive(name: str, value: object) -> float:
-    if not _number(value) or not value > 0:  # type: ignore[operator]
-        raise AllocationError(f"{name} is {value!r}, expected a finite number > 0")
+    """``value`` as a float. Raises AllocationError unless it is a finite number above 0."""
+    good = _number(value) and value > 0  # type: ignore[operator]
+    expect(good, name, value, "a finite number > 0", AllocationError)
     return float(value)  # type: ignore[arg-type]
 
 
 def _number(value: object) -> bool:
-    """Python's and NumPy's."""
+    """Whether a value is a finite number of Python or NumPy."""
     return is_number(value.item() if isinstance(value, np.generic) else value)
 
 
@@ -174,7 +199,8 @@ def protected_names(sensitivity: Sensitivity, protect: Iterable[str]) -> frozens
 def tied_units(
     sensitivity: Sensitivity, protected: frozenset[str], tie: Iterable[Iterable[str]]
 ) -> tuple[tuple[str, ...], ...]:
-    """Tied layers first to last as the sensitivity orders them; groups of ties that overlap are an error."""
+    """The units of Request, in the order of the sensitivity: tied layers together, any other layer by itself. Raises
+    AllocationError where groups overlap or mix protected layers with others."""
     unit_of: dict[str, frozenset[str]] = {}
     for names in tie:
         group = frozenset([names] if isinstance(names, str) else names)

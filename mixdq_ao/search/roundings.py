@@ -1,4 +1,4 @@
-"""Ways to round a weight at the same bytes and speed: how the search names them, and which is best at a bit width."""
+"""Names of the ways to round a weight, at equal bytes and speed, and the choice of the best per bit width."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_roundings(roundings: Sequence[str]) -> tuple[str, ...]:
 
 
 def rounded_as(layer: LayerPlan, rounding: str) -> LayerPlan:
-    """``layer`` with a rounding of ROUNDINGS."""
+    """A copy of ``layer`` with one of ROUNDINGS."""
     weight_range, how = rounding.split()
     fields: dict[str, Any] = {"weight_range": weight_range, "rounding": how}
     return replace(layer, **fields)
@@ -34,10 +34,10 @@ def rounded_as(layer: LayerPlan, rounding: str) -> LayerPlan:
 def usable(
     roundings: Iterable[str], name: str, module: nn.Module, moments: Mapping[str, Tensor] | None
 ) -> tuple[str, ...]:
-    """Those that layer ``name`` can be given: without a moment of its input, and in groups, none that needs one, but
-    PLAIN always.
+    """The roundings that layer ``name`` can use: without a moment of its input, or for a grouped convolution, those
+    that need no moment; PLAIN where none is left.
 
-    Raises SensitivityError where moments are needed and there are none of any layer.
+    Raises SensitivityError where moments are needed and ``moments`` is None.
     """
     needy = {r for r in roundings if rounded_as(LayerPlan(weight_bits=8), r).needs_moment}
     if needy and moments is None:
@@ -49,7 +49,7 @@ def usable(
 
 
 def best_of(errors: Mapping[tuple[int, str], float]) -> dict[int, str]:
-    """{bits: rounding of the least error}, of equals the first; ``errors``: {(bits, rounding): error}."""
+    """{bits: rounding with the least error}, of equal ones the first; ``errors``: {(bits, rounding): error}."""
     best: dict[int, str] = {}
     for (bits, rounding), error in errors.items():
         if bits not in best or error < errors[bits, best[bits]]:

@@ -1,4 +1,4 @@
-"""What a model is looked at with: prompts that its pipeline draws at several step counts, or what runs it."""
+"""Input sources for measuring a model: prompts at one or more step counts, or a user's callable."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def runs(
     steps: int | Sequence[int],
     **drawing: Any,
 ) -> tuple[Callable[[], object], dict[str, Any]]:
-    """What runs a model over everything, and what is said of it in metadata. ``drawing``: fields of Sampling.
+    """A callable that runs a model over all inputs, and its description for metadata. ``drawing``: fields of Sampling.
 
-    Raises CalibrationError where both or neither of prompts and ``run`` are given, or steps are no counts; MixDQError
-    where prompts are empty or a field is out of range.
+    Raises CalibrationError where both or neither of prompts and ``run`` are given, or ``steps`` is not a count or
+    several; MixDQError where prompts are empty or a field is out of range.
     """
     check_source(pipe, prompts, run, CalibrationError)
     if run is not None:
@@ -45,7 +45,7 @@ def runs(
 def check_source(
     pipe: Any, prompts: Sequence[str] | None, run: Callable[[], object] | None, error: type[MixDQError]
 ) -> None:
-    """Raises ``error`` unless there is a pipeline with prompts, or else ``run``."""
+    """Raises ``error`` unless either a pipeline with prompts or ``run`` is given."""
     if run is not None and prompts is not None:
         raise error("prompts and run= are both given; run= draws inputs of its own, so pass one of them")
     if run is None and (isinstance(pipe, nn.Module) or prompts is None):

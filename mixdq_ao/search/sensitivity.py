@@ -1,4 +1,4 @@
-"""Sensitivity: what each layer costs the picture at each bit width, and the JSON file that holds it."""
+"""Sensitivity: how much each layer harms the picture at each bit width, and the JSON file that holds it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from ..document import Document
 from ..errors import SensitivityError
-from ..expect import is_number
+from ..expect import expect, is_number, located
 from .roundings import PLAIN, ROUNDINGS
 
 BITS = (2, 4, 8, 16)
 GROUPS = ("content", "quality")
 ERROR_FLOOR = 1e-12
-"""Relative error power (-120 dB) below which float32 arithmetic itself decides."""
+"""Relative error power (-120 dB) below which a difference is float32 rounding."""
 
 Kind = Literal["weight", "act"]
 
@@ -33,7 +33,7 @@ def error_from_sqnr(decibel: float) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerSensitivity:
-    """What was measured with this layer alone quantized, weight or activation, at each bit width.
+    """Scores and errors with only this layer quantized, its weight or its activation, at each bit width.
 
     Attributes:
         group: "content" (judged by SSIM of the decoded picture) or "quality" (by SQNR of the model's output).
@@ -41,9 +41,9 @@ class LayerSensitivity:
         act_size: input elements per sample.
         weight_scores, act_scores: {bits: the group's metric, SSIM or dB}; higher is less sensitive.
         weight_errors, act_errors: {bits: relative error power of the model's output}; may be empty.
-        weight_bytes: {bits: bytes really stored, scales and zero points included}; may be empty.
-        weight_roundings: {bits: the rounding, of ``roundings.ROUNDINGS``, that scores and errors were measured with and
-            that ``allocate`` plans}; "minmax nearest" where it is absent.
+        weight_bytes: {bits: bytes stored, scales and zero points included}; may be empty.
+        weight_roundings: {bits: the rounding, one of ``roundings.ROUNDINGS``, that scores and errors were measured with
+            and that ``allocate`` plans}; "minmax nearest" for bits that are absent.
     """
 
     group: Literal["content", "quality"]
@@ -57,11 +57,10 @@ class LayerSensitivity:
     weight_roundings: Mapping[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.group not in GROUPS:
-            raise SensitivityError(f"group is {self.group!r}, expected 'content' or 'quality'")
+        expect(self.group in GROUPS, "group", self.group, "'content' or 'quality'", SensitivityError)
         for name in ("weight_size", "act_size"):
-            if not _is_count(getattr(self, name)):
-                raise SensitivityError(f"{name} is {getattr(self, name)!r}, expected a positive integer")
+            value = getattr(self, name)
+            expect(_is_count(value), name, value, "a positive integer", SensitivityError)
         for name in ("weight_scores", "act_scores"):
             _check_table(name, getattr(self, name), is_number, "a finite number")
         for name in ("weight_errors", "act_errors"):
@@ -80,17 +79,17 @@ class LayerSensitivity:
         return self.weight_size if kind == "weight" else self.act_size
 
     def sqnr(self, kind: Kind) -> dict[int, float]:
-        """{bits: dB} of the model's output, from the error powers; a quality layer's scores where there are none."""
+        """{bits: SQNR in dB of the model's output}, from the error powers; without these, a quality layer's scores."""
         if errors := self.errors(kind):
             return {bits: sqnr_from_error(error) for bits, error in errors.items()}
         return dict(self.scores(kind)) if self.group == "quality" else {}
 
     def rounding(self, bits: int) -> str:
-        """The rounding the weight's figures at ``bits`` are of."""
+        """The rounding that the weight's scores and errors at ``bits`` were measured with."""
         return self.weight_roundings.get(bits, PLAIN)
 
     def to_json(self) -> dict[str, Any]:
-        """All fields; no ``weight_roundings`` where all are plain, so that such files are as they always were."""
+        """All fields, but ``weight_roundings`` where not empty: other files are as before it existed."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         if not self.weight_roundings:
             del values["weight_roundings"]
@@ -99,10 +98,10 @@ class LayerSensitivity:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Sensitivity(Document):
-    """The sensitivity of every layer of one model, by the layer's name, and how it was measured.
+    """The sensitivity of every layer of one model, by name, and how it was measured.
 
-    ``metadata["noise_floor"]``, if present, is the relative error power of the measurement itself (what two runs
-    of the unquantized model differ by); allocation treats smaller differences as none.
+    ``metadata["noise_floor"]``, if present, is the relative error power of the measurement itself (by which two runs
+    of the unquantized model differ); allocation treats smaller differences as none.
     """
 
     FORMAT, VERSION, ERROR = "mixdq-sensitivity", 1, SensitivityError
@@ -118,8 +117,7 @@ class Sensitivity(Document):
                     f"layer {name!r}: is {type(layer).__name__}, expected a name and a LayerSensitivity"
                 )
         floor = self.metadata.get("noise_floor", 0.0)
-        if not _is_error(floor):
-            raise SensitivityError(f"metadata: noise_floor is {floor!r}, expected a finite number >= 0")
+        expect(_is_error(floor), "metadata: noise_floor", floor, "a finite number >= 0", SensitivityError)
 
     @property
     def noise_floor(self) -> float:
@@ -151,7 +149,7 @@ class Sensitivity(Document):
         act_ratio: str | os.PathLike[str],
     ) -> Sensitivity:
         """The MixDQ authors' sensitivity and size files (see ``mixdq_yaml``)."""
-        from .mixdq_yaml import sensitivity_from_mixdq_yaml
+        from .mixdq_yaml import sensitivity_from_mixdq_yaml  # imports this module
 
         return sensitivity_from_mixdq_yaml(weight_ssim, weight_sqnr, act_ssim, act_sqnr, weight_ratio, act_ratio)
 
@@ -174,8 +172,7 @@ def _check_table(name: str, table: object, valid: Callable[[object], bool], expe
     for bits, value in table.items():
         if type(bits) is not int or bits not in BITS:
             raise SensitivityError(f"{name}: bits {bits!r}, expected one of 2, 4, 8, 16")
-        if not valid(value):
-            raise SensitivityError(f"{name} at {bits} bits is {value!r}, expected {expected}")
+        expect(valid(value), f"{name} at {bits} bits", value, expected, SensitivityError)
 
 
 def _layer_from_json(name: str, value: object) -> LayerSensitivity:
@@ -191,12 +188,10 @@ def _layer_from_json(name: str, value: object) -> LayerSensitivity:
                 f"layer {name!r}: {problem} field {min(names)!r}; expected {', '.join(sorted(known))}"
             )
     values: dict[str, Any] = {n: _integer_keys(v) if isinstance(v, dict) else v for n, v in value.items()}
-    try:
+    with located(f"layer {name!r}", SensitivityError):
         return LayerSensitivity(**values)
-    except SensitivityError as e:
-        raise SensitivityError(f"layer {name!r}: {e}") from e
 
 
 def _integer_keys(table: dict[str, Any]) -> dict[Any, Any]:
-    """JSON's "4" back to 4; a key that is not written so stays as it is and is refused by name later."""
+    """Keys of JSON such as "4" as integers; any other key stays as it is and is refused by name later."""
     return {int(key) if key in ("2", "4", "8", "16") else key: value for key, value in table.items()}

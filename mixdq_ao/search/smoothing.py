@@ -1,8 +1,8 @@
-"""How much each channel of a layer's input is made smaller before it is quantized, and which inputs are rotated.
+"""Chooses the smoothing factor of each channel of layers' inputs, and which inputs are rotated.
 
-SmoothQuant (Xiao et al. 2022, arXiv 2211.10438): what makes channel j of an input smaller by s_j, and the weights that
-read it larger by s_j, leaves the product as it was. Here s_j are powers of two, so full precision stays the same to the
-bit. ``quantize.folds`` says where this costs nothing, and does it.
+SmoothQuant (Xiao et al. 2022, arXiv 2211.10438): dividing channel j of an input by s_j and multiplying the weights that
+read it by s_j leaves the product unchanged. Here s_j are powers of two, so full precision stays the same to the bit.
+``quantize.folds`` finds the places where the division folds into existing weights, and folds it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ..quantize.folds import Fold, Folding, as_smoothing, find_folds, fold_, fol
 from ..quantize.hadamard import hadamard
 from .calibration import Calibration
 from .metrics import error_power
-from .watch import denoiser_of, watched
+from .watch import denoiser_of, hooked, watched
 
 LARGEST = 4
-"""Largest power of two, either way."""
+"""Largest exponent of two of a factor, positive or negative."""
 SAME = 1e-8
-"""Relative error power of the output above which folding has changed the model, in float32 and wider types."""
+"""Relative error power of the output, in float32 and wider types, above which folding is judged to have changed it."""
 
 
 @torch.no_grad()
@@ -39,20 +39,21 @@ def choose_folds(
     rotation: bool = False,
     folds: Sequence[Fold] | None = None,
 ) -> dict[Fold, Folding]:
-    """What to do to the inputs of the layers that ``go`` calls.
+    """Chooses smoothing factors and rotations for the inputs of the layers that ``go`` calls.
 
-    s_j = max|x_j|^strength / max|w_j|^(1 - strength), over the calls and the readers, at most 16 times its geometric
-    mean either way, rounded to a power of two. None: no smoothing. ``rotation``: values are rotated within heads where
-    a Hadamard matrix of a head's size is known.
+    s_j = max|x_j|^strength / max|w_j|^(1 - strength), over the calls and the reading layers, clamped to 1/16 to 16
+    times its geometric mean, rounded to a power of two.
 
     Args:
         go: runs ``model`` on representative data.
-        folds: the places; None for all that are found.
+        strength: see above; None for no smoothing.
+        rotation: rotate attention values within heads where a Hadamard matrix of the head's size is known.
+        folds: the places to fold at; None for all that are found.
 
     Raises:
         CalibrationError: strength is not between 0 and 1, or ``go`` does not call the model itself.
-        QuantizationError: the model computes something else with them (a module is wired as ``find_folds`` does not
-            expect). Its weights are as they were.
+        QuantizationError: folding changes the model's output (its modules are not connected as ``find_folds`` expects).
+            The weights are restored.
     """
     if strength is not None and not 0 <= strength <= 1:
         raise CalibrationError(f"smoothing is {strength}, expected 0 to 1, or None")
@@ -76,17 +77,14 @@ def choose_folds(
 
 @contextmanager
 def _first_call(model: nn.Module, call: list[Any]) -> Iterator[None]:
-    """Keeps arguments and output of the model's first call."""
+    """Appends the arguments and output of the model's first call inside the block to ``call``."""
 
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not call:
             call.extend((copy.deepcopy(args), copy.deepcopy(kwargs), first_output(output).clone()))
 
-    handle = model.register_forward_hook(see, with_kwargs=True)
-    try:
+    with hooked(model.register_forward_hook(see, with_kwargs=True)):
         yield
-    finally:
-        handle.remove()
 
 
 def _check_same(model: nn.Module, folds: Mapping[Fold, Folding], args: Any, kwargs: Any, before: Tensor) -> None:
@@ -106,7 +104,7 @@ def _folding(model: nn.Module, fold: Fold, peak: Tensor, strength: float | None,
 
 
 def rotation_note(model: nn.Module, folds: Mapping[Fold, Folding]) -> str:
-    """Which attentions are rotated, and why others are not, in words."""
+    """A text for metadata: which attentions are rotated, and why others are not."""
     heads = Counter(fold.head for fold in find_folds(model) if fold.head is not None)
     done = Counter(folding.rotation for folding in folds.values())
     notes = []
@@ -118,7 +116,7 @@ def rotation_note(model: nn.Module, folds: Mapping[Fold, Folding]) -> str:
 
 
 def _powers(model: nn.Module, fold: Fold, peak: Tensor, strength: float) -> list[int]:
-    """Of two, for each channel; 0 where a channel or its weights are all zero."""
+    """The exponent of two of each channel's factor; 0 where the channel or its weights are all zero."""
     weights: list[Any] = [model.get_submodule(r).weight for r in fold.readers]
     weight = torch.stack([w.detach().abs().amax(0).float() for w in weights]).amax(0)
     wanted = strength * peak.log2() - (1 - strength) * weight.log2()
@@ -131,10 +129,10 @@ def _powers(model: nn.Module, fold: Fold, peak: Tensor, strength: float) -> list
 
 @contextmanager
 def as_calibrated(model: nn.Module, calibration: Calibration) -> Iterator[Calibration]:
-    """Inside the block ``model`` is folded as its layers were when they were calibrated, and the calibration given is
-    one of that model; afterwards the weights are what they were.
+    """Folds the calibration's smoothing and rotation into ``model`` inside the block, and yields the calibration of the
+    folded model; the weights are restored afterwards.
 
-    Raises PlanError, QuantizationError where the model cannot be folded so.
+    Raises PlanError or QuantizationError where the model cannot be folded.
     """
     with folded(model, planned_folds(model, foldings_of(calibration.layers))):
         yield calibration.of_folded_model()
@@ -148,10 +146,10 @@ def smooth_(
     sampling: Sampling | None = None,
     folds: Sequence[Fold] | None = None,
 ) -> dict[Fold, Folding]:
-    """Folds factors into the denoiser of ``pipe``, in place and for good: from now on it is another model with the same
-    output. Where a plan is to say it, and to do it to the original model, use ``calibrate(smoothing=)``.
+    """Folds smoothing factors into the denoiser of ``pipe``, in place and for good: its weights change, its output does
+    not. To record the smoothing in a plan for the original model use ``calibrate(smoothing=)`` instead.
 
-    ``strength`` and errors: see ``choose_folds``. Returns what was done.
+    ``strength`` and errors: see ``choose_folds``. Returns what was folded.
     """
     model = denoiser_of(pipe)
     texts, drawn = check_prompts(prompts), sampling or Sampling()

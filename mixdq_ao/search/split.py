@@ -1,4 +1,4 @@
-"""How one budget is divided between content and quality layers: a sweep of their ratio, as published."""
+"""Divides one budget between content and quality layers, by a sweep of their ratio as published."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def split_budgets(
 ) -> list[tuple[float, dict[str, float]]]:
     """(k, {group: average bits}) for every k that keeps both groups within ``reach`` ({group: (lowest, highest)}).
 
-    A budget that is enough for the highest bits of both needs no split: k = 1.
+    A budget that allows the highest bits in both groups is not split: k = 1.
     """
     if all(budget >= high for _, high in reach.values()):
         return [(1.0, dict.fromkeys(reach, budget))]

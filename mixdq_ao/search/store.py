@@ -1,8 +1,8 @@
-"""An append-only file of measurements: a killed run continues where it was, nothing is lost or done twice.
+"""An append-only file of measurements, from which a killed run continues without losing or repeating any.
 
 One JSON object a line. The first line is the header: format, version, and the fingerprint of everything the results
-depend on. A torn last line (power cut, full disk, kill -9) is dropped by the reader and cut off before appending. One
-process writes to a file; several machines write one each, and those are merged.
+depend on. A torn last line (power cut, full disk, kill -9) is dropped by the reader and truncated before appending. One
+process writes to a file; several machines write a file each, and these are merged.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ FORMAT, VERSION = "mixdq-store", 1
 
 
 SAME = 1e-2
-"""Relative difference up to which two machines' results of one evaluation are the same, but for their arithmetic;
-below ``ERROR_FLOOR`` that is all there is."""
+"""Relative difference between two machines' results of one evaluation that is put down to their arithmetic; results
+below ``ERROR_FLOOR`` may differ by any factor."""
 
 
 class Store:
@@ -35,8 +35,8 @@ class Store:
     Use as a context manager: the file is locked inside the block. A value is a dict of finite numbers.
 
     Raises:
-        SensitivityError: the file is no store, belongs to another run (fingerprint), is written by another
-            process, or cannot be written (a full disk: what was stored before stays readable).
+        SensitivityError: the file is not a store, belongs to another run (fingerprint), is being written by another
+            process, or cannot be written (a full disk: earlier results stay readable).
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, fingerprint: str) -> None:
@@ -81,8 +81,8 @@ class Store:
         return {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint}
 
     def _take(self, data: bytes) -> int:
-        """The results in a file's content; returns where its last whole line ends. Nothing is written before the first
-        line, whole or torn, is known to be one of this run's."""
+        """Adds the results in a file's content; returns the offset where its last whole line ends. Raises where the
+        first line, whole or torn, is not a header of this run, so that no other file is written to."""
         whole = data.rfind(b"\n") + 1
         if not whole:
             if not json.dumps(self._header).encode().startswith(data):
@@ -111,13 +111,13 @@ class Store:
             )
 
     def merge(self, paths: Iterable[str | os.PathLike[str]]) -> int:
-        """Takes over the results of other stores of the same run, which may still be written to and are not changed.
+        """Copies the results of other stores of the same run, which may still be written to and are not changed.
 
-        Where both have a result, this store's stays. Returns how many are new.
+        Where both have a result, this store's stays. Returns the number of new results.
 
         Raises:
-            SensitivityError: a file cannot be read, is no store or of another run, or has a result that is not the one
-                here; nothing of that file is taken over.
+            SensitivityError: a file cannot be read, is not a store or of another run, or has a result that contradicts
+                the one here; nothing of that file is copied.
         """
         count = 0
         for path in map(Path, paths):
@@ -132,7 +132,7 @@ class Store:
         return count
 
     def _read(self, path: Path) -> dict[str, dict[str, float]]:
-        """The results in another file; a torn last line is left where it is."""
+        """The results in another file, which is not changed; a torn last line is skipped."""
         other = Store(path, self.fingerprint)
         if not path.is_file():
             raise SensitivityError(f"{path}: is no file, expected a store to merge")
@@ -174,8 +174,9 @@ def _are_figures(value: Mapping[str, object]) -> bool:
 
 def _check_same(path: Path, key: str, theirs: Mapping[str, float], ours: Mapping[str, float]) -> None:
     floor = ERROR_FLOOR * ours.get("power", 1.0)  # error powers are relative, or of an output of that power
-    same = lambda n: math.isclose(theirs[n], ours[n], rel_tol=SAME, abs_tol=floor)  # noqa: E731
-    if theirs.keys() != ours.keys() or not all(map(same, ours)):
+    if theirs.keys() != ours.keys() or not all(
+        math.isclose(theirs[n], ours[n], rel_tol=SAME, abs_tol=floor) for n in ours
+    ):
         raise SensitivityError(
             f"{path}: {key!r} is {dict(theirs)}, this store has {dict(ours)}; one was made by other software or by "
             "a faulty machine: delete the wrong one"

@@ -1,4 +1,4 @@
-"""The arrays of one kind's programs: what each unit of tied layers is worth and costs at each bit width."""
+"""The arrays of one kind's programs: value and cost of each unit of tied layers at each bit width."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 
 from ..errors import AllocationError
 from .additive import Errors, additive_errors
+from .arrays import Array
 from .request import Demand, Request
 from .sensitivity import GROUPS, Kind, LayerSensitivity
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +22,7 @@ class Table:
     Attributes:
         bits: the columns.
         value: [n, c], to be minimised; inf where a unit is not offered the bits.
-        cost: {group: [n, c]} bits its layers of that group need, stored ones where the budget is in bytes.
+        cost: {group: [n, c]} bits of the unit's layers of that group, as stored where the budget is in bytes.
         size: {group: weights or input elements}; groups without layers are absent.
     """
 
@@ -33,7 +32,7 @@ class Table:
     size: dict[str, float]
 
     def of_group(self, group: str) -> NDArray[np.bool_]:
-        """[n] whether a unit has layers of the group (all of them, where the groups are programs of their own)."""
+        """[n] whether a unit has layers of the group (only such layers, where each group is a program of its own)."""
         return self.cost[group].max(axis=1) > 0
 
     def reach(self, group: str) -> tuple[float, float]:
@@ -45,7 +44,8 @@ class Table:
 
 
 def build_table(request: Request, demand: Demand) -> Table:
-    """Raises AllocationError naming the layer, bits and figure that are missing, or a tie that cannot hold."""
+    """The table of a request. Raises AllocationError naming the layer, bits and figure that are missing, or a tie that
+    cannot be met."""
     layers, bits = request.sensitivity.layers, tuple(sorted({b for c in demand.choices.values() for b in c}))
     errors = additive_errors(request.sensitivity, demand.kind)[0] if request.objective == "additive" else {}
     groups = [g for g in GROUPS if any(layers[n].group == g for unit in request.units for n in unit)]
@@ -76,7 +76,7 @@ def _offered(request: Request, demand: Demand, unit: tuple[str, ...]) -> set[int
 
 
 def _value(request: Request, kind: Kind, name: str, bits: int, errors: Errors) -> float:
-    """What a program minimises: minus the score, or the error power."""
+    """The minimised figure of a layer: minus its score, or its error power."""
     layer = request.sensitivity.layers[name]
     if request.objective == "additive":
         return _figure(errors.get(name, {}), bits, name, f"{kind}_errors", "additive")
@@ -101,7 +101,7 @@ def _cost(name: str, layer: LayerSensitivity, demand: Demand, bits: int) -> floa
 
 
 def stored(name: str, layer: LayerSensitivity, bits: int) -> int:
-    """Bytes recorded for the layer's weights; two an element where 16 bits are not recorded."""
+    """Recorded bytes of the layer's weights; at 16 bits, where not recorded, two per element."""
     if bits in layer.weight_bytes:
         return layer.weight_bytes[bits]
     if bits == 16:

@@ -1,4 +1,4 @@
-"""Which layers read the very same tensor: they share one activation range, so one quantize serves them all."""
+"""Finds layers that read the same tensor object: they share one activation range, so it is quantized once for all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import weakref
 from collections import defaultdict
 
 from torch import Tensor
+
+MOST = 1024
+"""Tensors remembered before dead ones are dropped; it bounds memory, and changes no result."""
 
 
 class Ties:
@@ -16,13 +19,14 @@ class Ties:
         self.readers: dict[int, tuple[weakref.ref[Tensor], str]] = {}
 
     def see(self, name: str, x: Tensor) -> None:
-        """Layer ``name`` is called with ``x``. A weak reference tells a living tensor from a reused address."""
+        """Records that layer ``name`` is called with ``x``. Weak references tell a live tensor from a reused
+        address."""
         self.parent.setdefault(name, name)
         known = self.readers.get(id(x))
         if known is not None and known[0]() is x:
             self.parent[self._root(name)] = self._root(known[1])
         else:
-            if len(self.readers) > 1024:
+            if len(self.readers) > MOST:
                 self.readers = {k: v for k, v in self.readers.items() if v[0]() is not None}
             self.readers[id(x)] = (weakref.ref(x), name)
 
@@ -33,7 +37,7 @@ class Ties:
         return name
 
     def groups(self) -> list[tuple[str, ...]]:
-        """Groups of two and more layers, in the order they were first seen."""
+        """Groups of two or more layers, in the order they were first seen."""
         groups: dict[str, list[str]] = defaultdict(list)
         for name in self.parent:
             groups[self._root(name)].append(name)

@@ -1,4 +1,4 @@
-"""Trials: the output of a pipeline with one layer changed, against its output as it is."""
+"""Trials: compares the output of a pipeline with one layer quantized to its output in full precision."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..quantize.fake import become, with_fake_quantizer, without_fake_quantizer
 from .batches import batches
 from .metrics import ssim
 from .replay import Recorder, replayable
-from .watch import denoiser_of, eager
+from .watch import denoiser_of, eager, hooked
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What one batch gave: the denoiser's outputs of every step [steps, B, ...], pictures [B, 3, H, W] (videos
+    """The outputs of one batch: the denoiser's at every step [steps, B, ...], and pictures [B, 3, H, W] (videos
     [B, F, 3, H, W]) or None."""
 
     denoised: Tensor
@@ -33,23 +33,19 @@ class Output:
 
 
 def run(pipe: Any, prompts: list[str], sampling: Sampling, *, images: bool) -> Output:
-    """Samples ``prompts``, which are one batch, and keeps what the denoiser gave at every step."""
+    """Samples ``prompts`` as one batch and keeps the denoiser's output of every step."""
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         outputs.append(first_output(output).detach())
 
-    handle = denoiser_of(pipe).register_forward_hook(keep)
-    try:
-        with eager():
-            result = generate_all(pipe, prompts, sampling, "pt" if images else "latent")
-    finally:
-        handle.remove()
+    with hooked(denoiser_of(pipe).register_forward_hook(keep)), eager():
+        result = generate_all(pipe, prompts, sampling, "pt" if images else "latent")
     return Output(torch.stack(outputs), result if images else None)
 
 
 def signal_power(outputs: Iterable[Tensor]) -> float:
-    """Sum of squares of what the denoiser gave, which errors are relative to. Raises SensitivityError unless it is
+    """Sum of squares of the denoiser's outputs, which errors are relative to. Raises SensitivityError unless it is
     finite and above 0."""
     power = sum(y.detach().double().square().sum().item() for y in outputs)
     if not (math.isfinite(power) and power > 0):
@@ -59,8 +55,8 @@ def signal_power(outputs: Iterable[Tensor]) -> float:
 
 @contextmanager
 def rounding(module: nn.Linear | nn.Conv2d, config: MixDQLayerConfig) -> Iterator[None]:
-    """Inside, a layer rounds as ``config`` says, in floating point; then it is as it was, be that of another class or
-    in fake mode already."""
+    """Inside the block the layer rounds as ``config`` says, in floating point; then its class and, where it was in fake
+    mode before, its quantizer are restored."""
     quantizer = fake_quantizer(config)
     quantizer.keep(module.weight)
     before, own = type(module), module._modules.get("quantizer")
@@ -84,8 +80,8 @@ class _Batch:
 class Trials:
     """The reference run of a pipeline over prompts, and runs with one layer fake-quantized.
 
-    Prompts run in batches; of each batch the reference is recorded once, and a trial of a layer computes only what
-    comes after that layer's first call.
+    Prompts run in batches. The reference of each batch is recorded once, and with ``replay`` a trial of a layer
+    computes only what comes after that layer's first call.
 
     Raises SensitivityError where the denoiser's output is zero or not finite.
     """
@@ -117,11 +113,11 @@ class Trials:
         images: bool,
         moment: Tensor | None = None,
     ) -> dict[str, float]:
-        """Quantizes one layer (fake mode), everything else as it is.
+        """Runs all batches with one layer in fake mode.
 
         Returns:
             "error": relative error power of the denoiser's output, sum (y - yq)^2 / sum y^2 over all prompts and
-            steps; "ssim": mean SSIM of the decoded pictures, where ``images`` is asked for.
+            steps; "ssim", with ``images``: mean SSIM of the decoded pictures.
         """
         noise = similarity = 0.0
         with self._changed(name, layer, bos_embedding, moment):

@@ -1,4 +1,4 @@
-"""Looking at a model while it runs: which model it is, and what its layers are called with."""
+"""Observing a model while it runs: the model of a pipeline, hooks on its layers, and eager execution."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..compat import uncompiled
 from ..errors import MixDQError
 from ..models.pipelines import denoiser
 
 See = Callable[[str, Any, Tensor, Tensor], Tensor | None]
-"""Name and module of a layer, its input and its output; what it gives, unless None, is the output from there on."""
+"""Called with the name and module of a layer, its input and output; a result other than None replaces the output."""
 
 
 def model_of(pipe: Any) -> nn.Module:
@@ -25,12 +26,12 @@ def model_of(pipe: Any) -> nn.Module:
 
 
 def denoiser_of(pipe: Any) -> nn.Module:
-    """``denoiser(pipe)``, the model that ``torch.compile`` wrapped where it did: plans name the layers of that one."""
+    """``denoiser(pipe)`` without a ``torch.compile`` wrapper: plans name the layers of the wrapped model."""
     return uncompiled(denoiser(pipe))
 
 
 class _Eagerness:
-    """torch's stance, which is one for all threads: set by the first that asks for it, restored by the last to end."""
+    """``torch.compiler``'s stance, which is global to all threads: "force_eager" while any holder is left."""
 
     def __init__(self) -> None:
         self._lock, self._holders, self._stance = Lock(), 0, ExitStack()
@@ -55,24 +56,30 @@ _EAGERNESS = _Eagerness()
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Nothing inside runs compiled, in no thread: compiled code may pass over hooks, and is made anew for every layer
-    changed."""
+    """Inside the block no thread runs compiled code: it may skip hooks, and every changed layer would recompile it."""
     with _EAGERNESS.held():
         yield
 
 
 @contextmanager
-def watched(model: nn.Module, names: Iterable[str], see: See) -> Iterator[None]:
-    """``see`` is called after each call of the named layers inside the block, which runs eagerly; all hooks are removed
-    at its end.
+def hooked(*handles: RemovableHandle) -> Iterator[None]:
+    """The hooks of ``handles`` are removed at the end of the block."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
-    Raises MixDQError where a layer gets its input neither by place nor as ``input``.
+
+@contextmanager
+def watched(model: nn.Module, names: Iterable[str], see: See) -> Iterator[None]:
+    """Calls ``see`` after each call of the named layers inside the block, which runs eagerly.
+
+    Raises MixDQError where a layer is called with its input neither first nor as ``input=``.
     """
-    with ExitStack() as stack:
-        stack.enter_context(eager())
-        for name in names:
-            handle = model.get_submodule(name).register_forward_hook(partial(_hook, name, see), with_kwargs=True)
-            stack.callback(handle.remove)
+    layers = [(name, model.get_submodule(name)) for name in names]
+    handles = [m.register_forward_hook(partial(_hook, name, see), with_kwargs=True) for name, m in layers]
+    with hooked(*handles), eager():
         yield
 
 

@@ -1,6 +1,7 @@
-"""Do the errors of steps add up? Predicted (the sum of single-step errors) against measured, over random schedules.
+"""Compares the predicted error of random schedules, the sum of their single-step errors, with the measured one.
 
-The hypothesis of TMPDiff (arXiv 2603.14062), to be checked with data for each model, metric and set of levels.
+TMPDiff (arXiv 2603.14062) assumes that the errors of steps add up. Whether they do depends on the model, the metric and
+the levels.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..errors import ScheduleError
+from ..expect import expect
 from .evaluations import Choice, Error, Evaluations
 from .goal import TIE
 from .plan import check_costs
@@ -30,12 +32,12 @@ def check_additivity(
     store: str | os.PathLike[str] | None = None,
     subject: str = "",
 ) -> Additivity:
-    """Measures every step at every cheaper level by itself, then random schedules (levels drawn uniformly).
+    """Measures every step at every cheaper level, all others precise; then random schedules, levels drawn uniformly.
 
-    Takes steps x (levels - 1) + 1 + schedules measurements; the store may be that of ``search_schedule``.
+    Makes steps x (levels - 1) + 1 + schedules measurements. ``store`` may be the file of a ``search_schedule``.
 
     Raises:
-        ScheduleError: fewer than three schedules, errors that are not positive, or no finite number measured.
+        ScheduleError: fewer than three schedules, an error that is not positive or not finite.
     """
     check_costs(levels)
     check_count(schedules, steps, len(levels))
@@ -65,8 +67,7 @@ def check_additivity(
 
 
 def check_count(schedules: int, steps: int, levels: int) -> None:
-    """Raises ScheduleError unless so many different schedules with two cheaper steps or more exist, and suffice."""
-    if type(schedules) is not int or schedules < 3:
-        raise ScheduleError(f"schedules is {schedules!r}, expected at least 3")
+    """Raises ScheduleError unless ``schedules`` is at least 3 and that many have two or more cheaper steps."""
+    expect(type(schedules) is int and schedules >= 3, "schedules", schedules, "at least 3", ScheduleError)
     if levels**steps - steps * (levels - 1) - 1 < schedules:
         raise ScheduleError(f"schedules is {schedules}, but {steps} steps of {levels} levels have fewer")

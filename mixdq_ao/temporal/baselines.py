@@ -1,63 +1,59 @@
-"""What a found schedule is compared with: exhaustive and greedy search, and schedules as people set them by hand."""
+"""Baselines for ``search_schedule``: exhaustive search, greedy search, and the schedules people set by hand."""
 
 from __future__ import annotations
 
 import itertools
 import os
 from collections.abc import Mapping
+from typing import Required, TypedDict, Unpack
 
 from ..errors import ScheduleError
 from .evaluations import Choice, Error, Evaluations
 from .forms import at_cost
 from .goal import Goal
-from .schedule import Schedule, best_schedule, check_goal, open_store
+from .schedule import Schedule, ScheduleProblem, best_schedule
 
 MOST = 20_000
-"""Schedules that ``exhaustive`` is willing to measure."""
+"""Most schedules that ``exhaustive`` measures."""
 
 
-def exhaustive(
-    error: Error,
-    *,
-    steps: int,
-    levels: Mapping[str, float],
-    max_cost: float | None = None,
-    max_error: float | None = None,
-    store: str | os.PathLike[str] | None = None,
-    subject: str = "",
-) -> Schedule:
-    """The optimum, by measuring every schedule within the cost (arguments as ``search_schedule``)."""
-    goal = check_goal(steps, levels, max_cost, max_error)
-    if len(levels) ** steps > MOST:
+class Arguments(TypedDict, total=False):
+    """Keyword arguments of a search, as for ``search_schedule``."""
+
+    steps: Required[int]
+    levels: Required[Mapping[str, float]]
+    max_cost: float | None
+    max_error: float | None
+    store: str | os.PathLike[str] | None
+    subject: str
+
+
+def exhaustive(error: Error, **arguments: Unpack[Arguments]) -> Schedule:
+    """The optimum, found by measuring every schedule within the cost."""
+    problem = ScheduleProblem(error=error, **arguments)
+    goal, steps, levels = problem.goal, problem.steps, len(problem.levels)
+    if levels**steps > MOST:
         raise ScheduleError(
-            f"{len(levels)} levels at {steps} steps are {len(levels) ** steps} schedules, expected at most {MOST}; "
+            f"{levels} levels at {steps} steps are {levels**steps} schedules, expected at most {MOST}; "
             "use search_schedule"
         )
-    with open_store(store, steps, levels, subject) as results:
-        evaluate = Evaluations(error, tuple(levels), store=results)
-        for choice in itertools.product(range(len(levels)), repeat=steps):
+    with problem.evaluations() as evaluate:
+        for choice in itertools.product(range(levels), repeat=steps):
             if goal.max_cost is None or goal.fits(0.0, goal.cost(choice)):
                 evaluate(choice)
     return best_schedule(evaluate, goal)
 
 
-def greedy(
-    error: Error,
-    *,
-    steps: int,
-    levels: Mapping[str, float],
-    max_cost: float | None = None,
-    max_error: float | None = None,
-    store: str | os.PathLike[str] | None = None,
-    subject: str = "",
-) -> Schedule:
-    """From all precise, always the change of one step that costs least error per saving (arguments as
-    ``search_schedule``). Measures every such change at every turn: up to (steps x (levels - 1))^2 / 2 schedules."""
-    goal = check_goal(steps, levels, max_cost, max_error)
-    with open_store(store, steps, levels, subject) as results:
-        evaluate = Evaluations(error, tuple(levels), store=results)
-        _descend(evaluate, goal, (0,) * steps)
-    return best_schedule(evaluate, goal)
+def greedy(error: Error, **arguments: Unpack[Arguments]) -> Schedule:
+    """Greedy descent: starts with every step at the most precise level, and changes one step at a time, the one that
+    adds the least error per cost saved.
+
+    Measures every such change each time: up to (steps x (levels - 1))^2 / 2 schedules.
+    """
+    problem = ScheduleProblem(error=error, **arguments)
+    with problem.evaluations() as evaluate:
+        _descend(evaluate, problem.goal, (0,) * problem.steps)
+    return best_schedule(evaluate, problem.goal)
 
 
 def _descend(evaluate: Evaluations, goal: Goal, choice: Choice) -> None:
@@ -85,18 +81,16 @@ def hand_set(
     store: str | os.PathLike[str] | None = None,
     subject: str = "",
 ) -> dict[str, Schedule]:
-    """Every schedule a person would set within the cost, measured: {"uniform W8A8", "last W8A8/W4A8", ...}.
+    """Measures every schedule a person would set within the cost: {"uniform W8A8", "last W8A8/W4A8", ...}.
 
-    A uniform level where it fits; first, last and spread n steps at one level with the others at a cheaper one, for
-    each pair of levels with the largest n that fits.
+    These are each level at all steps, where that fits; and for each pair of levels the first, the last or evenly
+    spread n steps at the more precise one, with the largest n that fits.
     """
-    goal = check_goal(steps, levels, max_cost, None)
-    names = tuple(levels)
-    with open_store(store, steps, levels, subject) as results:
-        evaluate = Evaluations(error, names, store=results)
-        found = {}
+    problem = ScheduleProblem(error=error, steps=steps, levels=levels, max_cost=max_cost, store=store, subject=subject)
+    names, goal = tuple(levels), problem.goal
+    found = {}
+    with problem.evaluations() as evaluate:
         for (form, *used), choice in at_cost(goal, steps).items():
             label = f"{form} {'/'.join(names[k] for k in used)}"
-            schedule = evaluate.schedule(choice)
-            found[label] = Schedule(schedule, evaluate(choice), goal.cost(choice), 1)
+            found[label] = Schedule(evaluate.schedule(choice), evaluate(choice), goal.cost(choice), 1)
     return found

@@ -1,4 +1,4 @@
-"""All that searches measured of one model, for a report."""
+"""Collects everything that searches measured on one model, for a report."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ def results_of(
     added: Additivity | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> ScheduleResults:
-    """All that searches and a check of additivity measured, and ``also`` others; schedules as people set them carry
-    their names."""
+    """The measurements of the searches in ``found``, of the ``also`` schedules and of a check of additivity, together.
+
+    Schedules that people set by hand are listed under their names ("last 2 W8A8/W4A8").
+    """
     measured = {s: e for schedule in found for s, e in schedule.history.items()}
     measured |= {schedule.levels: schedule.error for schedule in also}
     precise = next(iter(levels))

@@ -1,4 +1,4 @@
-"""Measured schedules: checked, counted against a limit, and kept in an append-only store."""
+"""Measurements of schedules: checked, counted against a limit, and kept in an append-only store."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from ..search.store import Store
 
 Error = Callable[[tuple[str, ...]], float]
 Choice = tuple[int, ...]
-"""A level per step, by its place in the levels (0: the most precise)."""
+"""The index of each step's level (0: the most precise)."""
 
 
 class LimitReached(Exception):
-    """The next evaluation would be one too many. Never leaves this package."""
+    """The next evaluation would exceed the limit. Caught inside this package."""
 
 
 class Evaluations:
-    """The error of each schedule asked for, measured once.
+    """Measures the error of each requested schedule once.
 
     Attributes:
-        measured: {choice: error} in the order asked. Results that came from the store count as asked, so that a
-            search that was stopped and continued takes the same way as one that was not.
+        measured: {choice: error} in the order of the requests, results from the store included: a search that was
+            stopped and continued takes the same decisions as one that was not.
         new: how many were measured now rather than read from the store.
     """
 
@@ -39,7 +39,7 @@ class Evaluations:
         return tuple(self.names[level] for level in choice)
 
     def __call__(self, choice: Choice) -> float:
-        """Raises LimitReached; ScheduleError where the error function gives no finite number."""
+        """The error of a choice. Raises LimitReached; ScheduleError if the error is not a finite number >= 0."""
         choice = tuple(int(level) for level in choice)
         if choice in self.measured:
             return self.measured[choice]

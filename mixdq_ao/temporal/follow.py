@@ -1,4 +1,4 @@
-"""Which step of a schedule a call of the denoiser belongs to, told from its timestep and the scheduler's list."""
+"""Finds the step of a schedule that a call of the denoiser belongs to, from its timestep and the scheduler's list."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from torch import Tensor
 from ..errors import ScheduleError
 
 CLOSE = 2.0**-6
-"""Relative; a timestep in a 16-bit type is off by up to 2^-8."""
+"""Relative difference up to which a timestep matches one of the list; bfloat16 rounds by up to 2^-8."""
 EQUAL = 1e-6
-"""Relative; float32 timesteps that differ by less are one."""
+"""Relative difference below which float32 timesteps count as equal."""
 SCALES = (1.0, 1000.0)
-"""Some models are called with the timestep in [0, 1], a thousandth of the scheduler's."""
+"""Factors from the model's timestep to the scheduler's: some models take it in [0, 1], divided by 1000."""
 
 
 def step_count(timesteps: Tensor, order: int = 1) -> int:
-    """Denoising steps of a scheduler whose ``timesteps`` are set, and whose steps take ``order`` calls.
+    """Number of denoising steps of a scheduler whose ``timesteps`` are set and which calls the model ``order`` times a
+    step.
 
-    Calls of one step repeat its timestep (Heun, PNDM), or stand between two (KDPM2).
+    The calls of one step repeat its timestep (Heun, PNDM), or use one between two steps (KDPM2).
     """
     distinct = len(torch.unique_consecutive(timesteps))
     return distinct if order == 1 or distinct * 2 <= len(timesteps) + 1 else math.ceil(len(timesteps) / order)
 
 
 class Steps:
-    """Tells the steps of one pipeline, whose model is called with its scheduler's timesteps or thousandths of them.
+    """Finds the steps of one pipeline, whose model is called with its scheduler's timesteps or with these / 1000.
 
-    A list from 1000 down to 1 has both ends in either scale. Once a call has told which it is, it is known.
+    A timestep of 1 is ambiguous if the list runs from 1000 to 1: it may be the last one, or the first / 1000. The scale
+    of the first unambiguous call is remembered.
     """
 
     def __init__(self) -> None:
@@ -38,11 +40,12 @@ class Steps:
     def step_of(self, timesteps: Tensor, timestep: Tensor | float, steps: int, order: int = 1) -> int:
         """The step, in [0, steps), of a call with ``timestep`` (a number, or a tensor that repeats one).
 
-        Pipelines hand over an element of ``timesteps`` itself, so its place in memory tells which, without waiting for
-        a device; otherwise the nearest value is looked for. A run that begins late (img2img) has its steps at the end.
+        Pipelines usually pass an element of ``timesteps`` itself: its storage offset is its index, known without a
+        device synchronization. Otherwise the nearest value is searched. A run that begins late (img2img) has its steps
+        at the end.
 
         Raises:
-            ScheduleError: the scheduler does not run ``steps`` steps, or the timestep is none of its own.
+            ScheduleError: the scheduler does not run ``steps`` steps, or ``timestep`` is not in its list.
         """
         place = _place_in_memory(timesteps, timestep)
         place = self._nearest(timesteps, timestep) if place is None else place
@@ -71,7 +74,7 @@ class Steps:
             self.scale = close[0]
         if self.scale in close:
             return nearest[self.scale]
-        # of equally near ones the earlier: a run begins there
+        # both scales match and neither is known: the nearer one; of equally near ones the earlier step, a run's start
         return nearest[min(close, key=lambda scale: (round(least[scale] / EQUAL), nearest[scale]))]
 
 

@@ -1,4 +1,4 @@
-"""Schedules as people set them by hand: one level, or the first, the last, or every so many steps more precise."""
+"""Schedules as people set them by hand: one level, or the first, the last or evenly spread steps more precise."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ FORMS = {"first": first_n, "last": last_n, "spread": spread}
 
 
 def at_cost(goal: Goal, steps: int) -> dict[tuple, Choice]:
-    """All of them within ``goal.max_cost``: {("uniform", level): choice, ("last", precise, cheap): choice, ...}.
+    """Hand-set schedules within ``goal.max_cost``: {("uniform", level): choice, ("last", precise, cheap): choice, ...}.
 
-    For each pair of levels as many precise steps as fit. Empty where the goal is an error.
+    Each pair of levels has as many precise steps as fit. Empty if the goal limits the error instead.
     """
     if goal.max_cost is None:
         return {}
@@ -52,7 +52,7 @@ def at_cost(goal: Goal, steps: int) -> dict[tuple, Choice]:
 
 
 def hand_names(steps: int, names: Sequence[str]) -> dict[tuple[str, ...], str]:
-    """Every schedule a person would set, whatever its cost: {("16", "W4A8", "W4A8"): "first 1 16/W4A8", ...}."""
+    """Names of all hand-set schedules, whatever their cost: {("16", "W4A8", "W4A8"): "first 1 16/W4A8", ...}."""
     found = {uniform(steps, level): f"uniform {name}" for level, name in enumerate(names)}
     for precise, cheap in itertools.combinations(range(len(names)), 2):
         for (form, make), n in itertools.product(FORMS.items(), range(1, steps)):

@@ -1,4 +1,4 @@
-"""What a search is for: the smallest error within a cost, or the smallest cost within an error."""
+"""The goal of a search: the smallest error within a cost, or the smallest cost within an error."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from .evaluations import Choice
 Array = NDArray[np.float64]
 
 TIE = 1e-9
-"""Relative rounding of summed costs and errors that must not decide."""
+"""Relative tolerance for the rounding of summed costs and errors."""
 OUTSIDE = 1e30
-"""Keys from here on are of schedules outside the limit."""
+"""Schedules outside the limit have keys of at least this (``Goal.key``)."""
 SECONDS = 5.0
-"""For one additive program; 50 steps of 5 levels take milliseconds."""
+"""Time limit of one additive program; 50 steps of 5 levels take milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """costs: [levels] relative cost of a step; exactly one of max_cost (mean over the steps) and max_error."""
+    """A limit, and the costs it is judged by.
+
+    Attributes:
+        costs: [levels], relative cost of a step at each level.
+        max_cost, max_error: exactly one is given; the cost is the mean over the steps.
+    """
 
     costs: Array
     max_cost: float | None = None
@@ -33,12 +38,13 @@ class Goal:
         return float(self.costs[list(choice)].sum()) / len(choice)
 
     def key(self, error: Array | float, cost: Array | float) -> Array:
-        """Lower is better. Outside the limit: a number above all inside, by how far outside."""
+        """What to minimise: the error or cost of a schedule within the limit; of one outside, at least ``OUTSIDE``,
+        growing with the excess."""
         if self.max_cost is not None:
             over = np.asarray(cost) / (self.max_cost * (1 + TIE))
             return np.where(over <= 1, error, OUTSIDE * over)
         over = np.asarray(error) / max((self.max_error or 0.0) * (1 + TIE), 1e-300)
-        # among equally cheap ones the smaller error, without ever outweighing a difference in cost
+        # the error breaks ties between equal costs; its weight is too small to outweigh a difference in cost
         return np.where(
             over <= 1, cost + 1e-6 * self.costs.min() * over / (1 + over), OUTSIDE * np.minimum(over, 1e200)
         )
@@ -47,7 +53,7 @@ class Goal:
         return bool(self.key(error, cost) < OUTSIDE)
 
     def additive(self, shares: Array, base: float) -> Choice | None:
-        """The optimal choice if errors simply added up, in any unit; None where none fits."""
+        """The optimal choice if errors simply added up (``shares`` [steps, levels]); None if no choice fits."""
         costs = np.broadcast_to(self.costs / len(shares), shares.shape)
         try:
             if self.max_cost is not None:
@@ -60,7 +66,7 @@ class Goal:
         return tuple(int(level) for level in found.choice)
 
     def improve(self, model: ErrorModel, choice: Choice) -> Choice:
-        """Changes one or two steps at a time while the model says it is better."""
+        """Local search: changes the best one or two steps at a time while the model predicts an improvement."""
         best = float(self.key(model.predict(choice), self.cost(choice)))
         while True:
             keys = self._neighbours(model, choice)
@@ -70,13 +76,13 @@ class Goal:
             choice, best = self._changed(choice, place), float(keys[place])
 
     def ranked(self, model: ErrorModel, choice: Choice, count: int) -> list[Choice]:
-        """The ``count`` best neighbours of a choice within the limit, best first."""
+        """The ``count`` neighbours of a choice with the best predictions, best first; only those within the limit."""
         keys = self._neighbours(model, choice)
         order = np.argsort(keys, kind="stable")[:count]
         return [self._changed(choice, int(place)) for place in order if keys[place] < OUTSIDE]
 
     def _neighbours(self, model: ErrorModel, choice: Choice) -> Array:
-        """Keys of all choices with one or two steps changed, flat (see ``ErrorModel.neighbours``)."""
+        """Keys of all choices that differ in one or two steps, flat, in the order of ``ErrorModel.neighbours``."""
         first, second = np.triu_indices(len(choice), 1)
         saved = (self.costs - self.costs[list(choice)][:, None]) / len(choice)
         pair = saved[first, :, None] + saved[second, None, :]
@@ -84,7 +90,7 @@ class Goal:
         return self.key(errors, self.cost(choice) + np.concatenate([saved.ravel(), pair.ravel()]))
 
     def _changed(self, choice: Choice, place: int) -> Choice:
-        """The choice at a place of ``_neighbours``."""
+        """The neighbour at an index of ``_neighbours``."""
         steps, levels, changed = len(choice), len(self.costs), list(choice)
         if place < steps * levels:
             changed[place // levels] = place % levels

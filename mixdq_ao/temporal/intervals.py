@@ -1,7 +1,7 @@
-"""Adaptive bisection: the error of running an interval of steps at a cheaper level, split where it matters.
+"""Adaptive bisection: measures intervals of steps at a cheaper level, and halves those with a large error.
 
-After TMPDiff (arXiv 2603.14062): step errors nearly add up, so that the error of an interval tells whether anything
-in it is worth looking at. Written from the paper's abstract; its details may differ.
+After TMPDiff (arXiv 2603.14062): the errors of steps nearly add up, so no step of an interval with a small error has a
+large one. Written from the paper's abstract; its details may differ.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """Steps ``start`` to ``stop`` - 1 at ``level``, all others at the most precise one: ``error`` above all precise."""
+    """Steps ``start`` to ``stop`` - 1 at ``level``, all others precise; ``error`` is that of the run minus ``base``."""
 
     level: int
     start: int
@@ -31,7 +31,12 @@ class Interval:
 
 
 class Bisection:
-    """Measured intervals, whole runs first. ``base``: the error with every step precise."""
+    """Intervals that cover the run at each level, each measured; at first one interval per level.
+
+    Attributes:
+        base: the error with every step precise.
+        leaves: the intervals as split so far.
+    """
 
     def __init__(self, evaluate: Evaluations, steps: int) -> None:
         self.evaluate, self.steps = evaluate, steps
@@ -43,17 +48,17 @@ class Bisection:
         return Interval(level, start, stop, self.evaluate(choice) - self.base)
 
     def shares(self) -> Array:
-        """[steps, levels] what each step adds to the error, an interval's error shared evenly by its steps."""
+        """[steps, levels]: the error that each step adds; an interval's error is divided evenly among its steps."""
         shares = np.zeros((self.steps, len(self.evaluate.names)))
         for leaf in self.leaves:
             shares[leaf.start : leaf.stop, leaf.level] = max(leaf.error, 0.0) / len(leaf)
         return shares
 
     def refine(self, scale: Callable[[Array], float], resolution: float) -> None:
-        """Halves every interval whose error exceeds ``resolution`` times the error of the answer, until none does.
+        """Halves every interval whose error exceeds ``resolution`` times the expected final error, until none does.
 
-        ``scale(shares)``: the error the answer is expected to have, as far as the shares tell. At most 2 steps - 1
-        intervals are measured at each level.
+        ``scale(shares)`` estimates the error of the schedule that the search will find. At most 2 steps - 1 intervals
+        are measured at each level.
         """
         while True:
             threshold = resolution * scale(self.shares())

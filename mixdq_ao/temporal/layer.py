@@ -1,4 +1,4 @@
-"""A linear or convolution layer that holds its weight once and runs it at several precisions."""
+"""A linear or convolution layer that stores its weight once and runs at several precisions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Storage = Literal["nested", "own"]
 
 
 class Switch:
-    """The level a model runs at; all its layers look at the same one."""
+    """The level that a model runs at; one object, shared by all its layers."""
 
     def __init__(self, level: str) -> None:
         self.level = level
@@ -32,8 +32,14 @@ class Switch:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How a layer runs at a level: weight bits, largest activation code (None: 16-bit activations), BOS rows apart,
-    and the rows of the weights' vectors that belong to it."""
+    """How a layer runs at a level.
+
+    Attributes:
+        bits: of the weight.
+        levels: largest activation code; None for 16-bit activations.
+        bos: whether BOS rows are replaced by their full-precision output.
+        row: index into the per-form buffers of ``LevelWeight``.
+    """
 
     bits: int
     levels: int | None
@@ -42,12 +48,16 @@ class Form:
 
 
 class LevelWeight(nn.Module):
-    """One weight (or half of a split one) and what each form needs of it.
+    """One weight, or one half of a split weight, with the parameters of every form.
 
-    Buffers: ``planes`` of a nested weight, or for storage "own" the codes of each width; ``zero_4`` and ``zero_2``
-    int8 [N]; and one row for each form of ``scale`` float32 [forms, N] (weight times activation scale),
-    ``inverse`` float32 [forms] and ``zero_point`` int32 [forms] of the activation, ``sums`` int32 [forms, N] of the
-    integer weights (only off the CPU, where kernels take them).
+    Buffers:
+        planes: with nested storage; with storage "own" ``codes_8``, ``codes_4`` and ``codes_2``, packed.
+        zero_4, zero_2: int8 [N], zero points of the weight.
+        scale: float32 [forms, N], weight scale times activation scale.
+        inverse: float32 [forms], 1 / activation scale.
+        zero_point: int32 [forms], of the activation.
+        sums: int32 [forms, N], sums of the integer weights over the inputs; only on devices whose kernels take them
+            (not on a CPU).
     """
 
     EXACT = ("scale", "inverse")
@@ -77,7 +87,7 @@ class LevelWeight(nn.Module):
         return quant.scale
 
     def _own(self, weight: Tensor, forms: Sequence[tuple[LayerPlan, ActQuant | None]]) -> dict[int, Tensor]:
-        """The codes every width would have by itself (as ``MixDQTensor`` holds them)."""
+        """Codes of each width, quantized separately; the same codes as in a ``MixDQTensor``."""
         scales, planned = {}, {layer.weight_bits: layer for layer, _ in forms}
         for bits, layer in sorted(planned.items(), reverse=True):
             quant = quantize_weight(weight, bits, symmetric=layer.symmetric, weight_range=layer.weight_range)
@@ -88,7 +98,7 @@ class LevelWeight(nn.Module):
         return scales
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LevelWeight:
-        """Device moves take every buffer along; a change of floating-point type leaves the scales in float32."""
+        """Moves every buffer to another device, but keeps scales in float32 if the floating-point dtype changes."""
         for name in self.EXACT:
             self._buffers[name] = self.get_buffer(name).view(torch.int32)
         try:
@@ -104,7 +114,7 @@ class LevelWeight(nn.Module):
             self.sums = torch.stack([self.integers(bits).flatten(1).sum(1, dtype=torch.int32) for bits in self.bits])
 
     def _stored(self, bits: int) -> Tensor:
-        """Packed codes as kernels take them; of a nested weight at 8 bits both planes."""
+        """Packed codes in the kernels' layout; both planes for a nested weight at 8 bits."""
         if self.storage == "own":
             return self.get_buffer(f"codes_{bits}")
         planes = self.get_buffer("planes")
@@ -114,24 +124,24 @@ class LevelWeight(nn.Module):
         return None if bits == 8 else self._buffers[f"zero_{bits}"]
 
     def integers(self, bits: int) -> Tensor:
-        """int8 [N, ..., K]: the integers the product multiplies by."""
+        """int8 [N, ..., K], the weight's integers with the zero point subtracted."""
         if self.storage == "nested" and bits == 8:
             return nested.merged(self._stored(8), self.length)
         return unpack_weight(self._stored(bits), self._zero(bits), bits, self.length)
 
     def factors(self, form: Form) -> tuple[Tensor, Tensor]:
-        """The weight as int8 integers in the logical shape, [N, K] or [O, C / groups, kh, kw], and their scale [N]."""
+        """The weight as int8 integers in its logical shape, [N, K] or [O, C / groups, kh, kw], and its scale [N]."""
         scale = self.scale[form.row]
         if form.levels is not None:
             scale = scale * self.inverse[form.row]
         return self.integers(form.bits).movedim(-1, 1), scale
 
     def dequantize(self, form: Form, dtype: torch.dtype) -> Tensor:
-        """The weight in floating point, in the logical shape."""
+        """The weight in floating point, in its logical shape."""
         return scaled(*self.factors(form)).to(dtype)
 
     def product(self, x: Tensor, form: Form, bias: Tensor | None, geometry: list[int]) -> Tensor:
-        """x [..., K], or [B, C, H, W] with a geometry, times the weight, in x's type."""
+        """x times the weight, in the dtype of x; x is [..., K], or [B, C, H, W] for a convolution (``geometry``)."""
         product, factors = partial(self._product, form, geometry), partial(self.factors, form)
         return differentiable(product, factors, x, bias, nested_op.window(geometry))
 
@@ -141,7 +151,7 @@ class LevelWeight(nn.Module):
         return y.permute(0, 3, 1, 2) if geometry else y
 
     def _product_of_rows(self, form: Form, geometry: list[int], x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., K] or NHWC."""
+        """The product for x [..., K] or NHWC."""
         bits, row, zero_point = form.bits, form.row, None
         scale, sums = self.scale[row], self.sums
         codes = x
@@ -159,12 +169,12 @@ class LevelWeight(nn.Module):
 
 
 class LevelLayer(nn.Module):
-    """In the place of an nn.Linear or nn.Conv2d: the same call, at the precision of the switch's level.
+    """Replaces an nn.Linear or nn.Conv2d: called in the same way, runs at the precision of the switch's level.
 
     Attributes:
-        forms: {level: Form, or None: the layer's own weight ``full``}.
+        forms: {level: Form, or None where the layer runs with its own weight ``full``}.
         weights: one LevelWeight, or two for a concatenated input (``split`` channels in the first).
-        kind: empty; its type is that of the layer's weight, also after ``.to``.
+        kind: an empty tensor that follows the layer through ``.to``; its dtype is that of the weight.
     """
 
     switched: ClassVar[bool] = True  # for layers.prepared_advice
@@ -181,10 +191,10 @@ class LevelLayer(nn.Module):
         bos_embedding: Tensor | None,
         storage: Storage,
     ) -> None:
-        """``plans``: how the layer runs at each level, None for its own weight in full; widths are 8, 4 or 2 (in nested
-        storage 2 becomes 4)."""
+        """``plans``: how the layer runs at each level; None for its own, unquantized weight. Weight bits are 8, 4 or 2
+        (nested storage runs 2 as 4)."""
         super().__init__()
-        for name in layer.__constants__:  # what models and pipelines ask a layer: in_features, kernel_size, ...
+        for name in layer.__constants__:  # attributes that models and pipelines read: in_features, kernel_size, ...
             if hasattr(layer, name):
                 setattr(self, name, getattr(layer, name))
         weight, self.bias, self.switch = layer.weight.detach(), layer.bias, switch
@@ -239,7 +249,7 @@ class LevelLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight at the present level in floating point, made on the spot (models ask for its type)."""
+        """The weight at the current level, dequantized at each access (models read its dtype)."""
         form = self.forms[self.level]
         if form is None:
             return self.full  # type: ignore[return-value]
@@ -251,7 +261,7 @@ class LevelLayer(nn.Module):
 
 
 def _stored_plan(plan: LayerPlan, storage: Storage) -> LayerPlan:
-    """Nested storage has no 2 bits: what is planned there reads the same 4-bit plane in full."""
+    """Nested storage has no 2-bit weights: it runs them at 4 bits, which read the same plane."""
     return replace(plan, weight_bits=4) if storage == "nested" and plan.weight_bits == 2 else plan
 
 
@@ -260,7 +270,7 @@ def _widths(plan: LayerPlan) -> tuple[int, int | None]:
 
 
 def _act(plan: LayerPlan, half: int) -> ActQuant | None:
-    """Activation parameters of the input, or of one half of it."""
+    """Quantization parameters of the input, or of one half of a split input."""
     if plan.act_bits == 16:
         return None
     limits = plan.split_act_range if half else plan.act_range

@@ -1,10 +1,9 @@
-"""The error of a schedule, measured on pictures: a whole generation against full precision."""
+"""Measures the error of a schedule: runs whole generations and compares them with full precision."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ..errors import ScheduleError
 from ..models.pipelines import Sampling, check_prompts, denoiser, generate_all
+from ..search.batches import batches
 from ..search.metrics import ssim
 from .runtime import LevelRuntime
 
@@ -37,15 +37,16 @@ METRICS: dict[MetricName, tuple[Metric, Output]] = {"ssim": (one_minus_ssim, "pt
 class GenerationError:
     """``error(schedule)`` for ``search_schedule``: generates with a prepared model and compares with the reference.
 
-    A denoising step gives the same whenever everything before it ran at the same levels, so its output is kept under
-    the levels up to it and not computed again: a search computes about half of its steps. The pipeline must repeat
-    itself exactly (``generate`` gives every prompt a generator of its own).
+    The output of a denoising step depends only on the levels up to that step, so it is cached by them: a search
+    computes about half of its steps. This needs a deterministic pipeline (``generate`` gives every prompt a generator
+    of its own).
 
     Attributes:
         reference: pictures or latents in full precision, from ``draw_reference`` before the model was prepared.
         metric: "ssim" (1 - SSIM of pictures), "mse" (of latents), or any function of pictures and reference, both
-            [B, 3, H, W] in [0, 1]: LPIPS, for example.
-        computed, reused: denoising calls so far.
+            [B, 3, H, W] in [0, 1], such as LPIPS.
+        computed, reused: number of denoising calls that were computed and that came from the cache.
+        budget: bytes of outputs that may still be cached.
     """
 
     def __init__(
@@ -72,17 +73,14 @@ class GenerationError:
         return self.metric(self.draw(schedule), self.reference)
 
     def draw(self, schedule: tuple[str, ...], output: Output | None = None) -> Tensor:
-        """Pictures or latents (by default what the metric compares) with this schedule; the runtime follows the
-        pipeline from then on."""
+        """Generates pictures or latents (default: whichever the metric compares) with a schedule. The runtime follows
+        the pipeline from then on."""
         self.runtime.plan = self.runtime.plan.with_steps(schedule)
         self.runtime.follow(self.pipe)
-        drawn, size = [], self.sampling.batch_size
-        for start in range(0, len(self.prompts), size):
-            sampling = replace(self.sampling, seed=self.sampling.seed + start)
-            with self._reusing(start):
-                drawn.append(
-                    generate_all(self.pipe, self.prompts[start : start + size], sampling, output or self.output)
-                )
+        drawn = []
+        for index, (prompts, sampling) in enumerate(batches(self.prompts, self.sampling)):
+            with self._reusing(index):
+                drawn.append(generate_all(self.pipe, prompts, sampling, output or self.output))
         return torch.cat(drawn)
 
     @contextmanager
@@ -119,12 +117,12 @@ class GenerationError:
 def draw_reference(
     pipe: Any, prompts: Sequence[str], sampling: Sampling, *, metric: MetricName | Metric = "ssim"
 ) -> Tensor:
-    """What schedules are compared with: the same prompts and noise, before the model is prepared."""
+    """The reference of ``GenerationError``: the same prompts and noise in full precision, before ``prepare``."""
     return generate_all(pipe, check_prompts(prompts), sampling, _measure(metric)[1])
 
 
 def _measure(metric: MetricName | Metric) -> tuple[Metric, Output]:
-    """The function, and what it compares. Raises ScheduleError where the name is not known."""
+    """The function of a metric and the output it compares. Raises ScheduleError for an unknown name."""
     if callable(metric):
         return metric, "pt"
     if metric not in METRICS:

@@ -1,21 +1,21 @@
-"""8-bit weights whose upper half is the same weight in 4 bits: two planes of 4 bits, one model's worth of bytes.
+"""Nested weights: 8-bit codes in two 4-bit planes, the upper of which is by itself the weight at 4 bits.
 
 Numerics, per output channel (dimension 0). The 8-bit code q in [-127, 119] stands for scale * q. It is stored as
 
     q + 8 = 16 h + l,   h in [-8, 7] (high plane, as h + 8),   l in [0, 15] (low plane)
 
-so that the high plane alone is the 4-bit code, and the offset of 8 makes h the integer nearest to q / 16 rather than
-the next below. Codes end at 119 because 120 / 16 would round to 8. To lose little by that, a channel is turned so that
-its larger end is the negative one (its scale is then negative): |scale| = max(larger end / 127, smaller end / 119),
-which is that of plain symmetric 8 bit unless the smaller end exceeds 119/127 of the larger, and 6.7 % wider at most
-(0.57 dB). The 4-bit step is about max|w| / 8, with exact zero; what it gives up against 4 bits of its own is the zero
-point, in channels whose two ends differ.
+so that the high plane alone is the 4-bit code; the offset of 8 rounds q / 16 to nearest instead of down. Codes end at
+119 because 120 / 16 would round to 8. To lose little by that, the scale of a channel has the sign that makes its end of
+larger magnitude a negative code: |scale| = max(larger end / 127, smaller end / 119). This is the scale of plain
+symmetric 8 bit unless the smaller end exceeds 119/127 of the larger, and at most 6.7 % wider (0.57 dB). The 4-bit step
+is about max|w| / 8, with exact zero. Compared with a separate 4-bit quantization it lacks the zero point, which matters
+in channels whose two ends differ.
 
-The 4-bit scale is refitted to the weight by least squares, so it is not just 16 times the 8-bit one.
+The 4-bit scale is fitted to the weight by least squares; it is not just 16 times the 8-bit scale.
 
-The high plane is packed as every 4-bit weight here (``inductor_kernels.packing``), so 4-bit levels read half of the
-bytes, in the existing kernels. 8-bit levels put both planes together first. Two bits would read the same plane and
-say less, so there are none: layers that are planned at 2 bits run at 4.
+The high plane is packed like every 4-bit weight here (``inductor_kernels.packing``), so 4-bit levels read half of the
+bytes, in the existing kernels. 8-bit levels merge the planes first. There are no 2-bit weights, which would read the
+same plane for less precision: layers planned at 2 bits run at 4.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class NestedWeight:
 
     Attributes:
         planes: uint8 [2, N, ..., ceil(K / 2)]: high and low 4 bits, input channels last and packed.
-        scale: {bits: float32 [N]}. zero_point: int8 [N], to be subtracted from 4-bit codes: 8 everywhere.
+        scale: {bits: float32 [N]}.
+        zero_point: int8 [N], subtracted from 4-bit codes: 8 everywhere.
         length: K.
     """
 
@@ -49,7 +50,7 @@ class NestedWeight:
     length: int
 
     def integers(self, bits: int) -> Tensor:
-        """int8 [N, ..., K], the values that are multiplied."""
+        """int8 [N, ..., K], the codes with the zero point subtracted."""
         if bits == 8:
             return merged(self.planes, self.length)
         return unpack_weight(self.planes[0], self.zero_point, 4, self.length)
@@ -81,6 +82,6 @@ def _least_squares(rows: Tensor, values: Tensor, otherwise: Tensor) -> Tensor:
 
 
 def merged(planes: Tensor, length: int) -> Tensor:
-    """int8 [N, ..., K], the 8-bit codes; plain aten operators."""
+    """int8 [N, ..., K], the 8-bit codes from both planes, by plain aten operators."""
     high, low = unpack(planes[0], 4, length), unpack(planes[1], 4, length)
     return ((high << 4 | low) + 120).view(torch.int8)  # 16 (h + 8) + l - 136, modulo 256

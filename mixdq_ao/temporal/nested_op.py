@@ -1,8 +1,9 @@
 """``torch.ops.mixdq_ao.nested_product``: 8-bit products from nested planes on a CPU.
 
-A CPU keeps weights in the form its kernels want, made once per weight (``inductor_kernels.weights``). Codes put
-together anew at every call would be new weights to it, so here they are made once and kept beside that form; with
-``weight_cache("memory")`` they are made at every call. Other devices put the codes together in the graph.
+CPU kernels take weights in a layout of their own, prepared once per weight and cached by tensor
+(``inductor_kernels.weights``). Planes merged at every call would be a new weight each time, so the merged codes are
+cached beside that layout; with ``weight_cache("memory")`` they are merged at every call. Other devices merge the planes
+in the graph.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ library.define(
 
 
 def window(geometry: list[int]) -> list[Any]:
-    """[stride, stride, padding, padding, dilation, dilation, groups] as operators take it; empty stays empty."""
+    """[stride, stride, padding, padding, dilation, dilation, groups] as operators' arguments; [] stays []."""
     return [geometry[:2], geometry[2:4], geometry[4:6], geometry[6]] if geometry else []
 
 
@@ -43,8 +44,8 @@ def product(
     geometry: list[int],
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """The operator of ``inductor_kernels`` that fits: linear where ``geometry`` is empty, else a convolution (see
-    ``window``); weight-only where ``zero_point`` is None."""
+    """Calls the operator of ``inductor_kernels``: linear if ``geometry`` is empty, else a convolution (see ``window``);
+    weight-only if ``zero_point`` is None."""
     where = window(geometry)
     if zero_point is None:
         operator = kernels.conv2d_weight_only if geometry else kernels.linear_weight_only

@@ -1,4 +1,4 @@
-"""TemporalPlan: which precision each denoising step runs at. One readable JSON file; nothing is unpickled."""
+"""TemporalPlan: the precision of each denoising step. Stored as one readable JSON file; nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..document import Document
 from ..errors import PlanError, ScheduleError
+from ..expect import located, whole
 from ..plan import Plan
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class TemporalPlan(Document):
     Attributes:
         levels: {name: Plan, or None for 16 bit}, precise first.
         steps: the level of each denoising step, first step (most noise) first.
-        costs: {name: relative cost of a step}, falling, for every level; None where no costs are known.
+        costs: {name: relative cost of a step} for every level, falling; None if costs are not known.
     """
 
     FORMAT, VERSION, ERROR = "mixdq-temporal-plan", 1, ScheduleError
@@ -59,12 +60,12 @@ class TemporalPlan(Document):
 
     @property
     def cost(self) -> float | None:
-        """Mean relative cost of a step; None where no costs are known."""
+        """Mean relative cost of a step; None if costs are not known."""
         return None if self.costs is None else sum(self.costs[n] for n in self.steps) / len(self.steps)
 
     @property
     def counts(self) -> dict[str, int]:
-        """Steps at each level, levels in order, unused ones with 0."""
+        """Number of steps at each level, in the order of the levels; 0 for unused ones."""
         used = Counter(self.steps)
         return {name: used[name] for name in self.levels}
 
@@ -99,28 +100,27 @@ class TemporalPlan(Document):
         return cls({name: plan for name, _, plan in read}, tuple(steps), known, metadata)  # type: ignore[arg-type]
 
     def validate(self, steps: int, model: nn.Module | None = None) -> None:
-        """Raises ScheduleError unless this plan is for a scheduler of ``steps`` steps; with a model also PlanError
-        unless every level fits it."""
+        """Raises ScheduleError unless this plan is for ``steps`` steps; with a model, PlanError unless every level fits
+        it."""
         if steps != len(self.steps):
             raise ScheduleError(
                 f"the plan is for {len(self.steps)} steps, the scheduler runs {steps}; "
                 f"use plan.resampled({steps}), or search a schedule for {steps} steps"
             )
-        for name, plan in self.levels.items() if model is not None else ():
-            try:
-                if plan is not None and model is not None:
+        if model is None:
+            return
+        for name, plan in self.levels.items():
+            if plan is not None:
+                with located(f"level {name!r}", PlanError):
                     plan.validate(model)
-            except PlanError as e:
-                raise PlanError(f"level {name!r}: {e}") from e
 
     def resampled(self, steps: int) -> TemporalPlan:
-        """The plan stretched or shrunk to another number of steps, with a warning: errors were not measured there.
+        """The plan stretched or shrunk to another number of steps. Warns that its error there was not measured.
 
-        A step takes the level of the old step at the middle of its share of the run; the first and the last step,
-        which most often need a precision of their own, keep their levels (one step: that of the last).
+        Each new step takes the level of the old step at the same fraction of the run. The first and the last step,
+        which most often need a precision of their own, keep their levels; a single step has the level of the last.
         """
-        if type(steps) is not int or steps < 1:
-            raise ScheduleError(f"steps is {steps!r}, expected a whole number of at least 1")
+        whole(steps, "steps", error=ScheduleError)
         old = len(self.steps)
         if steps == old:
             return self
@@ -135,17 +135,17 @@ class TemporalPlan(Document):
         return replace(self, steps=tuple(self.steps[p] for p in places), metadata=metadata)
 
     def with_steps(self, steps: Sequence[str]) -> TemporalPlan:
-        """The same levels with another schedule."""
+        """A copy with the same levels and another schedule."""
         return replace(self, steps=tuple(steps))
 
     def with_calibration(self, calibration: Calibration) -> TemporalPlan:
-        """A copy whose levels have their ranges, split points and BOS treatment from a calibration."""
+        """A copy whose levels take ranges, split points and BOS handling from a calibration."""
         levels = {n: p and p.with_calibration(calibration) for n, p in self.levels.items()}
         return replace(self, levels=levels)
 
 
 def real(value: object) -> float:
-    """A number of Python's or NumPy's; NaN for what is none, is a boolean or leaves float64."""
+    """A Python or NumPy number as float; NaN for anything else, booleans, and numbers outside float64."""
     try:
         return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     except OverflowError:
@@ -153,7 +153,7 @@ def real(value: object) -> float:
 
 
 def check_costs(costs: Mapping[str, float]) -> dict[str, float]:
-    """The costs as Python's floats. Raises ScheduleError unless they are positive, finite and falling."""
+    """The costs as Python floats. Raises ScheduleError unless they are positive, finite and falling."""
     found, last = {name: real(cost) for name, cost in costs.items()}, math.inf
     for name, cost in found.items():
         if not 0 < cost < 1e300:

@@ -1,9 +1,9 @@
 """``quantization_config.runtime.diffusion_step_policy``, version 1, in a denoiser's config.json.
 
-diffusers, vLLM-omni and SGLang read it: the first and the last steps of a run use 16-bit activations ("a16", over the
-same resident weights), all others what the checkpoint is quantized to ("native"). Its counts are set by hand there;
-here a searched schedule is written to it where that form can say it, and read from it. Fields that are missing or
-unknown are refused, as those readers do.
+diffusers, vLLM-omni and SGLang read it: the first and the last steps of a run use 16-bit activations with the same
+weights ("a16"), all others the quantization of the checkpoint ("native"). There the counts are set by hand. This module
+converts between policies and TemporalPlans: a searched schedule can be exported if it has that form. As in those
+readers, a missing or an unknown field is an error.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import ScheduleError
+from ..expect import expect, located
 from ..jsonfile import read_object
 from ..plan import Plan
 from .plan import TemporalPlan
@@ -32,10 +33,12 @@ NATIVE, A16 = "native", "a16"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepPolicy:
-    """Attributes:
-    first, last: denoising steps with 16-bit activations at the beginning and the end of a run.
-    scope: the components it is for.
-    reasoner: "a16" or "native", for models whose text is read by a second tower; no step of ours depends on it.
+    """A policy.
+
+    Attributes:
+        first, last: number of denoising steps with 16-bit activations at the beginning and at the end of a run.
+        scope: the pipeline components it applies to.
+        reasoner: "a16" or "native", for models whose text is read by a second tower; not used here.
     """
 
     first: int
@@ -51,12 +54,11 @@ class StepPolicy:
         _expect(self.reasoner in (A16, NATIVE), "reasoner", self.reasoner, "'a16' or 'native'")
 
     def modes(self, steps: int) -> tuple[str, ...]:
-        """The mode of each of ``steps`` steps. A run of one step is native, whatever the counts: readers take it
-        for a warm-up."""
+        """The mode of each of ``steps`` steps. A run of one step is native whatever the counts, as readers treat it as
+        a warm-up."""
         if steps == 1:
             return (NATIVE,)
-        edge = lambda i: i < self.first or i >= steps - self.last  # noqa: E731
-        return tuple(A16 if edge(i) else NATIVE for i in range(steps))
+        return tuple(A16 if i < self.first or i >= steps - self.last else NATIVE for i in range(steps))
 
     def to_json(self) -> dict[str, Any]:
         """The policy with all its fields."""
@@ -85,7 +87,7 @@ class StepPolicy:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | str | os.PathLike[str]) -> StepPolicy | None:
-        """The policy in a denoiser's config (a mapping or its config.json); None where it has none."""
+        """The policy in a denoiser's config, given as a mapping or as the path of its config.json; None if absent."""
         source = "config" if isinstance(config, Mapping) else os.fspath(config)
         here: Any = config if isinstance(config, Mapping) else read_config(config)
         path = FIELD.split(".")
@@ -95,14 +97,12 @@ class StepPolicy:
             if here.get(name) is None:
                 return None
             here = here[name]
-        try:
+        with located(source, ScheduleError):
             return cls.from_json(here)
-        except ScheduleError as e:
-            raise ScheduleError(f"{source}: {e}") from e
 
     def into_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """A copy of a denoiser's config with this policy. Raises ScheduleError where it has no quantization_config:
-        a model that is not quantized has nothing to switch."""
+        """A copy of a denoiser's config with this policy. Raises ScheduleError if it has no quantization_config: only
+        a quantized model has precisions to switch."""
         quantization = config.get("quantization_config")
         if not isinstance(quantization, Mapping):
             raise ScheduleError("the config has no quantization_config; a step policy belongs to a quantized model")
@@ -113,11 +113,11 @@ class StepPolicy:
 
 
 def export_policy(plan: TemporalPlan, *, scope: tuple[str, ...] = ("transformer",), reasoner: str = A16) -> StepPolicy:
-    """The policy that says the same as ``plan`` at its number of steps.
+    """The policy equivalent to ``plan`` at its number of steps.
 
     Raises:
-        ScheduleError: the form cannot say it: more than two levels, 16-bit activations elsewhere than at the ends,
-            other weights at the 16-bit steps, or one step only. Names the step or level at fault.
+        ScheduleError: no policy is: more than two levels, 16-bit activations elsewhere than at the ends, other weights
+            at the 16-bit steps, or a single step. Names the step or level at fault.
     """
     steps = len(plan.steps)
     modes = _modes(plan)
@@ -132,7 +132,7 @@ def export_policy(plan: TemporalPlan, *, scope: tuple[str, ...] = ("transformer"
 
 
 def _modes(plan: TemporalPlan) -> list[str]:
-    """ "a16" or "native" for each step. Raises ScheduleError where levels are neither."""
+    """ "a16" or "native" for each step. Raises ScheduleError if the levels do not map to these two."""
     used = [name for name, count in plan.counts.items() if count]
     quantized = [name for name in used if not _sixteen(plan.levels[name])]
     if len(quantized) > 1 or len(used) > 2:
@@ -152,7 +152,7 @@ def _modes(plan: TemporalPlan) -> list[str]:
 
 
 def import_policy(policy: StepPolicy, steps: int, native: Plan, name: str = "native") -> TemporalPlan:
-    """The schedule a policy means for ``steps`` steps; level "a16" is ``native`` with 16-bit activations."""
+    """The plan equivalent to a policy at ``steps`` steps; its level "a16" is ``native`` with 16-bit activations."""
     if name == A16:
         raise ScheduleError(f"name is {name!r}, expected another than that of the 16-bit level")
     layers = {n: replace(v, act_bits=16, act_range=None, split_act_range=None) for n, v in native.layers.items()}
@@ -171,12 +171,11 @@ def _weights(plan: Plan | None) -> dict[str, tuple[int, bool | None]]:
 
 
 def _expect(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ScheduleError(f"diffusion_step_policy: {name} is {value!r}, expected {expected}")
+    expect(condition, f"diffusion_step_policy: {name}", value, expected, ScheduleError)
 
 
 def _object(name: str, value: object, fields: tuple[str, ...]) -> dict[str, Any]:
-    """``value`` as an object with exactly these fields."""
+    """``value``, which must be an object with exactly these fields. Raises ScheduleError."""
     _expect(isinstance(value, Mapping), name or "policy", value, "an object")
     assert isinstance(value, Mapping)
     prefix = f"{name}." if name else ""
@@ -190,15 +189,13 @@ def _object(name: str, value: object, fields: tuple[str, ...]) -> dict[str, Any]
 def read_policy(path: str | os.PathLike[str]) -> StepPolicy:
     """The policy in a denoiser's config.json, or in a file of its own. Raises ScheduleError naming the file."""
     config = read_config(path)
-    try:
+    with located(os.fspath(path), ScheduleError):
         found = StepPolicy.from_config(config) if "schema_version" not in config else StepPolicy.from_json(config)
-    except ScheduleError as e:
-        raise ScheduleError(f"{os.fspath(path)}: {e}") from e
     if found is None:
         raise ScheduleError(f"{os.fspath(path)}: has no {FIELD}, nor is it one")
     return found
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A denoiser's config.json as it stands. Raises ScheduleError naming the file."""
+    """A denoiser's config.json, parsed. Raises ScheduleError naming the file."""
     return read_object(path, ScheduleError, "; expected a model's config.json")

@@ -1,4 +1,4 @@
-"""What was measured of schedules, in one file for reports: {schedule: error}, names of some, and whether errors add up.
+"""Measured errors of schedules, names of some of them, and whether errors add up; one JSON file, for reports.
 
     {"format": "mixdq-schedule-results", "version": 1, "metadata": {...}, "metric": "1 - SSIM",
      "levels": [{"name": "16", "cost": 1.0}, ...],
@@ -6,7 +6,7 @@
      "named": {"found at 0.25": "0 0 1 2", ...},
      "additivity": {"1 - SSIM": {"singles": {...}, "schedules": [...], "predicted": [...], ...}}}
 
-A schedule is the place of each step's level in ``levels`` (0: the most precise).
+A schedule is written as the index of each step's level in ``levels`` (0: the most precise).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Steps = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Additivity:
-    """Predicted (the sum of single-step errors) against measured, over random schedules.
+    """Predicted errors (sums of single-step errors) and measured errors of random schedules.
 
     Attributes:
         schedules: the random schedules; predicted, measured: their errors.
         singles: {level: error of each step at that level, all others precise}.
-        r_squared: of log measured against log predicted (squared Pearson correlation); 1 where errors add up to a
-            factor, NaN (null in a file) where all predictions or all measurements are equal and none is defined.
-        ratio: median of measured over predicted; above 1 where the errors of steps correlate.
+        r_squared: squared Pearson correlation of log measured and log predicted; 1 if errors add up, apart from a
+            common power and factor; NaN (null in a file) if all predictions or all measurements are equal.
+        ratio: median of measured / predicted; above 1 if the errors of steps correlate positively.
     """
 
     schedules: tuple[tuple[str, ...], ...]
@@ -46,11 +46,14 @@ class Additivity:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleResults(Document):
-    """Attributes:
-    levels: {name: relative cost of a step}, precise first. metric: what the errors are, in words.
-    measured: {schedule: error}, all for one number of steps.
-    named: {name: schedule}, each of them measured: "found at 0.25", "uniform W4A8", "last W8A8/W4A8", ...
-    additivity: {what was compared: result}.
+    """The measurements of one model.
+
+    Attributes:
+        levels: {name: relative cost of a step}, precise first.
+        metric: what the errors are, in words.
+        measured: {schedule: error}, all for one number of steps.
+        named: {name: schedule}, each of them measured: "found at 0.25", "uniform W4A8", "last W8A8/W4A8", ...
+        additivity: {what was compared: result}.
     """
 
     FORMAT, VERSION, ERROR = "mixdq-schedule-results", 1, ScheduleError
@@ -85,10 +88,10 @@ class ScheduleResults(Document):
         return sum(self.levels[name] for name in steps) / len(steps)
 
     def step_errors(self) -> dict[str, list[tuple[float, int]]]:
-        """{level: for each step (its error, n)}, levels without a measured interval left out.
+        """{level: (error, n) of each step}, for the levels that have been measured at every step.
 
-        The error of the shortest measured interval of n steps at that level that holds the step, all others at the
-        most precise one, shared evenly by its steps; n is 1 where the step was measured by itself.
+        The error of a step comes from the shortest measured interval that holds it: n adjacent steps at that level, all
+        others at the most precise one. It is divided evenly among them; n is 1 if the step was measured by itself.
         """
         precise = next(iter(self.levels))
         base = self.measured.get((precise,) * self.steps, 0.0)
@@ -97,7 +100,7 @@ class ScheduleResults(Document):
             places = [i for i, name in enumerate(steps) if name != precise]
             level = steps[places[0]] if places else precise
             if not places or set(steps[places[0] : places[-1] + 1]) != {level}:
-                continue  # no single interval of one level
+                continue  # not one interval at one level
             shares = found.setdefault(level, [(math.nan, self.steps + 1)] * self.steps)
             for place in places:
                 shares[place] = (max(error - base, 0.0) / len(places), len(places))
@@ -106,7 +109,10 @@ class ScheduleResults(Document):
 
     def to_json(self) -> dict[str, Any]:
         places = {name: str(i) for i, name in enumerate(self.levels)}
-        text = lambda steps: " ".join(places[n] for n in steps)  # noqa: E731
+
+        def text(steps: Steps) -> str:
+            return " ".join(places[n] for n in steps)
+
         return {
             **self.header(),
             "metric": self.metric,
@@ -146,7 +152,7 @@ class ScheduleResults(Document):
 
 
 class _Reader:
-    """Schedules from their text: "0 0 2" as ("16", "16", "W4A8")."""
+    """Reads schedules from text: "0 0 2" is ("16", "16", "W4A8")."""
 
     def __init__(self, levels: Mapping[str, float]) -> None:
         self.names = {str(i): name for i, name in enumerate(levels)}
@@ -188,7 +194,7 @@ def _numbers(where: str, values: object) -> None:
 
 
 def _keys(where: str, value: object, keys: tuple[str, ...]) -> dict[str, Any]:
-    """``value`` as an object with exactly these keys."""
+    """``value``, which must be an object with exactly these keys. Raises ScheduleError."""
     if not isinstance(value, dict) or set(value) != set(keys):
         found = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
         raise ScheduleError(f"{where}is {found}, expected an object with exactly {', '.join(keys)}")

@@ -1,4 +1,4 @@
-"""A model that holds its weights once and switches precision from one denoising step to the next."""
+"""A model that stores its weights once and switches precision from one denoising step to the next."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..compat import uncompiled
 from ..errors import PlanError, QuantizationError, ScheduleError
+from ..expect import located
 from ..layer_plan import LayerPlan
 from ..layers import check_module, find_layers
 from ..models.pipelines import denoiser
@@ -32,29 +33,30 @@ def prepare(
     storage: Storage = "nested",
     keep_full: bool = False,
 ) -> LevelRuntime:
-    """Makes ``model`` run at any level of ``plan``, in place; one copy of the weights serves them all.
+    """Prepares ``model``, in place, to run at any level of ``plan`` with one copy of the weights.
 
         runtime = prepare(pipe.unet, plan, calibration)
         pipe.unet = torch.compile(pipe.unet, fullgraph=True)  # one graph for each level
-        runtime.follow(pipe)                                  # pipe(...) as ever
+        runtime.follow(pipe)                                  # then call pipe(...) as usual
 
     Args:
         model: a denoiser in full precision.
-        plan: its levels say what each layer becomes; 16-bit weights run as 8-bit ones with 16-bit activations.
-        calibration: fills in ranges where the levels' plans have none yet.
-        storage: "nested": 4-bit weights are the upper half of the 8-bit ones (``nested`` has the numerics), and all
-            levels together hold the bytes of one 8-bit model; 2-bit weights run at 4 bits, for they would read as
-            much. "own": each width has codes of its own, as ``quantize_`` would make them, for half and a quarter
-            of those bytes more.
-        keep_full: also keep the model's own weights, so that 16 bit is exact.
+        plan: its levels give each layer's bits. 16-bit weights run as 8-bit weights with 16-bit activations, unless
+            ``keep_full``.
+        calibration: provides the ranges that the levels' plans lack.
+        storage: "nested": a 4-bit weight is the upper half of the 8-bit one (numerics: ``nested``), so all levels
+            together take the bytes of one 8-bit model; 2-bit weights run at 4 bits, which read the same bytes. "own":
+            each width has the codes that ``quantize_`` would give it; 4-bit codes take half of those bytes in addition,
+            2-bit codes a quarter.
+        keep_full: also keep the original weights, so that 16 bit is exact.
 
-    torch.compile makes one graph for each level when it is first seen, and none after that while sizes stay. A batch
-    size that changes makes up to three for each level (the first size, 1, all others), a height and a width that change
-    another each. After ``torch._dynamo.config.recompile_limit`` graphs (8) it fails with ``fullgraph=True``, and else
-    runs eagerly: raise the limit to as many as there may be.
+    torch.compile makes one graph per level, at the level's first call, and no more while sizes stay. If the batch size
+    changes there are up to three graphs per level (the first size, size 1, any size); a changing height and a changing
+    width add one each. Beyond ``torch._dynamo.config.recompile_limit`` (8) graphs, compilation fails with
+    ``fullgraph=True`` and falls back to eager execution without it: raise the limit to the number of graphs.
 
     Raises:
-        PlanError, QuantizationError, ScheduleError: naming level and layer, before anything is changed.
+        PlanError, QuantizationError, ScheduleError: name the level and the layer; the model is unchanged then.
     """
     if storage not in get_args(Storage):
         raise ScheduleError(f"storage is {storage!r}, expected 'nested' or 'own'")
@@ -82,20 +84,23 @@ def prepare(
 
 
 class LevelRuntime:
-    """A prepared model. ``level`` is the one attribute that switches all its layers.
+    """A prepared model. Setting ``level`` switches all its layers.
 
     Attributes:
-        model: the denoiser. plan: the schedule that ``follow`` follows. followed: the pipeline it follows, or None.
+        model: the denoiser.
+        level: name of the level that the model runs at.
+        plan: the schedule that ``follow`` applies.
+        followed: the pipeline that is followed, or None.
     """
 
     def __init__(self, model: nn.Module, plan: TemporalPlan, switch: Switch) -> None:
-        self.model, self._switch, self._levels = model, switch, dict(plan.levels)  # as prepared: fixed
+        self.model, self._switch, self._levels = model, switch, dict(plan.levels)  # fixed once prepared
         self._plan = self._resampled = plan
         self.followed: Any = None
         self._handles: list[Any] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LevelRuntime:
-        """With the pipeline it follows. Where the model is copied alone, the copy follows the same pipeline."""
+        """Copies the followed pipeline too, unless the model is copied without it: then both follow the same one."""
         clone = memo[id(self)] = copy.copy(self)
         alone = id(self.model) in memo and id(self.followed) not in memo
         clone.followed = self.followed if alone else copy.deepcopy(self.followed, memo)
@@ -103,7 +108,7 @@ class LevelRuntime:
         return clone
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is stored: no pipeline, for not every one can be."""
+        """The state for pickling, without the pipeline: not every pipeline can be pickled."""
         return vars(self) | {"followed": None}
 
     @property
@@ -128,16 +133,17 @@ class LevelRuntime:
         self._plan = self._resampled = plan
 
     def follow(self, pipe: Any, *, resample: bool = False) -> None:
-        """From now on every call of ``pipe`` runs each denoising step at the level the plan gives it.
+        """Makes every call of ``pipe`` from now on run each denoising step at the plan's level for it.
 
-        Compile the denoiser first. The step is told from the timestep the denoiser is called with and the list of
-        ``pipe.scheduler``, which may be exchanged at any time: all calls of one step (guidance, second-order
-        schedulers) run at one level, and img2img begins in the middle of the schedule. Another pipeline that
-        shares the model but has a scheduler of its own: follow that one. A copy (``copy.deepcopy(pipe)``) follows by
-        itself; a runtime that was pickled has to follow a pipeline anew.
+        Compile the denoiser first. The step is found from the denoiser's timestep argument and the timesteps of
+        ``pipe.scheduler``, which may be replaced at any time. All calls of one step (guidance, second-order schedulers)
+        run at one level, and img2img begins in the middle of the schedule. To run another pipeline that shares the
+        model but has its own scheduler, follow that pipeline. A copy (``copy.deepcopy(pipe)``) is followed
+        automatically; after unpickling a runtime, call ``follow`` again.
 
-        ``resample``: a run with another number of steps takes ``plan.resampled(steps)``, with its warning, where
-        otherwise it is an error.
+        Args:
+            resample: a run with another number of steps uses ``plan.resampled(steps)``, which warns, instead of
+                raising ScheduleError.
         """
         module = denoiser(pipe)
         if uncompiled(module) is not self.model:
@@ -146,23 +152,23 @@ class LevelRuntime:
         self.followed = pipe
         follower = _Follower(self, resample)
         hooks: dict[nn.Module, Any] = {self.model: _Heir(follower)} | {module: follower}
-        # first of all hooks: others (reuse_text_projections) look at the level
+        # run before all other hooks, since some of them (reuse_text_projections) read the level
         self._handles = [m.register_forward_pre_hook(hook, with_kwargs=True, prepend=True) for m, hook in hooks.items()]
 
     def unfollow(self) -> None:
-        """The level stays what it is until it is set."""
+        """Stops following; the level stays until it is set."""
         for handle in self._handles:
             handle.remove()
         self._handles, self.followed = [], None
 
     def plan_for(self, steps: int) -> TemporalPlan:
-        """The plan, resampled to a number of steps (once while that number stays)."""
+        """The plan, resampled to a number of steps; cached for the last number."""
         if steps != len(self._resampled.steps):
             self._resampled = self._plan.resampled(steps)
         return self._resampled
 
     def bytes(self) -> int:
-        """What the layers hold: codes, scales, zero points, BOS rows, biases; shared memory counts once."""
+        """Bytes of the prepared layers: codes, scales, zero points, BOS rows, biases; shared memory counts once."""
         held = {}
         for layer in self.model.modules():
             if isinstance(layer, LevelLayer):
@@ -173,8 +179,8 @@ class LevelRuntime:
 
 
 class _Follower:
-    """A hook that sets the level before the denoiser runs; never part of a compiled graph. Not a function, which copies
-    would share and files cannot hold."""
+    """A forward pre-hook that sets the level; runs outside compiled graphs. An object rather than a closure, so that it
+    is copied and pickled with the model."""
 
     def __init__(self, runtime: LevelRuntime, resample: bool) -> None:
         self.runtime, self.resample, self.steps = runtime, resample, Steps()
@@ -189,15 +195,15 @@ class _Follower:
             )
         scheduler, plan = self.runtime.followed.scheduler, self.runtime.plan
         timesteps, order = scheduler.timesteps, getattr(scheduler, "order", 1)
-        as_found = order == 1 and len(timesteps) == len(plan.steps)  # though some schedulers repeat timesteps
+        as_found = order == 1 and len(timesteps) == len(plan.steps)  # even if timesteps repeat
         if self.resample and not as_found:
             plan = self.runtime.plan_for(step_count(timesteps, order))
         self.runtime.level = plan.steps[self.steps.step_of(timesteps, timestep, len(plan.steps), order)]
 
 
 class _Heir:
-    """A hook of the model inside a compiled one, whose own hooks torch drops where it is copied or stored. It does
-    nothing, and comes out as the follower."""
+    """A placeholder hook on the model inside a compiled one. torch drops the wrapper's own hooks on copy and pickle;
+    this one is copied and unpickled as the follower."""
 
     def __init__(self, follower: _Follower) -> None:
         self.follower = follower
@@ -214,7 +220,7 @@ def _itself(follower: _Follower) -> _Follower:
 
 
 def _keep_projections_apart(model: nn.Module) -> None:
-    """diffusers fuses projections by copying the weights of the present level into a plain layer, for every level."""
+    """Makes diffusers' fusing of projections raise: it would copy the current level's weights into a plain layer."""
     for module in model.modules():
         for name in ("fuse_qkv_projections", "fuse_projections"):
             if hasattr(type(module), name):
@@ -229,7 +235,7 @@ def _refuse_fusing(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def _folds(model: nn.Module, plan: TemporalPlan) -> dict[Fold, Folding]:
-    """Smoothing and rotation, which all levels share as they share the weights."""
+    """Smoothing and rotation, which must be the same at all levels because these share the weights."""
     foldings: dict[str, Folding] = {}
     for level, own in plan.levels.items():
         for name, folding in foldings_of(own.layers if own is not None else {}).items():
@@ -242,7 +248,7 @@ def _folds(model: nn.Module, plan: TemporalPlan) -> dict[Fold, Folding]:
 
 
 def _forms(name: str, plan: TemporalPlan, keep_full: bool) -> dict[str, LayerPlan | None] | None:
-    """{level: how the layer runs there, None for its own weight}; None where it is left alone at every level."""
+    """{level: how the layer runs there, None for its own weight}; None if no level quantizes the layer."""
     asked = {n: p.layers.get(name, LayerPlan()) if p is not None else LayerPlan() for n, p in plan.levels.items()}
     if not any(layer.quantized for layer in asked.values()):
         return None
@@ -264,10 +270,8 @@ def _forms(name: str, plan: TemporalPlan, keep_full: bool) -> dict[str, LayerPla
 def _check(name: str, layer: nn.Module, forms: Mapping[str, LayerPlan | None], storage: Storage) -> None:
     if is_quantized(layer.weight):
         raise QuantizationError(f"layer {name!r} is quantized already; load the original model to prepare it")
-    try:
+    with located(f"layer {name!r}", QuantizationError):
         refuse_unusable(layer.weight)  # type: ignore[arg-type]
-    except QuantizationError as e:
-        raise QuantizationError(f"layer {name!r}: {e}") from e
     known: dict[int, LayerPlan] = {}
     for level, form in forms.items():
         if form is None or form.weight_bits == 16:

@@ -1,8 +1,8 @@
-"""Search for a precision per denoising step with a number of measurements linear in the steps.
+"""Searches for a precision per denoising step with a number of measurements linear in the steps.
 
-After TMPDiff (arXiv 2603.14062), written from its abstract. First, adaptive bisection: the error of running an
-interval of steps at a cheaper level, halved where it is large. Then the schedule that should be best is computed,
-measured, and what was measured teaches how the errors of steps correlate, until nothing better is expected.
+After TMPDiff (arXiv 2603.14062), written from its abstract. First, adaptive bisection measures intervals of steps at a
+cheaper level and halves those with a large error (``intervals``). Then the schedule with the best prediction is
+measured, which improves the estimated correlations of step errors (``correlation``), until no prediction is better.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..errors import ScheduleError
-from ..expect import is_number
+from ..expect import expect, is_number, whole
 from ..search.store import Store
 from .correlation import ErrorModel
 from .evaluations import Choice, Error, Evaluations, LimitReached
@@ -27,9 +28,10 @@ from .intervals import Bisection
 from .plan import check_costs, real
 
 CLOSE = 1.5
-"""A schedule set by hand is measured before the search ends where its predicted error is within this factor."""
+"""Before it ends, the search measures hand-set schedules whose predicted error (or cost) is within this factor of the
+best."""
 NEAR = 64
-"""Neighbours of the best schedules looked at for the next measurement."""
+"""Neighbours of each of the best schedules that are candidates for the next measurement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +40,10 @@ class Schedule:
 
     Attributes:
         levels: the level of each step, first step first.
-        error: as measured for exactly this schedule.
+        error: measured for exactly this schedule.
         cost: mean relative cost of a step.
-        evaluations: different schedules measured (or read from the store) to find it.
-        history: {schedule: error} of all of them, in the order asked.
+        evaluations: number of schedules measured (or read from the store) to find it.
+        history: {schedule: error} of all of them, in the order of measurement.
     """
 
     levels: tuple[str, ...]
@@ -51,8 +53,36 @@ class Schedule:
     history: Mapping[tuple[str, ...], float] = field(default_factory=dict, repr=False)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleProblem:
+    """The arguments that every search takes (see ``search_schedule``), checked.
+
+    Attributes:
+        goal: what the arguments ask for.
+    """
+
+    error: Error
+    steps: int
+    levels: Mapping[str, float]
+    max_cost: float | None = None
+    max_error: float | None = None
+    store: str | os.PathLike[str] | None = None
+    subject: str = ""
+    goal: Goal = field(init=False)
+
+    def __post_init__(self) -> None:
+        goal = check_goal(self.steps, self.levels, self.max_cost, self.max_error)
+        object.__setattr__(self, "goal", goal)
+
+    @contextmanager
+    def evaluations(self, limit: int | None = None) -> Iterator[Evaluations]:
+        """Measures schedules, at most ``limit`` of them; the store is locked inside the block."""
+        with open_store(self.store, self.steps, self.levels, self.subject) as results:
+            yield Evaluations(self.error, tuple(self.levels), limit=limit, store=results)
+
+
 def evaluation_limit(steps: int, levels: int) -> int:
-    """No search measures more schedules than this: 4 x steps x (levels - 1)."""
+    """Most schedules that a search measures: 4 x steps x (levels - 1)."""
     return 4 * steps * (levels - 1)
 
 
@@ -68,42 +98,47 @@ def search_schedule(
     resolution: float = 0.01,
     patience: int | None = None,
 ) -> Schedule:
-    """The schedule with the smallest error within a cost, or the cheapest within an error.
+    """Finds the schedule with the smallest error within a cost, or the cheapest within an error.
 
     Args:
-        error: ``error(schedule)``, schedule a tuple with a level name for each step, measures a whole generation
-            against full precision: latent MSE, 1 - SSIM, LPIPS, ... Must give the same for the same schedule.
-        steps: denoising steps.
+        error: ``error(schedule)``, where schedule is a tuple with the name of each step's level, compares a whole
+            generation with full precision: latent MSE, 1 - SSIM, LPIPS, ... Must be deterministic.
+        steps: number of denoising steps.
         levels: {name: relative cost of a step}, precise first, costs falling.
-        max_cost, max_error: give one of them; the cost is the mean over the steps, so it lies between the costs of
+        max_cost, max_error: give one of them. The cost is the mean over the steps, so it lies between the costs of
             the cheapest and the most precise level.
         store: a file that every measurement is appended to; the same call continues from it.
-        subject: says what is measured (model, prompts, metric); a store of another subject is refused.
-        resolution: intervals of steps whose error is below this part of the expected answer's are not split.
-        patience: measurements without improvement before the search ends (default: half the steps, at least 4).
+        subject: says what is measured (model, prompts, metric); a store of another subject is an error.
+        resolution: intervals of steps whose error is below this fraction of the expected final error are not split.
+        patience: the search ends after so many measurements without improvement; default: half the steps, at least 4.
 
     Measures at most ``4 * steps * (len(levels) - 1)`` schedules, often half of that.
 
     Raises:
-        ScheduleError: an argument is wrong, nothing can satisfy the limit, or the error function gave no finite
-            number. SensitivityError: the store cannot be used.
+        ScheduleError: an argument is wrong, no schedule satisfies the limit, or the error function did not return a
+            finite number.
+        SensitivityError: the store cannot be used.
     """
-    goal = check_goal(steps, levels, max_cost, max_error)
-    patience = max(4, steps // 2) if patience is None else patience
-    if type(patience) is not int or patience < 1:
-        raise ScheduleError(f"patience is {patience!r}, expected a whole number of at least 1")
-    if not is_number(resolution) or not 0 <= resolution < 1:
-        raise ScheduleError(f"resolution is {resolution!r}, expected a number from 0 to below 1")
-    with open_store(store, steps, levels, subject) as results:
-        evaluate = Evaluations(error, tuple(levels), limit=evaluation_limit(steps, len(levels)), store=results)
-        _search(evaluate, goal, steps, resolution, patience)
-    return best_schedule(evaluate, goal)
+    problem = ScheduleProblem(
+        error=error,
+        steps=steps,
+        levels=levels,
+        max_cost=max_cost,
+        max_error=max_error,
+        store=store,
+        subject=subject,
+    )
+    patience = max(4, steps // 2) if patience is None else whole(patience, "patience", error=ScheduleError)
+    valid = is_number(resolution) and 0 <= resolution < 1
+    expect(valid, "resolution", resolution, "a number from 0 to below 1", ScheduleError)
+    with problem.evaluations(evaluation_limit(steps, len(levels))) as evaluate:
+        _search(evaluate, problem.goal, steps, resolution, patience)
+    return best_schedule(evaluate, problem.goal)
 
 
 def check_goal(steps: int, levels: Mapping[str, float], max_cost: float | None, max_error: float | None) -> Goal:
     """The goal of a search. Raises ScheduleError naming the argument, its value and what was expected."""
-    if type(steps) is not int or steps < 1:
-        raise ScheduleError(f"steps is {steps!r}, expected a whole number of at least 1")
+    whole(steps, "steps", error=ScheduleError)
     if not isinstance(levels, Mapping) or len(levels) < 2:
         raise ScheduleError(f"levels is {levels!r}, expected at least two, {{name: relative cost}}, precise first")
     costs = check_costs(levels)
@@ -120,7 +155,7 @@ def check_goal(steps: int, levels: Mapping[str, float], max_cost: float | None, 
 
 
 def open_store(path: str | os.PathLike[str] | None, steps: int, levels: Mapping[str, float], subject: str) -> Store:
-    """The store of one subject's measurements. Costs are no part of its identity: they change no error."""
+    """The store of one subject's measurements. Costs do not change errors, so they are not part of its fingerprint."""
     settings = json.dumps({"kind": "schedule", "steps": steps, "levels": list(levels), "subject": subject})
     return Store(path, hashlib.blake2b(settings.encode(), digest_size=16).hexdigest())
 
@@ -142,7 +177,7 @@ def _search(evaluate: Evaluations, goal: Goal, steps: int, resolution: float, pa
 
 
 def _expected(goal: Goal, shares: np.ndarray, base: float) -> float:
-    """The error the answer will have, as far as shares tell."""
+    """The expected error of the schedule to be found, if errors add up."""
     if goal.max_error is not None:
         return goal.max_error
     choice = goal.additive(shares, base)
@@ -150,8 +185,7 @@ def _expected(goal: Goal, shares: np.ndarray, base: float) -> float:
 
 
 def _polish(evaluate: Evaluations, goal: Goal, bisection: Bisection, patience: int) -> None:
-    """Measures what should be best, learns from it, until ``patience`` measurements in a row brought nothing and no
-    schedule set by hand is better."""
+    """Alternates descent with measurements of promising hand-set schedules, until neither improves on the best."""
     model = ErrorModel(bisection.shares(), bisection.base)
     for choice, error in evaluate.measured.items():
         model.learn(choice, error)
@@ -167,6 +201,8 @@ def _polish(evaluate: Evaluations, goal: Goal, bisection: Bisection, patience: i
 
 
 def _descend(evaluate: Evaluations, goal: Goal, model: ErrorModel, known: list[Choice], patience: int) -> None:
+    """Measures the schedule with the best prediction and refits the model, until ``patience`` measurements in a row
+    improved on the best by less than 0.1 %."""
     fruitless = 0
     while fruitless < patience:
         best = _best(evaluate, goal)
@@ -183,7 +219,7 @@ def _descend(evaluate: Evaluations, goal: Goal, model: ErrorModel, known: list[C
 
 
 def _rivals(evaluate: Evaluations, goal: Goal, model: ErrorModel, known: list[Choice]) -> list[Choice]:
-    """What a person might set and nobody measured, where the model does not rule it out; likely ones first."""
+    """Hand-set schedules not measured yet whose prediction is within ``CLOSE`` of the best, best prediction first."""
     most = CLOSE * _key(goal, evaluate, _best(evaluate, goal))
     predicted = {c: _predicted(goal, model, c) for c in set(known) - set(evaluate.measured)}
     return sorted((c for c, key in predicted.items() if key <= most), key=lambda c: (predicted[c], c))
@@ -202,7 +238,7 @@ def _predicted(goal: Goal, model: ErrorModel, choice: Choice) -> float:
 
 
 def best_schedule(evaluate: Evaluations, goal: Goal) -> Schedule:
-    """The best of what was measured."""
+    """The best of the measured schedules."""
     choice = _best(evaluate, goal)
     history = {evaluate.schedule(c): e for c, e in evaluate.measured.items()}
     return Schedule(evaluate.schedule(choice), evaluate.measured[choice], goal.cost(choice), len(evaluate), history)

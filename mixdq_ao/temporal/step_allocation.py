@@ -1,28 +1,29 @@
-"""Bits per layer and denoising step, as levels of a TemporalPlan: MPQ-Diff (arXiv 2412.00144) within a run.
+"""Allocates bits per layer and denoising step as levels of a TemporalPlan: MPQ-Diff (arXiv 2412.00144) within a run.
 
-What can differ from step to step is what ``runtime.prepare`` can switch:
+``runtime.prepare`` can switch these from step to step:
 
 - Activation bits of every layer, freely.
-- Weight bits of every layer, among the widths that are held. Storage "nested" holds every weight once, at 8 bits, and
-  reads all of it or its 4-bit half: 4 and 8 bits, in the bytes of one 8-bit model, whatever the plan. Storage "own"
-  holds a copy for each width that a layer has at some step: 2, 4 and 8 bits, in the bytes of all of them.
+- Weight bits of every layer, among the stored widths. Storage "nested" stores every weight once, at 8 bits, and reads
+  all of it or its 4-bit half: 4 and 8 bits, in the bytes of one 8-bit model, whatever the plan. Storage "own" stores a
+  copy for each width that a layer has at some step: 2, 4 and 8 bits, in the bytes of all copies.
 
-So bits that differ between steps save memory traffic and time, not memory; the budget is the mean over the steps.
-Where memory is what is short, ``weights="per layer"`` keeps a layer's weight bits the same at all steps and lets only
-activations differ.
+So bits that differ between steps save memory traffic and time, not memory; the budget is a mean over the steps. To save
+memory, ``weights="per layer"`` keeps a layer's weight bits the same at all steps, so that only activations differ.
 
-Each sampled step makes a level, which serves the steps nearest to it; each level is one compiled graph.
+Each sampled step becomes a level, which serves the steps nearest to it. Each level is one compiled graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import AllocationError
+from ..expect import expect
 from ..layer_plan import ACT_BITS, WEIGHT_BITS
 from ..search.additive import additive_errors
 from ..search.highs import Array
@@ -54,30 +55,33 @@ def allocate_steps(
     protect: Iterable[str] = (),
     time_limit: float = 60.0,
 ) -> TemporalPlan:
-    """A plan of bits per layer and step; no ranges yet (see ``TemporalPlan.with_calibration``).
+    """Finds the bits of every layer at every step; the plan has no ranges yet (see ``TemporalPlan.with_calibration``).
 
     Args:
-        measured: importances from ``orthogonality``; or {step: Sensitivity} with the errors each layer makes at sampled
-            steps (``step_probe.probe_steps`` estimates them), whose sum is minimised (``form``, beta and decay have no
-            say then).
-        steps: of the run; with an Orthogonality its own.
-        weight_bits, act_bits: average over weights or input elements and over the steps of the run. act_bits None, or
-            8 and more with the default choices: 8; 16: activations kept. Where a weight gets 16, its activation is
-            kept as well (no integer product takes the two) and not counted in the average.
-        form: "linear", "integer" or "error", as for ``allocate_orthogonal``: of theta_i at each sampled step, times
-            exp(decay p) of the steps it serves.
+        measured: importances from ``orthogonality``; or {step: Sensitivity} with each layer's errors at the sampled
+            steps (from ``step_probe.probe_steps``), whose sum is minimised (``form``, ``beta`` and ``decay`` are
+            ignored then).
+        steps: number of steps of the run; not needed with an Orthogonality, which has its own.
+        weight_bits, act_bits: averages over weights or input elements and over the steps of the run. With the default
+            choices, act_bits of None or from 8 up means 8 everywhere, and 16 leaves activations unquantized. Where a
+            weight gets 16 bits, its activation stays unquantized too (no integer product takes the two) and is not
+            counted in the average.
+        form: "linear", "integer" or "error", as for ``allocate_orthogonal``, of theta_i of each sampled step, weighted
+            by the sum of exp(decay p) over the run's steps it represents.
         beta, decay: see ``Orthogonality.step_importance`` and ``step_weights``.
-        weights: "per step", or "per layer": weight bits are the same at all steps.
-        storage: what ``prepare`` will be given; says which weight bits there are by default (nested 4 and 8, own 2, 4
-        and 8).
+        weights: "per step"; or "per layer": the weight bits of a layer are the same at all steps.
+        storage: the ``storage`` that ``prepare`` will be called with. Determines the weight bits offered by default:
+            4 and 8 for "nested"; 2, 4 and 8 for "own".
         weight_choices, act_choices: bits offered; activations {4, 8} by default.
         protect: layers kept at 16 bits.
         time_limit: seconds for each of the two programs.
 
-    Levels are named after the steps they serve ("0-1"), most weight bits first, and cost their mean weight bits / 16
-    (no costs where two levels come out equal). Equal levels are one.
+    Levels are named after the steps they serve ("0-1"), most weight bits first. Their cost is their mean weight bits /
+    16; if two levels have the same, the plan has no costs. Steps with equal bits share a level.
 
-    Raises AllocationError: an argument is wrong, or no plan within a budget. SensitivityError: beta, decay or steps.
+    Raises:
+        AllocationError: an argument is wrong, or no plan fits a budget.
+        SensitivityError: ``beta``, ``decay`` or ``steps`` is wrong.
     """
     check_form(form)
     _expect(weights, get_args(Weights), "weights")
@@ -88,42 +92,39 @@ def allocate_steps(
         raise AllocationError(
             "weight_choices holds 2, but nested storage runs those layers at 4 bits; use storage='own'"
         )
-    options: dict[str, Any] = {"form": form, "beta": beta, "decay": decay, "time_limit": time_limit}
     demand = _act_demand(subject, weight_bits, act_bits, act_choices, time_limit)
+    programs = _Programs(measured, subject, form=form, beta=beta, decay=decay, time_limit=time_limit)
     every = np.full((len(subject.sampled), len(subject.layers)), True)
-    together = weights == "per layer"
-    found = _solve(measured, subject, "weight", weight_bits, choices, every, together=together, **options)
+    found = programs.solve("weight", weight_bits, choices, every, together=weights == "per layer")
     quantized, acts = found < 16, np.full(every.shape, 16)
     if demand.fixed is not None:
         acts[quantized] = demand.fixed
     elif quantized.any():
-        offered = demand.choices["content"]
-        acts = _solve(measured, subject, "act", act_bits, offered, quantized, together=False, **options)
+        acts = programs.solve("act", act_bits, demand.choices["content"], quantized)
     objective = f"importance, form {form}" if isinstance(measured, Orthogonality) else "measured errors"
     metadata = {"source": "allocate_steps", "objective": objective, "weights": weights, "storage": storage}
     return to_levels(subject, found, acts, metadata)
 
 
 def _every_layer(measured: Orthogonality | Mapping[int, Sensitivity]) -> Mapping[str, LayerSensitivity]:
-    """All layers, those of the first step where each step has its own."""
+    """All layers; if each step has a Sensitivity, those of the first (``_check_same``: they are the same)."""
     return measured.layers if isinstance(measured, Orthogonality) else next(iter(measured.values())).layers
 
 
 def _expect(value: object, offered: tuple[object, ...], name: str) -> None:
-    if value not in offered:
-        raise AllocationError(f"{name} is {value!r}, expected one of {', '.join(map(repr, offered))}")
+    expect(value in offered, name, value, f"one of {', '.join(map(repr, offered))}", AllocationError)
 
 
 def _offer(name: str, choices: Sequence[int], known: tuple[int, ...]) -> tuple[int, ...]:
-    if not choices or not all(type(b) is int and b in known for b in choices):
-        raise AllocationError(f"{name} is {choices!r}, expected one or more of {', '.join(map(str, known))}")
+    valid = bool(choices) and all(type(b) is int and b in known for b in choices)
+    expect(valid, name, choices, f"one or more of {', '.join(map(str, known))}", AllocationError)
     return tuple(sorted(set(choices)))
 
 
 def _act_demand(
     subject: Served, weight_bits: float, act_bits: float | None, choices: Sequence[int] | None, time_limit: float
 ) -> Demand:
-    """What ``allocate`` makes of the same arguments: 8, 16, or bits to choose."""
+    """The activation bits that ``allocate`` would use for the same arguments: fixed at 8 or 16, or bits to choose."""
     request = check_request(
         Sensitivity(subject.layers),
         weight_bits=positive("weight_bits", weight_bits),
@@ -171,51 +172,68 @@ def _check_same(measured: Mapping[int, Sensitivity]) -> None:
             )
 
 
-def _solve(
-    measured: Orthogonality | Mapping[int, Sensitivity],
-    subject: Served,
-    kind: Kind,
-    budget: float | None,
-    bits: tuple[int, ...],
-    among: NDArray[np.bool_],
-    *,
-    together: bool,
-    form: Form,
-    beta: float | None,
-    decay: float,
-    time_limit: float,
-) -> NDArray[np.int64]:
-    """[sampled, layers] bits of the layers ``among``, 16 of the others."""
-    counts = np.array([len(s) for s in subject.serves], dtype=np.float64)
-    sizes = np.array([layer.size(kind) for layer in subject.layers.values()], dtype=np.float64)
-    if isinstance(measured, Orthogonality):
-        value = _importances(measured, subject, bits, form, beta, decay)
-    else:
-        value, form = _errors(measured, subject, kind, bits), "error"
-    cost = counts[:, None, None] * sizes[None, :, None] * np.array(bits, dtype=np.float64)
-    limit = positive(f"{kind}_bits", budget) * float((counts[:, None] * sizes)[among].sum())
-    shape = among.shape
-    if together:
-        value, cost, among = value.sum(0, keepdims=True), cost.sum(0, keepdims=True), among[:1]
-    found = choose(form, value[among], cost[among], limit, field=f"{kind}_bits", time_limit=time_limit)
-    chosen = np.full(among.shape, 16)
-    chosen[among] = np.array(bits)[found.choice]
-    return np.broadcast_to(chosen, shape)
+@dataclass(frozen=True, slots=True)
+class _Programs:
+    """The two integer programs, one for each kind of bits.
 
+    Attributes:
+        measured, form, beta, decay, time_limit: as for ``allocate_steps``.
+        subject: the layers and steps that get bits.
+    """
 
-def _importances(
-    measured: Orthogonality, subject: Served, bits: tuple[int, ...], form: Form, beta: float | None, decay: float
-) -> Array:
-    """[sampled, layers, bits]."""
-    place = {n: i for i, n in enumerate(measured.layers)}
-    every = place_weights(range(subject.steps), subject.steps, decay)
-    weights = np.array([every[list(served)].sum() for served in subject.serves])
-    theta = weights[:, None] * measured.step_importance(beta)[:, [place[n] for n in subject.layers]]
-    return theta[:, :, None] * np.array([worth(form, b) for b in bits])
+    measured: Orthogonality | Mapping[int, Sensitivity]
+    subject: Served
+    _: KW_ONLY
+    form: Form
+    beta: float | None
+    decay: float
+    time_limit: float
+
+    def solve(
+        self,
+        kind: Kind,
+        budget: float | None,
+        bits: tuple[int, ...],
+        among: NDArray[np.bool_],
+        *,
+        together: bool = False,
+    ) -> NDArray[np.int64]:
+        """Bits [sampled, layers]: one of ``bits`` where ``among`` [sampled, layers] is true, else 16.
+
+        ``budget``: average bits. ``together``: a layer gets the same bits at all steps.
+        """
+        served = np.array([len(steps) for steps in self.subject.serves], dtype=np.float64)
+        sizes = np.array([layer.size(kind) for layer in self.subject.layers.values()], dtype=np.float64)
+        value, form = self._value(kind, bits)
+        cost = served[:, None, None] * sizes[None, :, None] * np.array(bits, dtype=np.float64)
+        limit = positive(f"{kind}_bits", budget) * float((served[:, None] * sizes)[among].sum())
+        shape = among.shape
+        if together:
+            value, cost, among = value.sum(0, keepdims=True), cost.sum(0, keepdims=True), among[:1]
+        field = f"{kind}_bits"
+        found = choose(form, value[among], cost[among], limit, field=field, time_limit=self.time_limit)
+        chosen = np.full(among.shape, 16)
+        chosen[among] = np.array(bits)[found.choice]
+        return np.broadcast_to(chosen, shape)
+
+    def _value(self, kind: Kind, bits: tuple[int, ...]) -> tuple[Array, Form]:
+        """What the program minimises, [sampled, layers, bits], and the form it has."""
+        if isinstance(self.measured, Orthogonality):
+            return self._importances(self.measured, bits), self.form
+        return _errors(self.measured, self.subject, kind, bits), "error"
+
+    def _importances(self, measured: Orthogonality, bits: tuple[int, ...]) -> Array:
+        """[sampled, layers, bits]: theta of each step and layer, times the summed weights of the steps it serves, times
+        what the form minimises for an importance of 1."""
+        subject, place = self.subject, {n: i for i, n in enumerate(measured.layers)}
+        every = place_weights(range(subject.steps), subject.steps, self.decay)
+        weights = np.array([every[list(served)].sum() for served in subject.serves])
+        theta = weights[:, None] * measured.step_importance(self.beta)[:, [place[n] for n in subject.layers]]
+        return theta[:, :, None] * np.array([worth(self.form, b) for b in bits])
 
 
 def _errors(measured: Mapping[int, Sensitivity], subject: Served, kind: Kind, bits: tuple[int, ...]) -> Array:
-    """[sampled, layers, bits]: each step's error power times the steps it stands for."""
+    """[sampled, layers, bits]: the error power of each sampled step times the number of steps it represents."""
     tables: list[list[list[float]]] = []
     for step, served in zip(subject.sampled, subject.serves, strict=True):
         errors = additive_errors(measured[step], kind)[0]

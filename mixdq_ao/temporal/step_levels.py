@@ -1,4 +1,4 @@
-"""Bits per layer and step as a TemporalPlan: a level for every set of steps whose bits are the same."""
+"""Turns bits per layer and step into a TemporalPlan with one level for each set of steps with the same bits."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ KINDS: tuple[Kind, Kind] = ("weight", "act")
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """Which layers get bits at which steps.
+    """The layers and steps of an allocation.
 
     Attributes:
-        layers: {name: sizes} that get bits. protected: names of those kept at 16.
-        sampled: steps that bits were chosen for. serves: for each, the steps of the run that take its bits.
-        steps: of the run.
+        layers: {name: sizes} of the layers that get bits.
+        protected: names of the layers kept at 16 bits.
+        sampled: steps that bits are chosen for.
+        serves: for each sampled step, the steps of the run that use its bits.
+        steps: number of steps of the run.
     """
 
     layers: Mapping[str, LayerSensitivity]
@@ -41,7 +43,7 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class _Level:
-    """steps: of the run; means: of weight and activation bits."""
+    """One level: the bits of each layer, the steps of the run that use it, and its mean weight and activation bits."""
 
     pairs: Pairs
     steps: tuple[int, ...]
@@ -49,8 +51,8 @@ class _Level:
 
 
 def to_levels(served: Served, weights: Bits, acts: Bits, metadata: Mapping[str, Any]) -> TemporalPlan:
-    """Levels named after their steps ("0-1, 5"), most weight bits first. They cost their mean weight bits / 16, or
-    nothing is said of costs where two come out equal."""
+    """The plan; its levels are named after their steps ("0-1, 5"), most weight bits first. The cost of a level is its
+    mean weight bits / 16; the plan has no costs if two are equal."""
     levels = {spans(level.steps): level for level in _levels(served, weights, acts)}
     plans: dict[str, Plan | None] = {n: _plan(served, n, level) for n, level in levels.items()}
     names = {t: n for n, level in levels.items() for t in level.steps}
@@ -76,8 +78,8 @@ def _levels(served: Served, weights: Bits, acts: Bits) -> list[_Level]:
 
 
 def _means(served: Served, runs: Iterable[tuple[Pairs, int]]) -> tuple[float, float]:
-    """Average weight and activation bits of so many steps each; activations of 16-bit weights are not counted, unless
-    there are no others."""
+    """Average weight and activation bits over (bits of each layer, number of steps) pairs. Activations of layers with
+    16-bit weights are not counted; 16 if there are no others."""
     bits, sizes = [0, 0], [0, 0]
     for pairs, count in runs:
         for pair, layer in zip(pairs, served.layers.values(), strict=True):

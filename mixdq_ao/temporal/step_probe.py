@@ -1,8 +1,8 @@
-"""What rounding each layer at each denoising step costs the final pictures, from a few random probes.
+"""Estimates the error in the final pictures from rounding each layer at each denoising step, with few random probes.
 
-For bits per layer *and* step: ``allocate_steps`` takes what ``probe_steps`` gives. The estimate is that of
-``search.probe_batch``, signs over the pictures pulled back through the decoder, the scheduler and all later steps, but
-each step's answers are squared by themselves instead of being added up first.
+``allocate_steps`` takes the result of ``probe_steps`` to allocate bits per layer *and* step. The estimator is that of
+``search.probe_batch``: random signs over the pictures are backpropagated through the decoder, the scheduler and all
+later steps. Here the answers of each step are squared separately instead of being summed over the steps first.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import SensitivityError
+from ..expect import whole
 from ..layers import group_of
 from ..models.pipelines import Sampling, check_prompts
 from ..progress import progress
@@ -33,7 +34,7 @@ from ..search.smoothing import as_calibrated
 from ..search.watch import denoiser_of
 
 AT_ONCE = 4
-"""Probes of a batch between two writes to the store; they share the graphs of all steps."""
+"""Probes of a batch that are backpropagated together, through the same graphs, between two writes to the store."""
 Record = dict[str, float]
 
 
@@ -55,26 +56,25 @@ def probe_steps(
     store: str | os.PathLike[str] | None = None,
     budget: int = 4 << 30,
 ) -> dict[int, Sensitivity]:
-    """{step: Sensitivity} whose errors are relative error powers of the final *pictures* with one layer, at that step
-    alone, rounded; to first order, as estimated by ``probes`` backward passes. Scores are empty.
+    """{step: Sensitivity}: for each step and layer, the relative error power of the final *pictures* if only this layer
+    is rounded at only this step; to first order, estimated from ``probes`` backward passes. Scores are empty.
 
-    Errors of single layers and steps nearly add up; ``over_the_run`` adds those of all steps for bits per layer.
+    Errors of single layers and steps nearly add up. ``over_the_run`` sums those of all steps, for bits per layer.
 
     Args:
         pipe, prompts, calibration, weight_bits, act_bits, guidance_scale, seed, batch_size, height, width, frames: as
             for ``analyze``.
-        steps: of the run, each of which has to call the denoiser once.
-        probes: more make the estimates more certain: their relative standard error is about sqrt(2 / (probes x
-            prompts)).
+        steps: number of steps of the run; each has to call the denoiser once.
+        probes: the relative standard error of the estimates is about sqrt(2 / (probes x prompts)).
         store: a file that every probe is appended to; the same call continues from it.
         budget: bytes of layers' output changes kept between probes.
 
     Raises:
         SensitivityError: an argument is wrong, a step calls the denoiser more than once, gradients do not pass, or the
-            store cannot be used. MixDQError: prompts are empty.
+            store cannot be used.
+        MixDQError: prompts are empty.
     """
-    if type(probes) is not int or probes < 1:
-        raise SensitivityError(f"probes is {probes!r}, expected a whole number of at least 1")
+    whole(probes, "probes", error=SensitivityError)
     texts = check_prompts(prompts)
     size = {"height": height, "width": width, "frames": frames}
     sampling = Sampling(steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size, **size)
@@ -95,7 +95,7 @@ def probe_steps(
 
 
 def _each_step(analysis: Analysis, probes: int) -> dict[int, Sensitivity]:
-    """``probe_steps`` of a model that is as it was calibrated."""
+    """``probe_steps`` for a model in the state it was calibrated in."""
     deltas = deltas_of(analysis.model, *analysis.choices)
     parts, steps = list(batches(analysis.prompts, analysis.sampling)), analysis.sampling.steps
     with analysis.results(analysis.settings(method="probe each step", bits=analysis.bits)) as results:
@@ -111,7 +111,7 @@ def _each_step(analysis: Analysis, probes: int) -> dict[int, Sensitivity]:
 
 
 def over_the_run(steps: Mapping[int, Sensitivity]) -> Sensitivity:
-    """The errors of all steps added up: what bits per layer, the same at all steps, are chosen by."""
+    """The sum of the errors of all steps, for choosing bits per layer that are the same at all steps."""
     parts = list(steps.values())
     layers = {}
     for name, layer in parts[0].layers.items():
@@ -129,7 +129,8 @@ def _key(probe: int, batch: int) -> str:
 
 
 def _records(batch: BatchProbe, probes: Sequence[int], steps: int) -> Iterator[tuple[int, Record]]:
-    """(probe, {"step|layer|kind|bits": sum of p^2 over samples, "power": of the pictures}), a few at once."""
+    """Yields (probe, {"step|layer|kind|bits": sum of p^2 over samples, "power": of the pictures}), ``AT_ONCE`` at a
+    time."""
     calls, images = batch.trace.steps, batch.trace.images
     if len(calls) != steps:
         raise SensitivityError(
@@ -151,7 +152,7 @@ def _records(batch: BatchProbe, probes: Sequence[int], steps: int) -> Iterator[t
 
 
 def _pulled(batch: BatchProbe, step: int, cotangents: list[Tensor], power: float) -> Record:
-    """One probe at one step; ``cotangents`` of earlier steps get what passes through it."""
+    """Backpropagates one probe through one step, and adds its gradients to the ``cotangents`` of earlier steps."""
     with frozen_pipeline(batch.pipe):
         answers, at_links = batch.tape(step).pull(cotangents[step], set(batch.deltas))
     for earlier, g in enumerate(batch.trace.earlier_gradients(step, at_links)):
@@ -165,8 +166,8 @@ def _pulled(batch: BatchProbe, step: int, cotangents: list[Tensor], power: float
 
 
 def _by_sample(answers: Tensor, count: int) -> Tensor:
-    """Answers [rows, choices] with the rows of one sample (guidance has two) added: [count, choices]; all rows where
-    they cannot be told apart."""
+    """Sums answers [rows, choices] over the rows of one sample (two with guidance): [count, choices]; over all rows,
+    [1, choices], if ``count`` does not divide them."""
     if answers.shape[0] % count:
         return answers.sum(0, keepdim=True)
     return answers.reshape(-1, count, answers.shape[1]).sum(0)

@@ -1,4 +1,4 @@
-"""A moving average of parameters, and a model that computes with it for a while."""
+"""A moving average of parameters, which can temporarily replace them in the model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 class Average:
     """Exponential moving averages, float32, of named parameters.
 
-    The first steps weigh less than ``decay`` says, (1 + n) / (10 + n), so that the start is forgotten. A decay of 0
-    keeps nothing: the average is the parameters themselves.
+    At step n the decay is at most (1 + n) / (10 + n), so that the initial values are forgotten. With a decay of 0
+    nothing is stored: the average is the parameters themselves.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
@@ -22,15 +22,15 @@ class Average:
 
     @torch.no_grad()
     def update(self, exact: Mapping[str, Tensor], steps: int) -> None:
-        """After step number ``steps``; ``exact``: float32 values of the parameters."""
+        """Adds ``exact``, the float32 values of the parameters, to the averages, after step number ``steps``."""
         weight = 1 - min(self.decay, (1 + steps) / (10 + steps))
         for name, value in self.values.items():
             value.lerp_(exact[name], weight)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the parameters hold the average. Their memory is exchanged, not written to: optimizers that watch for
-        writes see none."""
+        """Inside the block the parameters hold the average. Their memory is exchanged, not written to, so their version
+        counters do not change."""
         own = {n: self.parameters[n].data for n in self.values}
         try:
             for name, value in self.values.items():

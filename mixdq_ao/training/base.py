@@ -1,4 +1,4 @@
-"""What the optimizers share: exact values, the step, the state and its checkpoints."""
+"""Base class of the optimizers: exact values, the step, the state and its checkpoints."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ from .together import lots, update_together
 from .update import update
 
 IGNORED = ("maximize", "amsgrad", "capturable", "differentiable", "foreach", "fused")
-"""torch's options for a group that these steps do not have."""
+"""torch's options of a parameter group that these optimizers do not support."""
 
 
 class MemoryEfficientOptimizer(Optimizer):
-    """Steps float32 values that are stored as 16-bit parameters and 16-bit remainders.
+    """Optimizes float32 values that are stored as 16-bit parameters and 16-bit remainders.
 
-    Parameters are bfloat16, float16 or float32 (these have no remainder) and dense; the model may be sharded by FSDP2.
-    A parameter that someone else writes to (its version counter moved since the last step) has from then on the
-    written value: its remainder is dropped. Writes through ``.data``, and those between ``load_state_dict`` and the
-    next step, are not seen; the remainder then stays, which is at most half a step of the visible value.
+    Parameters are dense bfloat16, float16 or float32 tensors (float32 has no remainder); the model may be sharded by
+    FSDP2. If other code writes to a parameter (its version counter moved since the last step), the written value
+    counts and the remainder is dropped. Writes through ``.data``, and those between ``load_state_dict`` and the next
+    step, are not detected; the remainder then stays, which is at most half a step of the visible value.
 
     Attributes:
-        skipped: steps (attached: steps of single parameters) that were left out for a NaN or infinite gradient.
+        skipped: number of steps (when attached: steps of single parameters) skipped because of a NaN or infinite
+            gradient.
     """
 
     rule: ClassVar[Rule]
     late: ClassVar[frozenset[str]] = frozenset()
-    """Moments that may begin after a parameter's first step: a state may lack them until its next one."""
+    """Moments that may start after a parameter's first step, so that a valid state may lack them."""
     skipped: int = 0
     _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves unscaling and skipping to step()
     _hooks: InBackward | None = None
@@ -58,12 +59,12 @@ class MemoryEfficientOptimizer(Optimizer):
         self.defaults.update(nonfinite=nonfinite, compile=bool(compile))
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy, or a pickle."""
+        """State for a copy or a pickle."""
         self._drop_stale()
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """From a checkpoint (``Ready`` states), a copy, or a pickle; these two bring their parameters along."""
+        """Restores from a checkpoint (``Ready`` states), a copy or a pickle; the latter two contain the parameters."""
         own = defaultdict(dict, {k: v.tensors if isinstance(v, Ready) else v for k, v in state["state"].items()})
         super().__setstate__({**state, "state": own})
         self._versions, self._places = {}, {}
@@ -73,9 +74,9 @@ class MemoryEfficientOptimizer(Optimizer):
     @classmethod
     @torch.no_grad()
     def from_fp32(cls, model: nn.Module, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Self:
-        """Turns a model's float32 parameters into ``dtype`` in place, and keeps the rest of each in a new optimizer.
+        """Casts a model's float32 parameters to ``dtype`` in place, and keeps the remainders in a new optimizer.
 
-        One tensor at a time, so that no second copy of the model is ever alive. Frozen parameters are only rounded,
+        Converts one tensor at a time, so that no second copy of the model exists. Frozen parameters are only rounded,
         buffers stay, tied weights stay tied.
 
         Args:
@@ -84,8 +85,8 @@ class MemoryEfficientOptimizer(Optimizer):
             options: of the optimizer.
 
         Raises:
-            OptimizerError: wrong options, a sharded model, or values that float16 cannot hold; the model is not
-                changed then.
+            OptimizerError: wrong options, a sharded model, or values that float16 cannot hold. The model is unchanged
+                then.
         """
         if dtype not in REMAINDER:
             raise OptimizerError(f"dtype is {dtype}, expected torch.bfloat16 or torch.float16")
@@ -96,7 +97,7 @@ class MemoryEfficientOptimizer(Optimizer):
             )
         if large := [name for name, p in named.items() if not fits(p, dtype)]:
             raise OptimizerError(f"{large[0]}: has values of 65520 or more, which {dtype} cannot hold; use bfloat16")
-        cls(list(named.items()), **options)  # says what is wrong before the model changes
+        cls(list(named.items()), **options)  # raises for wrong options before the model changes
         rest: dict[Tensor, Tensor] = {}
         for p in named.values():
             if p.dtype is torch.float32:
@@ -109,7 +110,7 @@ class MemoryEfficientOptimizer(Optimizer):
         return optimizer
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch. Raises OptimizerError for a dtype or an option that is not supported; nothing is added then."""
+        """As in torch. Raises OptimizerError for an unsupported dtype or option, before anything is added."""
         params = param_group["params"]
         param_group = {**param_group, "params": [params] if isinstance(params, Tensor) else list(params)}
         where = f"group {len(self.param_groups)}"
@@ -121,7 +122,7 @@ class MemoryEfficientOptimizer(Optimizer):
         super().add_param_group(param_group)
 
     def _check_own(self, group: Mapping[str, Any], where: str) -> None:
-        """Raises OptimizerError for options of torch's that would be ignored, and for what only all groups can have."""
+        """Raises OptimizerError for torch's options that would be ignored, and for options of the whole optimizer."""
         for name in IGNORED:
             if group.get(name):
                 raise OptimizerError(f"{where}: {name} is {group[name]!r}, which is not supported; leave it out")
@@ -130,7 +131,7 @@ class MemoryEfficientOptimizer(Optimizer):
                 raise OptimizerError(f"{where}: {name} is {group[name]!r}; it is of the whole optimizer, give it there")
 
     def _check_group(self, options: Mapping[str, Any], where: str) -> None:
-        """Raises OptimizerError for options out of range; subclasses add theirs."""
+        """Raises OptimizerError for options out of range; subclasses check their own too."""
         check_number(options["lr"], f"{where}: lr")
         check_number(options["weight_decay"], f"{where}: weight_decay")
         check_choice(options["moments"], KINDS, f"{where}: moments")
@@ -150,11 +151,11 @@ class MemoryEfficientOptimizer(Optimizer):
 
     @torch.no_grad()
     def set_fp32(self, param: Tensor, value: Tensor) -> None:
-        """Give a parameter an exact float32 value; what the model sees is that value rounded.
+        """Sets the exact float32 value of a parameter; the model sees that value rounded.
 
         Raises:
-            OptimizerError: ``value`` is not float32, of the parameter's shape, and sharded like it; or the parameter
-                is float16 and ``value`` has finite values of 65520 or more.
+            OptimizerError: ``value`` is not float32, has another shape or sharding than the parameter, or has finite
+                values of 65520 or more for a float16 parameter.
         """
         self._group_of(param)
         visible, exact = local(param), local(value)
@@ -183,20 +184,20 @@ class MemoryEfficientOptimizer(Optimizer):
         clip: str = "running",
         loss_scale: LossScale | None = None,
     ) -> InBackward:
-        """Step inside backward from now on: each gradient is used and freed as soon as it is complete.
+        """Steps inside backward from now on: each gradient is used and freed as soon as it is complete.
 
-        ``step()`` then only ends the pass: call it after ``backward()`` as ever, before the learning-rate scheduler.
+        ``step()`` then only ends the pass: call it after ``backward()`` as usual, before the learning-rate scheduler.
 
         Args:
-            model: holds the parameters; its names are used in errors.
-            max_norm: clip gradients to this norm; None: do not.
-            clip: "running": the norm of all gradients together, as far as it is known (``RunningClip``); "tensor":
-                each tensor's own norm.
-            loss_scale: whose ``scale(loss)`` is what backward starts from.
+            model: the module with the parameters; errors use its parameter names.
+            max_norm: clip gradients to this norm; None: do not clip.
+            clip: "running": by an estimate of the norm of all gradients together (``RunningClip``); "tensor": by each
+                tensor's own norm.
+            loss_scale: call ``backward()`` on ``loss_scale.scale(loss)``.
 
         Returns:
-            a handle with ``accumulating()`` (a context for all passes but the last of an accumulated gradient) and
-            ``remove()``.
+            A handle with ``accumulating()``, a context for all but the last of the passes that accumulate a gradient,
+            and ``remove()``.
 
         Raises:
             OptimizerError: already attached; a parameter that is not in the model; a sparse embedding; a model in
@@ -209,11 +210,11 @@ class MemoryEfficientOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Use the gradients that are there, as in torch (attached: end the pass).
+        """Uses the gradients of all parameters that have one, as in torch; when attached, ends the pass.
 
         Raises:
-            OptimizerError: a sparse gradient, or a NaN or infinite one with nonfinite="raise"; no parameter and no
-                state is changed then (attached: of those that are left).
+            OptimizerError: a sparse gradient, or a NaN or infinite one with nonfinite="raise". No parameter and no
+                state is changed then (when attached: none of those that had not been stepped yet).
         """
         loss = None
         if closure is not None:
@@ -222,7 +223,7 @@ class MemoryEfficientOptimizer(Optimizer):
         self._versions.update({p: version(p) for p in self.state.keys() - self._versions.keys()})  # loading has ended
         try:
             self._step()
-        except BaseException:  # torch.amp.GradScaler would leave them to the next step
+        except BaseException:  # else GradScaler's attributes would stay for the next step
             for name in ("grad_scale", "found_inf"):
                 self.__dict__.pop(name, None)
             raise
@@ -252,7 +253,7 @@ class MemoryEfficientOptimizer(Optimizer):
             self._hooks.forget_pass()
 
     def _apply(self, group: Mapping[str, Any], p: Tensor, factor: float) -> None:
-        """One step of one parameter with its gradient times ``factor``; nothing is checked."""
+        """Steps one parameter with its gradient times ``factor``, without checks."""
         state, visible = self._next_state(p), local(p)
         remainder = local(state[REMAINDER[p.dtype]]) if p.dtype in REMAINDER else None
         step = int(state["step"])
@@ -273,7 +274,7 @@ class MemoryEfficientOptimizer(Optimizer):
         self._versions[p] = version(p)
 
     def _apply_together(self, group: Mapping[str, Any], params: Sequence[Tensor], factor: float) -> None:
-        """The same for parameters of one lot (see ``together.lots``)."""
+        """Steps the parameters of one lot (see ``together.lots``), without checks."""
         states = [self._next_state(p) for p in params]
         step = int(states[0]["step"])
         numbers, facts = self.rule.scalars(group, step)
@@ -283,7 +284,7 @@ class MemoryEfficientOptimizer(Optimizer):
             self._versions[p] = version(p)
 
     def _next_state(self, p: Tensor) -> dict[str, Any]:
-        """The state, counting one step more; the remainder is dropped where someone else wrote the parameter."""
+        """The state with its step count increased, and its remainder zeroed if other code wrote to the parameter."""
         state = self._state_of(p)
         state["step"] += 1
         if p.dtype in REMAINDER and self._was_overwritten(p):
@@ -291,7 +292,8 @@ class MemoryEfficientOptimizer(Optimizer):
         return state
 
     def _all_finite(self, params: list[Tensor]) -> bool:
-        """Raises OptimizerError instead of saying no where nonfinite="raise"."""
+        """Whether a step may use these gradients. Raises OptimizerError instead of returning False if
+        nonfinite="raise"."""
         if self.defaults["nonfinite"] == "propagate" or surely_finite([p.grad for p in params if p.grad is not None]):
             return True
         flags = [(p, is_finite(p.grad)) for p in params if p.grad is not None]
@@ -307,28 +309,29 @@ class MemoryEfficientOptimizer(Optimizer):
         return False
 
     def _amp(self, name: str) -> float:
-        """What torch.amp.GradScaler left for this step: "grad_scale" or "found_inf"; 0 where there is none."""
+        """The attribute that torch.amp.GradScaler set for this step, "grad_scale" or "found_inf"; 0 if absent."""
         value = getattr(self, name, None)
         return 0.0 if value is None else float(value)
 
     # --- state ---
 
     def _moments(self, group: Mapping[str, Any]) -> dict[str, bool]:
-        """{name: whether it has a sign} of the moments that a group's options call for."""
+        """{name: whether it is signed} of the moments that a group's options require."""
         return dict(self.rule.moments)
 
     def _check_late(self, missing: Collection[str], group: Mapping[str, Any], name: str) -> None:
-        """Raises OptimizerError where these parts of a state cannot begin after a parameter's first step."""
+        """Raises OptimizerError if these moments cannot start after a parameter's first step."""
 
     def _states(
         self, p: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]
     ) -> tuple[dict[str, Any], Collection[str]]:
-        """All that ``saved`` may hold, stored as it is there (options count from the next step); what may be absent."""
+        """A fresh state with everything that ``saved`` may hold, moments stored in the same way as there (the options
+        apply from the next step on); and the names that may be absent."""
         kind = common_kind(saved[name] for name in self.rule.moments if name in saved)
         return new_state(p, kind or group["moments"], self.rule.moments), self.late
 
     def _state_of(self, p: Tensor) -> dict[str, Any]:
-        """The state, made when first asked for; follows the options, and the parameter's order of memory."""
+        """The state of a parameter, created on first use and adapted to its current options and memory order."""
         state, group = self.state[p], self._group_of(p)
         moments = self._moments(group)
         if "step" not in state:
@@ -349,7 +352,7 @@ class MemoryEfficientOptimizer(Optimizer):
 
     @torch.no_grad()
     def _drop_stale(self) -> None:
-        """Drops the remainders of parameters that someone else wrote or cast, before their state is handed out."""
+        """Drops the remainders of parameters that other code wrote or cast, before the state is exported."""
         for p, state in self.state.items():
             if state:
                 follow_type(state, p)
@@ -360,7 +363,7 @@ class MemoryEfficientOptimizer(Optimizer):
                 self._versions[p] = version(p)
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch: the state itself, not a copy. What ``fp32`` says now is what a checkpoint of it brings back."""
+        """As in torch: the state itself, not a copy. A checkpoint of it restores the current values of ``fp32``."""
         last = self.register_state_dict_pre_hook(lambda _: self._drop_stale())  # after the user's own
         try:
             return super().state_dict()
@@ -368,10 +371,10 @@ class MemoryEfficientOptimizer(Optimizer):
             last.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave: the next steps are bit for bit those of the run that was saved.
+        """Restores a ``state_dict``: the next steps are bit for bit those of the saved run.
 
-        The model's own parameters belong to it (load them before or after). So what is written to a parameter between
-        this and the next step counts as its loading and keeps the remainder: load both first, then change values with
+        The model's parameters have to be loaded as well, before or after. Therefore a write to a parameter between this
+        call and the next step counts as its loading and keeps the remainder: load both first, then change values with
         ``set_fp32``. Hyperparameters come from the checkpoint, as in torch.
 
         Raises:
@@ -389,7 +392,7 @@ class MemoryEfficientOptimizer(Optimizer):
         return ((group, p) for group in self.param_groups for p in group["params"])
 
     def _group_of(self, p: Tensor) -> dict[str, Any]:
-        """The group of a parameter, as it is now: loading a checkpoint replaces the groups."""
+        """The current group of a parameter; loading a checkpoint replaces the groups."""
         if p not in self._places:
             self._places = {q: i for i, group in enumerate(self.param_groups) for q in group["params"]}
         if p in self._places:
@@ -397,7 +400,7 @@ class MemoryEfficientOptimizer(Optimizer):
         raise OptimizerError(f"a tensor {list(p.shape)} of {p.dtype} is not a parameter of this optimizer")
 
     def name_of(self, p: Tensor) -> str:
-        """How errors call a parameter: its name where it is known, else its place."""
+        """The name of a parameter for errors; its position if it has no name."""
         if self._hooks is not None and p in self._hooks.names:
             return self._hooks.names[p]
         for i, group in enumerate(self.param_groups):

@@ -1,4 +1,4 @@
-"""Whether a saved state fits an optimizer: everything is compared before anything is taken over."""
+"""Checks whether a saved state fits an optimizer, completely, before any of it is loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .clip import STATE as GRAD_SQUARE
 
 @dataclass(frozen=True)
 class Ready:
-    """A parameter's state that is checked and copied; not a dict, so that torch does not cast what is in it."""
+    """A checked copy of a parameter's state; not a dict, since torch would cast the tensors in it."""
 
     tensors: dict[str, Any]
 
@@ -29,13 +29,15 @@ def checked(
     check_group: Callable[[Mapping[str, Any], str], None],
     states: Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], tuple[dict[str, Any], Collection[str]]],
 ) -> dict[str, Any]:
-    """A state dict with ``Ready`` states, in new memory.
+    """A copy of a state dict with ``Ready`` states.
 
     Args:
-        state_dict: what ``Optimizer.state_dict`` gave, read back from anywhere.
+        state_dict: from ``Optimizer.state_dict``, possibly saved and loaded since.
         groups: the optimizer's groups.
-        check_group: raises for options that are out of range (their dict, where they are from).
-        states: all that this state of a parameter in a group of these options may hold, and what of it may be absent.
+        names: the name of a parameter for errors.
+        check_group: called with a group's options and their origin; raises for options out of range.
+        states: called with a parameter, its group's options and its saved state; returns a fresh state with everything
+            that the saved one may hold, and the names that may be absent.
 
     Raises:
         OptimizerError: naming the parameter or the option, what was found and what was expected.
@@ -50,7 +52,7 @@ def checked(
             if not isinstance(state, Mapping):
                 found = type(state).__name__
                 raise OptimizerError(f"{names(p)}: the checkpoint's state is a {found}, expected a dict")
-            if state:  # empty where someone looked at it before its first step
+            if state:  # empty if it was accessed before the parameter's first step
                 ready[key] = Ready(_fitted(state, *states(p, options, state), names(p)))
     return {"state": ready, "param_groups": saved}
 
@@ -78,7 +80,7 @@ def _check_options(options: Mapping[str, Any], group: Mapping[str, Any], where: 
 
 
 def _fitted(state: Mapping[str, Any], fresh: dict[str, Any], optional: Collection[str], name: str) -> dict[str, Any]:
-    """``fresh`` with the values of ``state``, without what it lacks of the ``optional``."""
+    """``fresh`` with the values of ``state``, without the ``optional`` entries that ``state`` lacks."""
     if GRAD_SQUARE in state:
         fresh = {**fresh, GRAD_SQUARE: torch.zeros((), dtype=torch.float64)}
     fresh = {key: value for key, value in fresh.items() if key in state or key not in optional}

@@ -1,4 +1,4 @@
-"""Clipping gradients that are never all there at once: tensor by tensor, or by a norm that is kept up to date."""
+"""Clips gradients that never exist all at once: by each tensor's norm, or by a running estimate of the total norm."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ from ..errors import OptimizerError
 
 KINDS = ("running", "tensor")
 STATE = "grad_square"
-"""In a parameter's state: float64 scalar, the square of its gradient's norm in the last pass."""
+"""Name in a parameter's state of a float64 scalar, the square of its gradient's norm in the last pass."""
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
-    """What to multiply a gradient with, as torch.nn.utils.clip_grad_norm_ does: max_norm / (norm + 1e-6), at most 1.
-
-    NaN for a norm that is NaN.
-    """
+    """The factor of torch.nn.utils.clip_grad_norm_: max_norm / (norm + 1e-6), at most 1; NaN for a NaN norm."""
     return min(max_norm / (norm + 1e-6), 1.0)
 
 
@@ -28,34 +25,36 @@ States = Mapping[Tensor, dict[str, Any]]
 
 
 class TensorClip:
-    """Every tensor's gradient to a norm of at most ``max_norm``."""
+    """Clips every tensor's gradient to a norm of at most ``max_norm``."""
 
     def __init__(self, max_norm: float) -> None:
         self.max_norm = max_norm
 
     def factor(self, p: Tensor, square: float, states: States) -> float:
-        """What to multiply the gradient of ``p`` with, whose norm is the root of ``square``."""
+        """The factor for the gradient of ``p``; ``square`` is the square of its norm."""
         return clip_factor(math.sqrt(square), self.max_norm)
 
     def end_pass(self, seen: Set[Tensor], states: States) -> None:
-        """All gradients of a pass have been used."""
+        """Called when all gradients of a pass have been used; ``seen`` are the parameters that had one."""
 
     def forget_pass(self) -> None:
-        """A new pass begins."""
+        """Called before a new pass."""
 
 
 class RunningClip(TensorClip):
-    """All gradients to a total norm of ``max_norm``, by the best estimate of it at each moment.
+    """Clips all gradients to a total norm of ``max_norm``, by the current estimate of the total.
 
-    The total is this pass's norms of the tensors that have had their gradients, and the last pass's of those still to
-    come: exact for the last tensor of a pass, mostly the last pass's norm for the first. In the very first pass what
-    is still to come counts as zero. A tensor's own gradient counts as it is, so a spike never passes unclipped. A NaN
-    or infinite norm (nonfinite="propagate") counts for its own tensor alone.
+    The estimate takes the norms of this pass for tensors whose gradient is complete, and of the last pass for the
+    others: it is exact for the last tensor of a pass, and mostly the last pass's total for the first. In the very
+    first pass gradients still to come count as zero. A tensor's own gradient is always included, so a spike is never
+    unclipped. A NaN or infinite norm (nonfinite="propagate") affects only its own tensor.
     """
 
     def __init__(self, max_norm: float) -> None:
         super().__init__(max_norm)
-        self._total: int | None = None  # in _units: a spike that is taken off again leaves no rounding error behind
+        self._total: int | None = (
+            None  # in _units: exact, so that a spike leaves no rounding error once it is subtracted
+        )
 
     def factor(self, p: Tensor, square: float, states: States) -> float:
         if self._total is None:
@@ -66,7 +65,7 @@ class RunningClip(TensorClip):
         return clip_factor(math.sqrt(self._total / _units(1.0) if math.isfinite(square) else square), self.max_norm)
 
     def end_pass(self, seen: Set[Tensor], states: States) -> None:
-        """A tensor without a gradient in this pass counts as zero in the next."""
+        """Counts a tensor without a gradient in this pass as zero in the next."""
         for p, state in states.items():
             if p not in seen and STATE in state:
                 state[STATE] = torch.zeros((), dtype=torch.float64)
@@ -76,13 +75,14 @@ class RunningClip(TensorClip):
 
 
 def _units(x: float) -> int:
-    """A finite float as a multiple of the smallest one, 2^-1074: these add up exactly."""
+    """A finite float as an integer multiple of the smallest one, 2^-1074; integers add up exactly."""
     numerator, denominator = x.as_integer_ratio()
     return numerator << 1075 - denominator.bit_length()
 
 
 def make_clip(kind: str, max_norm: float | None) -> TensorClip | None:
-    """Raises OptimizerError for an unknown kind or a norm that is not a positive number."""
+    """The clip of a kind; None without a norm. Raises OptimizerError for an unknown kind or a norm that is not a
+    positive number."""
     if kind not in KINDS:
         raise OptimizerError(f"clip: {kind!r}, expected one of {', '.join(KINDS)}")
     if max_norm is None:

@@ -1,4 +1,4 @@
-"""a * b + c with one rounding, for compiled code: torch's CPU kernels use it, so code of equal bits must too."""
+"""Fused multiply-add for compiled code, which needs it to give the same bits as torch's CPU kernels."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _fma = fused_multiply_add()
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """fma(a, b, c) of float32 tensors that broadcast.
+    """a * b + c with one rounding, of float32 tensors that broadcast.
 
-    Without the private operator it goes by float64, where the product is exact: then the sum is rounded twice, which
-    differs in about one case in 2^29, by one unit in the last place.
+    Without torch's private operator it computes in float64, where the product is exact. The sum is then rounded twice,
+    which differs in about one case in 2^29, by one unit in the last place.
     """
     if _fma is not None and torch.compiler.is_compiling():
         return _fma(a, b, c)

@@ -1,4 +1,4 @@
-"""What is asked of gradients before they are used: that they are dense and finite, and how large they are."""
+"""Checks of gradients before they are used (dense, finite), and their norms."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def refuse_sparse(grad: Tensor, name: str) -> NoReturn:
 
 
 def is_finite(grad: Tensor) -> bool:
-    """Whether the part of a gradient that is here has no NaN and no infinity. Waits for the device."""
+    """Whether the local part of a gradient has no NaN and no infinity. Synchronizes with the device."""
     values = local(grad)
     if values.numel() == 0:
         return True
@@ -32,9 +32,9 @@ def is_finite(grad: Tensor) -> bool:
 
 
 def surely_finite(grads: Sequence[Tensor]) -> bool:
-    """Whether one pass and one wait for the device say that all gradients are finite: their norms are.
+    """Whether the norms of all gradients are finite, so that they are too; needs one pass and one synchronization.
 
-    No where they are sharded (another process may have a NaN), and where a norm overflows.
+    False if a gradient is sharded (another process may have a NaN) or a norm overflows.
     """
     if any(isinstance(g, DTensor) for g in grads):
         return False
@@ -45,7 +45,7 @@ def surely_finite(grads: Sequence[Tensor]) -> bool:
 
 
 def finite_everywhere(pairs: Iterable[tuple[Tensor, bool]]) -> bool:
-    """Whether all flags are true, of (parameter, flag) pairs, in every process that shards one of the parameters."""
+    """Whether the flags of all (parameter, flag) pairs are true, in every process that holds a shard of a parameter."""
     sharded: dict[object, tuple[Tensor, bool]] = {}
     here = True
     for p, flag in pairs:
@@ -60,12 +60,12 @@ def finite_everywhere(pairs: Iterable[tuple[Tensor, bool]]) -> bool:
 
 
 def square_norm(grad: Tensor, p: Tensor) -> float:
-    """Sum of squares of a gradient, over all shards; accumulated in float32. Waits for the device."""
+    """Sum of squares of a gradient over all shards, accumulated in float32. Synchronizes with the device."""
     square = torch.linalg.vector_norm(local(grad), dtype=torch.float32).square()
     return float(across_shards(square, p))
 
 
 def wide_square_norm(grad: Tensor, p: Tensor) -> float:
-    """``square_norm`` in float64, which holds the square of every float32: for a gradient where float32 overflows."""
+    """``square_norm`` in float64, which cannot overflow; for gradients whose square overflows float32."""
     square = torch.linalg.vector_norm(local(grad), dtype=torch.float64).square()
     return float(across_shards(square, p))

@@ -1,8 +1,8 @@
 """The optimizer's step inside backward: a gradient is used as soon as it is complete, and freed (arXiv 2309.12381).
 
-Autograd calls a hook on each parameter when the sum of everything that flows into its gradient is there, so a tied
-weight steps once. Writing the parameter moves its version counter: should a later part of the same backward still need
-the old values, autograd says so instead of using the new ones.
+Autograd calls a parameter's post-accumulate-grad hook once its gradient is complete, so a tied weight steps once.
+Stepping moves the parameter's version counter: if a later part of the same backward needs the old values, autograd
+raises an error instead of using the new ones.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class InBackward:
         self._handles = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in params if p.requires_grad]
 
     def remove(self) -> None:
-        """Take the hooks off: ``step()`` steps again."""
+        """Removes the hooks; ``step()`` steps again."""
         for handle in self._handles:
             handle.remove()
         if self._optimizer._hooks is self:  # not a later attach()'s
@@ -61,9 +61,9 @@ class InBackward:
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        """Inside, gradients are kept and add up as usual; the first backward outside uses the sums.
+        """Inside the block gradients accumulate as usual; the first backward after it uses the sums.
 
-        They add up in the gradients' own dtype, as in any model of that dtype::
+        They accumulate in the gradients' own dtype, as in any model of that dtype::
 
             with handle.accumulating():
                 loss(first_half).backward()
@@ -77,10 +77,10 @@ class InBackward:
             self._paused = before
 
     def end_pass(self) -> None:
-        """Step what has a gradient still (no hook was called for it), and be ready for the next pass.
+        """Steps parameters that still have a gradient (their hook was not called), and prepares the next pass.
 
         Raises:
-            OptimizerError: as in ``step``, of those that are left.
+            OptimizerError: as ``step``, for those parameters.
         """
         if self._optimizer._amp("grad_scale"):
             raise OptimizerError(
@@ -137,7 +137,8 @@ class InBackward:
         self._done.add(p)
 
     def _is_usable(self, p: Tensor, name: str) -> bool:
-        """Whether the gradient is finite, or need not be. Raises where it must."""
+        """Whether the gradient is finite, or non-finite ones are propagated. Raises OptimizerError if
+        nonfinite="raise"."""
         policy = self._optimizer.defaults["nonfinite"]
         if self.loss_scale is None and policy == "propagate":
             return True

@@ -1,4 +1,4 @@
-"""A loss scale for steps in backward, where torch's GradScaler has nothing to inspect before the step."""
+"""A loss scale for steps inside backward, where torch's GradScaler finds no gradients to inspect."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..errors import OptimizerError
+from ..expect import expect
 
 
 @dataclass
 class LossScale:
-    """Multiplies the loss, so that small gradients do not vanish in float16; grows and shrinks like torch's GradScaler.
+    """Multiplies the loss so that small gradients do not underflow in float16; adapts like torch's GradScaler.
 
-    Each tensor's gradient is judged by itself: a finite one is right and is used, one that overflowed is skipped. A
-    pass with a skipped one multiplies the scale by ``backoff``, ``interval`` passes without one multiply it by
-    ``growth``. With powers of two, scaling and unscaling round nothing.
+    Each tensor's gradient is checked separately: a finite one is used, one that overflowed is skipped. A pass with a
+    skipped gradient multiplies the scale by ``backoff``; ``interval`` passes without one multiply it by ``growth``.
+    With powers of two, scaling and unscaling are exact.
 
     Attributes:
         value: the scale.
-        clean: passes since the last overflow or growth.
+        clean: number of passes since the last overflow or growth.
     """
 
     value: float = 2.0**16
@@ -38,8 +39,7 @@ class LossScale:
             ("interval", isinstance(self.interval, int) and self.interval > 0, "a whole number of at least 1"),
             ("clean", isinstance(self.clean, int) and self.clean >= 0, "a whole number of at least 0"),
         ):
-            if not good:
-                raise OptimizerError(f"LossScale.{name} is {getattr(self, name)!r}, expected {expected}")
+            expect(good, f"LossScale.{name}", getattr(self, name), expected, OptimizerError)
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss to call ``backward()`` on."""
@@ -56,7 +56,7 @@ class LossScale:
         return {"value": self.value, "clean": self.clean}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Raises OptimizerError, and keeps what it has, when the entries are not those of ``state_dict``."""
+        """Restores a ``state_dict``. Raises OptimizerError for other or invalid entries, before anything is changed."""
         if not isinstance(state, Mapping) or set(state) != {"value", "clean"}:
             found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
             raise OptimizerError(f"LossScale: state with {found}, expected 'clean' and 'value'")

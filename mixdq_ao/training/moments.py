@@ -1,6 +1,6 @@
-"""How moments are stored: float32, bfloat16 with dithered rounding, or torchao's 8-bit blocks.
+"""Storage of moments: float32, bfloat16 with dithered rounding, or torchao's 8-bit blocks.
 
-A stored moment is handled as its *pieces*, tensors that are flat in memory order: (values,) or (codes, scales, map).
+Functions here take a stored moment as its *pieces*, flat tensors in memory order: (values,) or (codes, scales, map).
 """
 
 from __future__ import annotations
@@ -17,26 +17,27 @@ from .layout import flat
 KINDS = ("float32", "bfloat16", "8bit")
 BLOCK = 256
 SMALLEST_8BIT = 4096
-"""Values from which 8 bits pay, as in torchao; smaller tensors, and those that blocks do not divide, stay float32."""
+"""Fewest values that are stored in 8 bits, as in torchao; smaller tensors, and those whose size is not a multiple of
+``BLOCK``, stay float32."""
 
 Pieces = tuple[Tensor, ...]
 
 
 def kind_for(p: Tensor, kind: str) -> str:
-    """How a moment of ``p`` (a local tensor) is stored where ``kind`` is asked for."""
+    """The storage of a moment of ``p`` (a local tensor) if the options ask for ``kind``."""
     blocks = p.numel() >= SMALLEST_8BIT and p.numel() % BLOCK == 0 and p.is_contiguous()
     return "float32" if kind == "8bit" and not blocks else kind
 
 
 def kind_of(moment: Tensor) -> str | None:
-    """How a moment (a local tensor) is stored; None for what is none."""
+    """The storage of a moment (a local tensor); None if a tensor of this dtype cannot be a moment."""
     if isinstance(moment, OptimState8bit):
         return "8bit"
     return {torch.float32: "float32", torch.bfloat16: "bfloat16"}.get(moment.dtype)
 
 
 def new_moment(p: Tensor, kind: str, *, signed: bool) -> Tensor:
-    """Zeros for parameter ``p`` (a local tensor), laid out like it."""
+    """A moment of zeros for parameter ``p`` (a local tensor), in its memory order."""
     kind = kind_for(p, kind)
     if kind == "8bit":
         return OptimState8bit.zeros(p.shape, signed, BLOCK, p.device, dtype=torch.float32)
@@ -44,7 +45,7 @@ def new_moment(p: Tensor, kind: str, *, signed: bool) -> Tensor:
 
 
 def pieces(moment: Tensor, flat: Callable[[Tensor], Tensor] = flat) -> Pieces:
-    """The tensors that hold a moment, made flat by ``flat``."""
+    """The tensors that store a moment, flattened by ``flat``."""
     if isinstance(moment, OptimState8bit):
         return flat(moment.codes), flat(moment.scale), moment.qmap
     return (flat(moment),)
@@ -67,7 +68,7 @@ def load(stored: Pieces) -> Tensor:
 
 
 def store(stored: Pieces, values: Tensor, dither: Tensor | int) -> None:
-    """Write float32 ``values`` [n] into the pieces; ``dither`` (16 bits) changes with the step."""
+    """Writes float32 ``values`` [n] into the pieces; ``dither`` is from ``dither_of(step)``."""
     if len(stored) == 3:
         scaled, scale = scale_tensor(values, BLOCK)
         stored[0].copy_(quantize_8bit_with_qmap(scaled, stored[2]))
@@ -79,11 +80,11 @@ def store(stored: Pieces, values: Tensor, dither: Tensor | int) -> None:
 
 
 def dithered(x: Tensor, dither: Tensor | int) -> Tensor:
-    """float32 [n] rounded to bfloat16, up or down with the odds of the distance, so that the mean is right.
+    """float32 [n] rounded to bfloat16 stochastically: up or down with probabilities that preserve the mean.
 
-    To nearest, an average that decays by a thousandth a step would stand still: half a step of bfloat16 is two to four
-    thousandths. The odds come from the element's position and the step, not from a generator, so that a resumed
-    run repeats them: over the positions of an aligned block of 65536 every threshold occurs once.
+    Rounded to nearest, an average that decays by a thousandth per step would never change: half a step of bfloat16 is
+    two to four thousandths. The threshold of an element is computed from its position and the step instead of a random
+    generator, so that a resumed run repeats it; every threshold occurs once in an aligned block of 65536 positions.
     """
     position = torch.arange(x.numel(), dtype=torch.int32, device=x.device) & 0xFFFF
     threshold = ((position * 25173) ^ dither) & 0xFFFF  # 25173 is odd, and the product stays below 2^31
@@ -92,5 +93,5 @@ def dithered(x: Tensor, dither: Tensor | int) -> Tensor:
 
 
 def dither_of(step: int) -> int:
-    """16 bits for a step: multiples of the golden ratio's fraction, which fill an interval evenly (Weyl)."""
+    """16 bits for a step: multiples of the golden ratio's fraction, which fill an interval evenly (a Weyl sequence)."""
     return step * 40503 & 0xFFFF

@@ -1,4 +1,4 @@
-"""AdamW and SGD whose parameters are 16-bit floats and yet step like float32 ones: no second copy of the weights.
+"""AdamW and SGD for 16-bit parameters that step like float32 ones, without a second copy of the weights.
 
     optimizer = MemoryEfficientAdamW(model.parameters(), lr=1e-4)      # a model in bfloat16
     optimizer.attach(model)                                            # optional: step inside backward
@@ -7,9 +7,10 @@
         optimizer.step()                                               # attached: only ends the pass
         optimizer.zero_grad()
 
-The optimizer keeps 16 bits for each parameter, which with the parameter's own 16 are its float32 value (``split.py``).
-Given the same gradients, that value is bit for bit what torch.optim.AdamW (``foreach=False``, the default on a CPU)
-makes of float32 parameters: ``fp32(parameter)`` shows it. The idea is that of arXiv 2309.12381.
+The optimizer stores 16 bits for each parameter, which together with the parameter's own 16 bits are its float32 value
+(``split.py``); ``fp32(parameter)`` returns it. Given the same gradients, it is bit for bit the value that
+torch.optim.AdamW (``foreach=False``, the default on a CPU) gives float32 parameters. The idea is that of arXiv
+2309.12381.
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ from .rules import ADAMW, SGD
 
 
 class MemoryEfficientAdamW(MemoryEfficientOptimizer):
-    """AdamW (arXiv 1711.05101) on 16-bit parameters with 16-bit remainders: 4 bytes a parameter, and its moments.
+    """AdamW (arXiv 1711.05101) on 16-bit parameters with 16-bit remainders: 4 bytes per parameter, plus its moments.
 
     Args:
         params: as for torch.optim.AdamW: parameters, named parameters or groups; bfloat16, float16 or float32.
-        lr, betas, eps, weight_decay: as there; an lr in a tensor counts as its number, where torch rounds with it.
-        moments: "float32" (8 bytes a parameter, exact), "bfloat16" (4 bytes, dithered: see ``moments.dithered``) or
-            "8bit" (2 bytes, torchao's blocks of 256, for tensors of 4096 values and more). May differ by group; what a
-            group says later counts from each parameter's next step.
-        nonfinite: what a NaN or an infinity in a gradient does: "raise" OptimizerError, "skip" the step and count it
-            in ``skipped``, or "propagate", as torch does (and without waiting for the device at each step).
-        compile: step each tensor by one kernel that torch.compile makes. Meant for GPUs. It computes the same, but
-            takes correctly rounded square roots, which torch's eager operator on a CPU (MKL's) does not always give:
-            an update then differs by a few parts in 10^7, the moments not at all.
+        lr, betas, eps, weight_decay: as there. A tensor lr is converted to a Python float, where torch would compute
+            with the rounded tensor.
+        moments: "float32" (8 bytes per parameter, exact), "bfloat16" (4 bytes, dithered: see ``moments.dithered``) or
+            "8bit" (2 bytes, torchao's blocks of 256, for tensors of 4096 values and more). May differ by group; a later
+            change applies from each parameter's next step on.
+        nonfinite: the effect of a NaN or an infinity in a gradient: "raise" OptimizerError, "skip" the step and count
+            it in ``skipped``, or "propagate", as torch does (which needs no synchronization with the device).
+        compile: step each tensor by one kernel from torch.compile; meant for GPUs. It uses correctly rounded square
+            roots, which torch's eager operator on a CPU (MKL's) does not always give: updates then differ by a few
+            parts in 10^7, moments not at all.
 
     Raises:
         OptimizerError: an option out of range, a parameter of another dtype.
@@ -72,13 +74,13 @@ class MemoryEfficientAdamW(MemoryEfficientOptimizer):
 
 
 class MemoryEfficientSGD(MemoryEfficientOptimizer):
-    """SGD with momentum on 16-bit parameters with 16-bit remainders: 4 bytes a parameter, and its momentum.
+    """SGD with momentum on 16-bit parameters with 16-bit remainders: 4 bytes per parameter, plus its momentum.
 
     Args:
-        lr, momentum, dampening, weight_decay, nesterov: as for torch.optim.SGD, whose steps on float32 parameters
-            (``foreach=False``) these are bit for bit.
-        params, moments, nonfinite, compile: as for MemoryEfficientAdamW. There is no square root: compiled steps are
-            the same bits.
+        lr, momentum, dampening, weight_decay, nesterov: as for torch.optim.SGD; steps equal those on float32 parameters
+            (``foreach=False``) bit for bit.
+        params, moments, nonfinite, compile: as for MemoryEfficientAdamW. There is no square root, so compiled steps
+            give the same bits.
     """
 
     rule = SGD

@@ -1,4 +1,4 @@
-"""Checks of options and parameters: each names what is wrong and what was expected."""
+"""Checks of options and parameters. Each raises OptimizerError naming the value and what was expected."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_number(value: Any, what: str, below: float = math.inf) -> None:
 
 def check_parameter(p: Any, name: str) -> None:
     if not isinstance(p, Tensor):
-        return  # torch says it
+        return  # torch raises its own error
     if p.dtype not in (torch.float32, *REMAINDER):
         raise OptimizerError(f"{name} is {p.dtype}, expected torch.bfloat16, torch.float16 or torch.float32")
     if p.layout is not torch.strided or not is_dense(local(p)):

@@ -1,13 +1,14 @@
-"""Training a quantized model back to what full precision draws: distillation through the rounding.
+"""Quantization-aware distillation: trains a quantized denoiser to reproduce the outputs of the full-precision one.
 
     found = recover(pipe, plan, prompts, steps=1000, checkpoint="recovery")   # pipe.unet is quantized from here on
     save_quantized(pipe.unet, "unet-w2a8", plan=found.plan)
 
-The teacher is the pipeline's own denoiser. Its calls along few-step trajectories are recorded once; the student, a copy
-whose layers round as planned, learns its outputs. What is trained is what is stored: codes on a grid of scales that is
-trained with the weights, whose result goes into packed integers as it is. BOS rows start as those of full precision and
-are trained as rows of their own: recomputed from weights whose outlier columns training disturbs, they would wander by
-hundreds of times as much. A low-rank branch lies inside the rounding, so it ends in the same codes and costs nothing.
+The teacher is the pipeline's own denoiser, whose calls along few-step trajectories are recorded once. The student, a
+copy whose layers round as planned, learns its outputs. Weights are trained together with the scales of their rounding
+grid, and the resulting codes are packed without requantization, so the stored model is the trained one. BOS output rows
+start at those of full precision and are parameters of their own: recomputed from the weights, whose outlier columns
+change in training, they would drift hundreds of times as far. A low-rank branch is added to the weight before rounding,
+so it ends in the same codes and costs nothing at inference.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from ..compat import uncompiled
 from ..errors import MixDQError, OptimizerError, PlanError
+from ..expect import whole
 from ..models.pipelines import check_prompts, denoiser
 from ..plan import Plan
 from ..quantize.config import declare_quantized, mixdq_config, quantize_
@@ -32,27 +34,27 @@ from ..quantize.fake import without_fake_quantizer
 from ..search.moments_file import fingerprint_of
 from .recover_layers import make_student, students
 from .recover_loop import MakeOptimizer, Run, error_on, record_for
-from .recover_options import Recipe, recipe_of
+from .recover_options import Recipe, RecipeOptions, recipe_of
 from .recover_state import check_directory
 from .recover_targets import Targets
 
 HELD_OUT = 32
-"""Prompts kept for measuring where none are given: an eighth of them, at most this many."""
+"""Most prompts kept for measuring if ``held_out`` is not given; else an eighth of the prompts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What ``recover`` found.
+    """The result of ``recover``.
 
     Attributes:
-        plan: of the quantized model, with its ranges; its metadata says how it was trained.
-        status: "finished", or "stopped, step N: why" where the run diverged.
+        plan: the plan of the quantized model, with its ranges; its metadata records the training.
+        status: "finished", or "stopped, step N: why" if the run diverged.
         best_step: the step whose averaged parameters were kept.
-        before, after: relative error power of the denoiser's outputs on held-out prompts: by rounding alone, and of the
-            state that was kept.
-        real: the same of the packed integers.
+        before, after: relative error power of the denoiser's outputs on held-out prompts, at the start (rounding alone)
+            and for the kept parameters.
+        real: the same for the packed integer model.
         history: {"step", "error", "loss"} of every measurement.
-        seconds, core_seconds: of training; the latter of all processor cores together.
+        seconds, core_seconds: training time; the latter summed over all processor cores.
     """
 
     plan: Plan
@@ -81,37 +83,37 @@ def recover(
     save_every: int = 100,
     make_optimizer: MakeOptimizer | None = None,
     on_evaluation: Callable[[dict[str, float]], None] | None = None,
-    **options: Any,
+    **options: Unpack[RecipeOptions],
 ) -> Recovery:
     """Trains the denoiser of ``pipe`` under ``plan`` and quantizes it, in place.
 
-    The pipeline is changed at the very end: an error or Ctrl-C leaves it as it was. Memory: a second denoiser, its
-    average and its best state (4 bytes a parameter each), AdamW's moments, and the recorded calls.
+    The pipeline changes only at the very end: an error or Ctrl-C leaves it as it was. Memory: a second denoiser, its
+    average and its best state (4 bytes per parameter each), AdamW's moments, and the recorded calls.
 
     Args:
         pipe: a diffusers pipeline in full precision.
-        plan: calibrated. Its weight ranges and rounding give the codes to start from ("mse" or "output" start better).
-        prompts: to learn from.
-        steps: optimizer steps.
-        held_out: prompts to measure on; default: the last eighth of ``prompts``, which then are not learned from.
-        moments: from ``input_moments``, where the plan's rounding needs them.
-        checkpoint: a directory. A killed run that is started again goes on from there, bit for bit; a finished one
-            gives its result at once, and cannot be lengthened: the learning rate falls over all ``steps``.
-            Trajectories are recorded again then, from the same noise.
+        plan: a calibrated plan. Its weight ranges and rounding give the initial codes ("mse" or "output" start better).
+        prompts: training prompts.
+        steps: number of optimizer steps.
+        held_out: prompts to measure on; default: the last eighth of ``prompts``, which are then not trained on.
+        moments: from ``input_moments``, if the plan's rounding needs them.
+        checkpoint: a directory. A killed run that is started again continues from there, bit for bit, after recording
+            its trajectories again from the same noise. A finished run returns its result at once, and cannot be
+            lengthened, because the learning rate falls over all ``steps``.
         save_every: steps between checkpoints.
-        make_optimizer: called with parameter groups ("params" and "share", the learning rate for an ``lr`` of 1; "lr"
-            is set before every step); default: MemoryEfficientAdamW, stepping inside backward.
+        make_optimizer: called with parameter groups, each with "params" and "share", the factor from ``lr`` to its
+            learning rate; "lr" is set before every step. Default: MemoryEfficientAdamW, stepping inside backward.
         on_evaluation: called with each measurement.
         options: fields of ``Recipe``.
 
     Raises:
-        OptimizerError: an option is unknown or out of range. PlanError, QuantizationError: the plan does not fit.
-        MixDQError: no prompts. CheckpointError: a checkpoint of another run, damaged, or of other shapes; or a place
-        where none can be kept.
+        OptimizerError: an option is unknown or out of range.
+        PlanError, QuantizationError: the plan does not fit.
+        MixDQError: no prompts.
+        CheckpointError: the checkpoint is damaged, of another run or of other shapes; or the directory cannot hold one.
     """
     recipe = recipe_of(steps, options)
-    if type(save_every) is not int or save_every < 1:
-        raise MixDQError(f"save_every is {save_every!r}, expected a whole number of at least 1")
+    whole(save_every, "save_every")
     learned, measured = _divided(check_prompts(prompts), held_out)
     directory = None if checkpoint is None else Path(checkpoint)
     if directory is not None:
@@ -129,7 +131,7 @@ def recover(
 
 
 def _result(run: Run, plan: Plan, exam: Targets) -> Recovery:
-    """The pipeline's denoiser becomes the best state of a run that is over, or stopped by itself."""
+    """Puts the best state of a finished or stopped run into the pipeline's denoiser."""
     p = run.progress
     if not p.history:
         raise OptimizerError(
@@ -165,7 +167,7 @@ def _divided(prompts: list[str], held_out: Sequence[str] | None) -> tuple[list[s
 
 
 def _student(teacher: nn.Module, plan: Plan, moments: Mapping[str, Tensor] | None, recipe: Recipe) -> nn.Module:
-    """A copy with a student's layers, after every check that it can be stored in the end."""
+    """A copy of the teacher with student layers; checks first that the trained model can be stored."""
     if not any(layer.weight_bits < 16 for layer in plan.layers.values()):
         raise PlanError("the plan quantizes no weight, there is nothing to recover")
     mixdq_config(plan, mode="real", moments=moments)
@@ -188,7 +190,7 @@ def _plan_of(student: nn.Module, plan: Plan, recipe: Recipe, before: float, afte
 
 @torch.no_grad()
 def adopt(model: nn.Module, student: nn.Module) -> None:
-    """Gives ``model`` what its trained copy learned: packed weights, and the values of all other parameters."""
+    """Copies the trained ``student`` into ``model``: packed weights, and the values of all other parameters."""
     trained = {name: module for name, module in students(student) if module.quantizer.layer.weight_bits < 16}
     packed = {name: module.quantizer.packed(module.weight) for name, module in trained.items()}
     values = dict(student.named_parameters())

@@ -1,10 +1,11 @@
-"""Blocks of a denoiser as lessons of their own: what each must give for its teacher's input, or on the way."""
+"""Losses on the outputs of a denoiser's blocks, called with the teacher's inputs or within the whole student."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ class Call:
 
 
 def find_blocks(model: nn.Module) -> list[str]:
-    """Names of the smallest items of module lists with two quantized layers or more (resnets, transformer blocks), and
-    of the quantized layers outside of those. Together they hold every quantized layer once."""
+    """Names of blocks that together contain every quantized layer once: the innermost items of module lists with two or
+    more quantized layers (resnets, transformer blocks), and the quantized layers outside of these."""
     layers = [name for name, _ in students(model)]
     within = {n: sum(layer.startswith(f"{n}.") for layer in layers) for n, _ in model.named_modules() if n}
     items = {n for n, count in within.items() if count >= 2 and n.rpartition(".")[2].isdigit()}
@@ -36,22 +37,22 @@ def find_blocks(model: nn.Module) -> list[str]:
 
 
 @contextmanager
-def watched(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Call]]]:
-    """The calls of these modules while the block runs."""
+def recorded_calls(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Call]]]:
+    """Records the calls of the named modules inside the block: {name: calls, in order}."""
     calls: dict[str, list[Call]] = {name: [] for name in names}
     with ExitStack() as stack:
         for name, found in calls.items():
-
-            def hook(module: nn.Module, args: Any, kwargs: Any, output: Any, found: list[Call] = found) -> None:
-                found.append(Call(args, kwargs, output))
-
-            handle = model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
+            hook = partial(_append_call, found)
+            stack.enter_context(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
         yield calls
 
 
+def _append_call(found: list[Call], module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    found.append(Call(args, kwargs, output))
+
+
 def alone(model: nn.Module, lessons: dict[str, list[Call]]) -> Tensor:
-    """Mean relative error power of the blocks of ``model``, each called as its teacher was."""
+    """Mean relative error power of the blocks of ``model``, each called with its teacher's arguments."""
     errors = []
     for name, calls in lessons.items():
         block = model.get_submodule(name)
@@ -60,7 +61,7 @@ def alone(model: nn.Module, lessons: dict[str, list[Call]]) -> Tensor:
 
 
 def together(outputs: dict[str, list[Call]], lessons: dict[str, list[Call]]) -> Tensor:
-    """Mean relative error power of blocks' outputs in a run of the whole model."""
+    """Mean relative error power of the blocks' outputs in a call of the whole model."""
     pairs = [(a, b) for name in lessons for a, b in zip(outputs[name], lessons[name], strict=True)]
     return torch.stack([relative_error(a.output, b.output) for a, b in pairs]).mean()
 

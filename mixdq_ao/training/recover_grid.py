@@ -1,7 +1,7 @@
-"""Rounding that can be trained through: of a weight with the scales of its rows, and of an input with its range.
+"""Differentiable rounding: of a weight, with trainable scales of its rows, and of an input, with a trainable range.
 
-Gradients of a rounded value are those of the value where it lies inside the range (straight through, arXiv 1308.3432);
-those of scales and ranges are of arXiv 1902.08153 (equation 3) and arXiv 2004.09576.
+The gradient of a rounded value is passed on to the value inside the range (straight-through, arXiv 1308.3432); those of
+scales and ranges follow arXiv 1902.08153 (equation 3) and arXiv 2004.09576.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _RoundedWeight(torch.autograd.Function):
         exact = weight / scale
         codes = exact.round().add_(zero)
         above, below = codes > highest, codes < lowest
-        # Outside, a weight may come back but not go further: the rounded value would not follow.
+        # outside the range only gradients that move the weight back pass: further out its rounded value is constant
         gw = g.masked_fill((above & (g < 0)) | (below & (g > 0)), 0) if ctx.needs_input_grad[0] else None
         gs = None
         if ctx.needs_input_grad[1]:
@@ -64,7 +64,7 @@ class _RoundedInput(torch.autograd.Function):
         return gx, torch.stack([lo, hi]), None
 
 
-def rounded_weight(weight: Tensor, scale: Tensor, zero: Tensor, lowest: int, highest: int) -> Tensor:
+def weight_on_grid(weight: Tensor, scale: Tensor, zero: Tensor, lowest: int, highest: int) -> Tensor:
     """scale * (clamp(round(weight / scale) + zero) - zero), for float32 weight [N, ...] and scale, zero [N, 1...]."""
     return cast(Tensor, _RoundedWeight.apply(weight, scale, zero, lowest, highest))
 

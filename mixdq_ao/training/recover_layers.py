@@ -1,7 +1,7 @@
-"""Layers of the student: fake-quantized ones whose grid is fixed at the start and can be trained, not found anew.
+"""Layers of the student: fake-quantized on a grid that is set at the start and trained, not recomputed from the weight.
 
-A layer starts from the codes its plan gives (whatever the plan's ranges and rounding are) and ends as codes on the
-trained grid, which go into the packed weight as they are. So what was trained is what is stored.
+A layer starts with the codes of its plan (whatever the plan's ranges and rounding are) and ends with codes on the
+trained grid, which are packed without requantization. So the stored layer is the trained one.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from ..quantize.grid import SMALLEST_SCALE, Grid, minmax_grid
 from ..quantize.planned import quantize_planned
 from ..quantize.quantizer import ActQuant, WeightQuant, act_params, fake_quantize_act
 from ..quantize.tensor import MixDQTensor, SplitMixDQTensor, bos_row
-from .recover_grid import rounded_input, rounded_weight
+from .recover_grid import rounded_input, weight_on_grid
 
 NEAR = 0.49
-"""How far from its starting code's value, in steps of the grid, a weight may start: codes then are the plan's."""
+"""Largest initial distance, in grid steps, of a weight from its code's value; below 1/2, so that it rounds to it."""
 
 
 class Memo:
-    """The result of a function of a tensor that several layers read: computed once, as long as one of them keeps it
-    for its backward. Holds neither of the two alive."""
+    """Caches the last result of a function of a tensor that several layers read. Holds only weak references, so a
+    result lives as long as a layer keeps it for its backward."""
 
     def __init__(self) -> None:
         self._last: tuple[weakref.ref[Tensor], tuple[Any, ...], weakref.ref[Tensor]] | None = None
@@ -51,11 +51,11 @@ class Memo:
 
 
 class Growth(nn.Module):
-    """One vector for what all scales, or all ranges, of a student have grown by (as logarithms): an optimizer's step
-    of one tensor instead of one for each layer.
+    """The trainable factors of all scales, or of all ranges, of a student, in one vector, so that the optimizer steps
+    one tensor instead of one per layer.
 
     Attributes:
-        logarithms: float32 [n], 0 at the start.
+        logarithms: float32 [n], logarithms of the factors, initially 0.
     """
 
     def __init__(self) -> None:
@@ -63,17 +63,17 @@ class Growth(nn.Module):
         self.logarithms = nn.Parameter(torch.zeros(0, dtype=torch.float32))
 
     def add(self, count: int) -> slice:
-        """Place for ``count`` more, before training."""
+        """Adds ``count`` factors, before training; returns their place."""
         held = len(self.logarithms)
         self.logarithms.data = self.logarithms.new_zeros(held + count)
         return slice(held, held + count)
 
 
 class InputRange(nn.Module):
-    """Rounds the input of all layers that read one tensor (or one half of it): [...] to [...].
+    """Rounds the input, of any shape, of all layers that read the same tensor, or the same half of it.
 
     Attributes:
-        growth: of the ranges' two ends, or None where ranges are not trained.
+        growth: the trainable factors of both ends of the range; None if ranges are not trained.
     """
 
     def __init__(self, ends: Range, bits: int, growth: Growth | None) -> None:
@@ -108,14 +108,16 @@ class InputRange(nn.Module):
 
 
 class Student(nn.Module):
-    """How a layer of the student rounds: its grid and, if trained, what moves it. One for each quantized layer.
+    """The rounding of one quantized layer of the student: its grid and the trainable parameters of the grid.
 
     Attributes:
-        scale, zero: float32 [H, N], of the plan's rounding; H is 2 where the layer has a split, else 1.
-        growth: of the scales, or None where they are not trained.
-        bos_output: [N] in the weight's type, trained with the weights: the row of the BOS embedding, without bias.
-        down, up: [rank, K] and [N, rank]: their product is added to the weight before it is rounded; or None.
-        inputs: InputRange of each half of the input; empty with 16-bit activations. Layers share them.
+        scale, zero: float32 [H, N], the initial grid, from the plan's rounding; H is 2 with a split, else 1.
+        growth: the trainable factors of the scales; None if scales are not trained.
+        bos_output: [N] in the weight's dtype, trained with the weights: the output row of the BOS embedding, without
+            bias.
+        down, up: [rank, K] and [N, rank]; their product is added to the weight before it is rounded. None without a
+            low-rank branch.
+        inputs: the InputRange of each half of the input, shared with other layers; empty with 16-bit activations.
     """
 
     scale: Tensor
@@ -149,30 +151,30 @@ class Student(nn.Module):
             self._place = slice(0) if growth is None else growth.add(scale.numel())
 
     def weight(self, weight: Tensor) -> Tensor:
-        """The weight rounded, or as it is at 16 bits."""
+        """The rounded weight; the weight itself at 16 bits."""
         if self.layer.weight_bits == 16:
             return weight
         rounded = [
-            rounded_weight(part.float(), _rows(scale, weight), _rows(zero, weight), self.lowest, self.highest)
+            weight_on_grid(part.float(), _rows(scale, weight), _rows(zero, weight), self.lowest, self.highest)
             for part, scale, zero in zip(self._parts(weight), self.scales(), self.zero, strict=True)
         ]
         return (rounded[0] if len(rounded) == 1 else torch.cat(rounded, 1)).to(weight.dtype)
 
     def _parts(self, weight: Tensor) -> list[Tensor]:
-        """The weight with its low-rank product, halves apart."""
+        """The weight plus its low-rank product, as one tensor or as the two halves of a split."""
         if self.up is not None and self.down is not None:
             weight = weight + (self.up @ self.down).view(weight.shape).to(weight.dtype)
         return [weight] if self.layer.split is None else list(weight.tensor_split([self.layer.split], 1))
 
     def scales(self) -> Tensor:
-        """float32 [H, N], as they are now."""
+        """float32 [H, N], the current scales."""
         if self.growth is None:
             return self.scale
         factor = self.growth.logarithms[self._place].exp()
         return (self.scale * factor.view(self.scale.shape)).clamp(min=SMALLEST_SCALE)
 
     def input(self, x: Tensor) -> Tensor:
-        """The input rounded; x is [..., K], or [(B,) C, H, W] where the layer has a split."""
+        """The rounded input; x is [..., K], or [(B,) C, H, W] if the layer has a split."""
         if not len(self.inputs):
             return x
         if self.layer.split is None:
@@ -187,7 +189,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def quants(self, weight: Tensor) -> list[WeightQuant]:
-        """The codes of the weight as it is now, of each half."""
+        """The codes of the current weight, for each half."""
         found = []
         for part, scale, zero in zip(self._parts(weight), self.scales(), self.zero, strict=True):
             grid = Grid(scale, zero, self.lowest, self.highest)
@@ -199,7 +201,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def packed(self, weight: Tensor) -> MixDQTensor | SplitMixDQTensor:
-        """The real form of the weight as it is now."""
+        """The current weight in packed integers."""
         bits, dtype = self.layer.weight_bits, weight.dtype
         acts = [cast(InputRange, ends).act() for ends in self.inputs] or [None, None]
         quants = self.quants(weight)
@@ -212,7 +214,7 @@ class Student(nn.Module):
         )
 
     def plan(self) -> LayerPlan:
-        """The layer's plan with the ranges as they are now."""
+        """The layer's plan with the current ranges."""
         ends = [cast(InputRange, i).ends() for i in self.inputs]
         if not ends:
             return self.layer
@@ -220,7 +222,7 @@ class Student(nn.Module):
 
 
 class StudentLinear(nn.Linear):
-    """A linear layer that computes with what its ``Student`` makes of weight and input."""
+    """A linear layer whose weight and input are rounded by its ``Student``."""
 
     quantizer: Student
 
@@ -234,7 +236,7 @@ class StudentLinear(nn.Linear):
 
 
 class StudentConv2d(nn.Conv2d):
-    """A convolution that computes with what its ``Student`` makes of weight and input."""
+    """A convolution whose weight and input are rounded by its ``Student``."""
 
     quantizer: Student
 
@@ -244,17 +246,17 @@ class StudentConv2d(nn.Conv2d):
 
 
 def students(model: nn.Module) -> Iterator[tuple[str, StudentLinear | StudentConv2d]]:
-    """The layers of ``model`` that are trained to be quantized."""
+    """The student layers of ``model``, by name."""
     return ((n, m) for n, m in model.named_modules() if isinstance(m, StudentLinear | StudentConv2d))
 
 
 @torch.no_grad()
 def make_student(model: nn.Module, config: MixDQConfig, *, scales: bool, ranges: bool, rank: int) -> None:
-    """Turns the layers of ``model`` that ``config`` (in fake mode, checked) quantizes into student's layers.
+    """Turns the layers of ``model`` that ``config`` (in fake mode, checked) quantizes into student layers, in place.
 
     Args:
-        scales, ranges: whether these are trained. Layers whose ranges are equal read one tensor and share theirs.
-        rank: of the product added to each weight; 0: none.
+        scales, ranges: whether these are trained. Layers with equal ranges read one tensor and share an InputRange.
+        rank: of the low-rank product added to each weight; 0: none.
     """
     parts = _Shared({}, Growth() if scales else None, Growth() if ranges else None, Memo())
     for name, layer_config in config.fqn_to_config.items():
@@ -264,7 +266,7 @@ def make_student(model: nn.Module, config: MixDQConfig, *, scales: bool, ranges:
 
 @dataclass(frozen=True, slots=True)
 class _Shared:
-    """What layers of one student have in common."""
+    """Objects that the layers of one student share."""
 
     inputs: dict[tuple[object, ...], InputRange]
     scales: Growth | None
@@ -298,7 +300,7 @@ def _convert(module: Any, config: MixDQLayerConfig, shared: _Shared, rank: int) 
 
 
 def _start_at(weight: Tensor, quants: list[WeightQuant], student: Student) -> None:
-    """Moves weights that the plan rounds to a code that is not the nearest one towards it, until it is."""
+    """Moves weights whose planned code is not the nearest one towards that code, until it is the nearest."""
     values = torch.cat([q.dequantize() for q in quants], 1)
     parts = zip(student.scale, student._parts(weight), strict=True)
     steps = torch.cat([_rows(s, weight).expand_as(p) for s, p in parts], 1)
@@ -307,7 +309,8 @@ def _start_at(weight: Tensor, quants: list[WeightQuant], student: Student) -> No
 
 
 def _thin(weight: Tensor, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """[rank, K] of random numbers, as large together as the weight, and [N, rank] of zeros: a product of zero."""
+    """The low-rank factors: random [rank, K] with a standard deviation of rms(weight) / sqrt(rank), and zeros
+    [N, rank], so that their product starts at zero."""
     inner, size = weight[0].numel(), weight.float().square().mean().sqrt().item()
     rank = min(rank, inner, len(weight))
     generator = torch.Generator().manual_seed(inner * 1009 + len(weight))

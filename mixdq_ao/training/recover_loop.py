@@ -20,22 +20,27 @@ from ..search.fingerprint import fingerprint
 from .averaging import Average
 from .base import MemoryEfficientOptimizer
 from .optim import MemoryEfficientAdamW
-from .recover_blocks import alone, find_blocks, together, watched
+from .recover_blocks import alone, find_blocks, recorded_calls, together
 from .recover_layers import NEAR, Student, students
 from .recover_options import RATE_OF_BITS, Recipe
 from .recover_state import Progress, load_optimizer, load_run, optimizer_tensors, save_run
 from .recover_targets import Targets, first_output, record
 
 SMALLEST_SIZE = 1e-2
-"""A parameter tensor's root mean square counts as at least this, so that biases of zero can move."""
+"""Smallest root mean square that is assumed of a parameter tensor, so that biases of zero can change."""
+LOSS_WEIGHT = 0.05
+"""Weight of a step in the running mean of the loss, which is shown and checked for divergence: a mean over 20 steps."""
+BETAS = (0.9, 0.99)
+"""AdamW's decays. Runs take some hundred steps (200 to 700 in benchmarks/results/recover.md), too few for the usual
+second decay of 0.999, which averages over 1000 steps. No benchmark varies them."""
 GROWTH = ".growth.logarithms"
 CONSTANTS = {"rate_of_bits": list(RATE_OF_BITS.items()), "smallest_size": SMALLEST_SIZE, "near": NEAR}
-"""What a run depends on and no option says: another release may have other values, whose checkpoints are refused."""
+"""Constants that a run depends on, part of its fingerprint: checkpoints of a release with other values are rejected."""
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
 
 
 def trained_parameters(model: nn.Module, recipe: Recipe) -> dict[str, nn.Parameter]:
-    """The parameters of the student that ``recipe`` trains, by name; gradients are asked for these alone."""
+    """The parameters of the student that ``recipe`` trains, by name. Sets ``requires_grad`` of all parameters."""
     thin = recipe.train == "low_rank"
     branch = {id(p) for m in model.modules() if isinstance(m, Student) for p in (m.up, m.down)}
     chosen = {}
@@ -47,12 +52,12 @@ def trained_parameters(model: nn.Module, recipe: Recipe) -> dict[str, nn.Paramet
 
 
 def parameter_groups(model: nn.Module, parameters: dict[str, nn.Parameter], recipe: Recipe) -> list[dict[str, Any]]:
-    """One group a parameter; "share" is its learning rate for ``lr`` and ``rate`` of one."""
+    """One group per parameter; "share" is the factor from the recipe's learning rate to the parameter's."""
     shares: dict[int, float] = {}
     for _, module in students(model):
         q, own = module.quantizer, RATE_OF_BITS[module.quantizer.layer.weight_bits]
         shares |= {id(p): own * _size(p) for p in (module.weight, q.down) if p is not None}
-        shares[id(q.up)] = own  # it starts at zero, and its units are the other factor's
+        shares[id(q.up)] = own  # starts at zero; q.down has the weight's magnitude
     groups = []
     for name, p in parameters.items():
         others = recipe.others * (1.0 if name.endswith(GROWTH) else _size(p))
@@ -68,12 +73,13 @@ class Run:
     """One training run of a student.
 
     Args:
-        pipe: the pipeline, full precision; its denoiser is the teacher.
-        student: a copy of the denoiser with a student's layers.
+        pipe: the pipeline in full precision; its denoiser is the teacher.
+        student: a copy of the denoiser with student layers.
+        prompts: training prompts.
         measure: recorded calls of held-out prompts.
         directory: of the checkpoint, or None.
-        settings: what the run depends on besides, as JSON; checkpoints are told apart by them, the model, the recipe
-            and the optimizer.
+        settings: all else that the run depends on, as JSON values. A checkpoint belongs to a run with the same
+            settings, model, recipe and optimizer.
     """
 
     def __init__(
@@ -111,7 +117,7 @@ class Run:
     # --- steps ---
 
     def train(self, on_evaluation: Callable[[dict[str, float]], None] | None, save_every: int) -> None:
-        """All steps that are left; ends early where the run diverges."""
+        """Makes all remaining steps; ends early if the run diverges."""
         p, recipe = self.progress, self.recipe
         if p.step == 0 and not p.history:
             self._evaluate(on_evaluation)
@@ -137,9 +143,9 @@ class Run:
             return
         self._update(loss)
         p.step += 1
-        p.smooth = value if p.smooth is None else 0.95 * p.smooth + 0.05 * value
+        p.smooth = value if p.smooth is None else (1 - LOSS_WEIGHT) * p.smooth + LOSS_WEIGHT * value
         if p.step == recipe.block_steps:
-            p.smooth = p.least = None  # another measure from here on
+            p.smooth = p.least = None  # the loss has another definition from here on
         elif p.least is None or p.smooth < p.least:
             p.least = p.smooth
         elif p.smooth > recipe.diverged * p.least:
@@ -151,12 +157,12 @@ class Run:
         blockwise = step < recipe.block_steps
         lessons = {}
         if blockwise or recipe.block_weight:
-            with torch.no_grad(), watched(self.teacher, self.blocks) as lessons:
+            with torch.no_grad(), recorded_calls(self.teacher, self.blocks) as lessons:
                 self.teacher(*args, **kwargs)
         if blockwise:
             return alone(self.student, lessons)
         with ExitStack() as stack:
-            outputs = stack.enter_context(watched(self.student, self.blocks)) if lessons else {}
+            outputs = stack.enter_context(recorded_calls(self.student, self.blocks)) if lessons else {}
             y = first_output(self.student(*args, **kwargs))
         loss = (y.float() - wanted.float()).square().mean() / targets.power
         return loss + recipe.block_weight * together(outputs, lessons) if lessons else loss
@@ -187,7 +193,7 @@ class Run:
         self.progress.stopped = f"step {self.progress.step}: {why}"
 
     def targets(self, step: int) -> Targets:
-        """The recorded calls that ``step`` learns from; recorded when first asked for, from noise of their own."""
+        """The recorded calls that ``step`` learns from. Recorded on first use, from other noise after each refresh."""
         turn = step // self.recipe.refresh if self.recipe.refresh else 0
         if self._targets is None or self._targets[0] != turn:
             self._targets = None
@@ -212,7 +218,7 @@ class Run:
 
     @torch.no_grad()
     def keep_best(self) -> None:
-        """The student's parameters are the best state's from here on."""
+        """Copies the best parameters into the student."""
         for name, value in self.best.items():
             self.parameters[name].copy_(value)
 
@@ -260,14 +266,14 @@ def _described(optimizer: Optimizer) -> str:
 
 
 def adamw(groups: list[dict[str, Any]], recipe: Recipe) -> MemoryEfficientAdamW:
-    """The optimizer unless another is given; NaN gradients are left out, and then end the run."""
+    """The default optimizer. It skips steps with NaN gradients, upon which the run stops."""
     return MemoryEfficientAdamW(
-        groups, lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0, moments=recipe.adam_moments, nonfinite="skip"
+        groups, lr=recipe.lr, betas=BETAS, weight_decay=0.0, moments=recipe.adam_moments, nonfinite="skip"
     )
 
 
 def record_for(recipe: Recipe, pipe: Any, prompts: Iterable[str], seed: int, title: str = "recording") -> Targets:
-    """Full-precision trajectories as a recipe asks for them."""
+    """Records the full-precision trajectories of a recipe."""
     return record(
         pipe,
         list(prompts),
@@ -282,7 +288,7 @@ def record_for(recipe: Recipe, pipe: Any, prompts: Iterable[str], seed: int, tit
 
 @torch.no_grad()
 def error_on(model: nn.Module, targets: Targets, batch_size: int) -> float:
-    """Relative error power of a model's outputs, sum (y - t)^2 / sum t^2, each number of denoising steps alike."""
+    """Relative error power of a model's outputs, sum (y - t)^2 / sum t^2, as a mean over the trajectory lengths."""
     device, errors = next(model.parameters()).device, []
     for start, end in targets.spans:
         noise = power = 0.0
@@ -296,5 +302,5 @@ def error_on(model: nn.Module, targets: Targets, batch_size: int) -> float:
 
 
 def decibel(error: float) -> str:
-    """An error power as a signal to noise ratio, in words."""
+    """An error power as text, a signal to noise ratio in dB."""
     return "-" if not 0 < error < math.inf else f"{-10 * math.log10(error):.1f} dB"

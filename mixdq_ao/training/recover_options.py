@@ -1,45 +1,52 @@
-"""How a quantized model is trained back: one frozen recipe, its checks, its learning rate at each step."""
+"""The recipe of ``recover``: its options, their checks, and the learning rate of each step."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from ..errors import OptimizerError
+from ..expect import expect, is_number, whole
 from ..models.pipelines import SIZES
 from .moments import KINDS
 
 Train = Literal["weights", "low_rank"]
 RATE_OF_BITS = {2: 1.0, 4: 0.25, 8: 0.05, 16: 0.05}
-"""Learning rates of weights by their bits, as parts of ``lr``: coarse codes must move by whole steps, fine ones not."""
+"""Learning rates of weights by their bits, as fractions of ``lr``: a weight has to move by a grid step before its code
+changes, and coarser grids have larger steps. Set by hand; no benchmark varies them."""
+FINAL_RATE = 0.02
+"""Learning rate at the last step, as a fraction of the highest. Set by hand; no benchmark varies it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """Everything that decides the result, besides pipeline, plan and prompts.
+    """Everything that determines the result, besides pipeline, plan and prompts.
 
     Attributes:
-        steps: optimizer steps.
-        block_steps: the first of them, in which each block learns its own teacher's output from its teacher's input.
-        batch_size: samples (one call of the denoiser for one prompt) a step.
-        trajectory: numbers of denoising steps whose calls are learned from, in equal shares of every batch.
-        lr: learning rate at its highest, relative to the root mean square of each parameter tensor; of quantized
-            weights times ``RATE_OF_BITS``.
-        others: learning rate of everything that is not a quantized weight, as a part of ``lr``.
-        warmup: share of the steps in which the rate rises; then half a cosine down to 2 %.
-        average: decay per step of the averaged parameters, which are what is kept; 0 keeps the last ones.
-        train: "weights": everything; "low_rank": a product of two thin matrices, added to each quantized weight
-            before it is rounded (arXiv 2406.06385), and nothing else but what ``learn_*`` say.
-        rank: of those products.
-        learn_scales: train the weights' scales (arXiv 1902.08153); else they stay as the plan makes them.
+        steps: number of optimizer steps.
+        block_steps: the first of these steps train each block by itself, on its teacher's input and output.
+        batch_size: samples per step; a sample is one call of the denoiser for one prompt.
+        trajectory: numbers of denoising steps of the trajectories that are learned from, in equal shares of every
+            batch.
+        lr: highest learning rate, relative to the root mean square of each parameter tensor; for quantized weights
+            multiplied by ``RATE_OF_BITS``.
+        others: learning rate of all other parameters, as a fraction of ``lr``.
+        warmup: fraction of the steps in which the rate rises; then it falls along half a cosine to ``FINAL_RATE``.
+        average: decay per step of the averaged parameters, which are the ones kept; 0 keeps the last parameters.
+        train: "weights": all parameters; "low_rank": only a product of two thin matrices that is added to each
+            quantized weight before rounding (arXiv 2406.06385), and what ``learn_scales`` and ``learn_ranges`` say.
+        rank: rank of these products.
+        learn_scales: train the scales of the weights (arXiv 1902.08153); else they keep the plan's values.
         learn_ranges: train the ranges of the inputs (arXiv 2004.09576); else they stay as calibrated.
-        block_weight: weight of the blocks' relative errors beside the output's, end to end.
-        refresh: steps after which trajectories are recorded anew, from other noise; 0: never.
+        block_weight: weight of the mean relative error of the blocks, added to the loss on the output (after
+            ``block_steps``).
+        refresh: steps after which trajectories are recorded again, from other noise; 0: never.
         evaluate_every: steps between measurements on held-out prompts.
-        diverged: stop when an error is this many times the least seen.
-        clip: largest norm of the gradient (of the relative error power).
-        adam_moments: how AdamW's moments are stored, see MemoryEfficientAdamW.
+        diverged: stop if an error exceeds its minimum so far by this factor.
+        clip: largest norm of the gradient of the loss, a relative error power.
+        adam_moments: storage of AdamW's moments, see MemoryEfficientAdamW.
         guidance_scale, seed, height, width, frames: of the trajectories; see Sampling.
     """
 
@@ -69,39 +76,41 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "rank", "evaluate_every"):
-            _whole(name, getattr(self, name), 1)
+            self._whole(name, getattr(self, name), 1)
         for name in ("block_steps", "refresh", "seed"):
-            _whole(name, getattr(self, name), 0)
+            self._whole(name, getattr(self, name), 0)
         for name, value in self.size().items():
-            _whole(name, 1 if value is None else value, 1)
-        _expect(self.block_steps <= self.steps, "block_steps", self.block_steps, f"at most the {self.steps} steps")
-        _expect(
-            isinstance(self.trajectory, tuple) and len(self.trajectory) > 0,
-            "trajectory",
-            self.trajectory,
-            "a tuple of numbers of denoising steps",
-        )
+            self._whole(name, 1 if value is None else value, 1)
+        self._expect("block_steps", self.block_steps <= self.steps, f"at most the {self.steps} steps")
+        several = isinstance(self.trajectory, tuple) and len(self.trajectory) > 0
+        self._expect("trajectory", several, "a tuple of numbers of denoising steps")
         for count in self.trajectory:
-            _whole("trajectory", count, 1)
+            self._whole("trajectory", count, 1)
         shares = len(self.trajectory)
-        _expect(self.batch_size >= shares, "batch_size", self.batch_size, f"at least {shares}, one of each trajectory")
+        self._expect("batch_size", self.batch_size >= shares, f"at least {shares}, one of each trajectory")
         for name, low, high in _BOUNDS:
             value = getattr(self, name)
-            _expect(_is_number(value) and low <= value <= high, name, value, f"a number from {low:g} to {high:g}")
+            self._expect(name, is_number(value) and low <= value <= high, f"a number from {low:g} to {high:g}")
         for name, offered in (("train", get_args(Train)), ("adam_moments", KINDS)):
-            value = getattr(self, name)
-            _expect(value in offered, name, value, f"one of {', '.join(offered)}")
+            self._expect(name, getattr(self, name) in offered, f"one of {', '.join(offered)}")
+
+    def _expect(self, name: str, good: bool, expected: str) -> None:
+        expect(good, name, getattr(self, name), expected, OptimizerError)
+
+    @staticmethod
+    def _whole(name: str, value: object, least: int) -> None:
+        whole(value, name, least=least, error=OptimizerError)
 
     def rate(self, step: int) -> float:
-        """The learning rate of ``step`` as a part of ``lr``."""
+        """The learning rate of ``step`` as a fraction of ``lr``."""
         rising = max(1, round(self.warmup * self.steps))
         if step < rising:
             return (step + 1) / rising
         done = (step - rising) / max(1, self.steps - rising)
-        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
+        return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done))
 
     def to_json(self) -> dict[str, Any]:
-        """Sizes only where they are given."""
+        """All fields; sizes only if they are given."""
         fields = {name: value for name, value in asdict(self).items() if name not in SIZES or value is not None}
         return {**fields, "trajectory": list(self.trajectory)}
 
@@ -121,8 +130,35 @@ _BOUNDS = (
 )
 
 
-def recipe_of(steps: int, options: dict[str, Any]) -> Recipe:
-    """A recipe from keyword arguments. Raises OptimizerError naming an unknown one or one out of range."""
+class RecipeOptions(TypedDict, total=False):
+    """Keyword arguments of ``recover``: the fields of ``Recipe`` besides ``steps``."""
+
+    block_steps: int
+    batch_size: int
+    trajectory: int | Sequence[int]
+    lr: float
+    others: float
+    warmup: float
+    average: float
+    train: Train
+    rank: int
+    learn_scales: bool
+    learn_ranges: bool
+    block_weight: float
+    refresh: int
+    evaluate_every: int
+    diverged: float
+    clip: float
+    adam_moments: str
+    guidance_scale: float
+    seed: int
+    height: int | None
+    width: int | None
+    frames: int | None
+
+
+def recipe_of(steps: int, options: Mapping[str, Any]) -> Recipe:
+    """A recipe from keyword arguments. Raises OptimizerError naming an argument that is unknown or out of range."""
     known = {f.name for f in fields(Recipe)}
     if unknown := sorted(set(options) - known):
         raise OptimizerError(f"recover has no option {unknown[0]!r}; expected {', '.join(sorted(known - {'steps'}))}")
@@ -130,16 +166,3 @@ def recipe_of(steps: int, options: dict[str, Any]) -> Recipe:
         given = options["trajectory"]
         options = {**options, "trajectory": (given,) if isinstance(given, int) else tuple(given)}
     return Recipe(steps=steps, **options)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _whole(name: str, value: object, low: int) -> None:
-    _expect(type(value) is int and value >= low, name, value, f"a whole number of at least {low}")
-
-
-def _expect(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise OptimizerError(f"{name} is {value!r}, expected {expected}")

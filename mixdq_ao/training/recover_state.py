@@ -1,7 +1,7 @@
-"""A training run on disk: it goes on after kill -9 as if it had not been killed. Safetensors and JSON, no pickle.
+"""Checkpoints of a training run, from which it continues after kill -9 as if it had not been killed; no pickle.
 
-A directory holds ``run.json`` and the safetensors file it names. Tensors are written under a new name first, then the
-JSON replaces the old one in one step, then the old tensors go: a crash leaves the old state or the new one.
+A directory holds ``run.json`` and the safetensors file that it names. Tensors are written under a new name, then the
+JSON is replaced atomically, then the old tensors are deleted: a crash leaves the old state or the new one.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from .moments import BLOCK
 
 FORMAT, VERSION, FILE = "mixdq-recovery", 1, "run.json"
 OLD = r"\.?state-\d+\.safetensors"
-"""How names of tensors' files begin, also of one that a killed run was writing."""
+"""Matches the start of tensor files' names, and of temporary files that a killed run left."""
 
 
 @dataclass(slots=True)
 class Progress:
-    """What a run knows besides its tensors.
+    """The state of a run besides its tensors.
 
     Attributes:
-        step: optimizer steps done. seconds: spent on them; core_seconds: of all processor cores together.
-        best, best_step: least error on held-out prompts, and after which step it was.
-        smooth, least: the running mean of the loss, and the least it has been; None before the first step.
+        step: number of optimizer steps done.
+        seconds, core_seconds: time spent on them; the latter summed over all processor cores.
+        best, best_step: smallest error on held-out prompts, and the step after which it was measured.
+        smooth, least: running mean of the loss, and its minimum; None before the first step.
         history: {"step", "error", "loss"} of each measurement.
         stopped: why the run ended early, or None.
     """
@@ -61,21 +62,26 @@ class Progress:
         """Raises ValueError saying which field is wrong."""
         if set(document) != set(cls.__slots__):
             raise ValueError(f"expected exactly {', '.join(cls.__slots__)}")
-        number = lambda v: type(v) in (int, float) and v >= 0  # noqa: E731
         for name in ("step", "best_step"):
             _expect(type(document[name]) is int and document[name] >= 0, name, document[name])
         for name in ("seconds", "core_seconds"):
-            _expect(number(document[name]), name, document[name])
+            _expect(_is_amount(document[name]), name, document[name])
         for name in ("best", "smooth", "least"):
-            _expect(document[name] is None or number(document[name]), name, document[name])
+            _expect(document[name] is None or _is_amount(document[name]), name, document[name])
         _expect(document["stopped"] is None or isinstance(document["stopped"], str), "stopped", document["stopped"])
         history = document["history"]
         rows = isinstance(history, list) and all(isinstance(h, dict) and set(h) == KEYS for h in history)
-        _expect(rows and all(number(v) for h in history for v in h.values()), "history", "not a list of measurements")
+        _expect(
+            rows and all(_is_amount(v) for h in history for v in h.values()), "history", "not a list of measurements"
+        )
         return cls(**{**document, "best": math.inf if document["best"] is None else document["best"]})
 
 
 KEYS = {"step", "error", "loss"}
+
+
+def _is_amount(value: object) -> bool:
+    return type(value) in (int, float) and value >= 0  # type: ignore[operator]
 
 
 def _expect(condition: bool, name: str, value: object) -> None:
@@ -84,7 +90,8 @@ def _expect(condition: bool, name: str, value: object) -> None:
 
 
 def check_directory(directory: Path) -> None:
-    """Raises CheckpointError where a run cannot be kept, before any work: under a file, or in a model's own folder."""
+    """Raises CheckpointError if the directory cannot hold a run (below a file, or a model's own folder); called before
+    any work."""
     if reason := obstacle(directory):
         raise CheckpointError(f"{directory}: cannot be written, {reason}; choose another checkpoint")
     for name in ("model_index.json", "config.json"):
@@ -101,9 +108,10 @@ def save_run(
     fingerprint: str,
     recipe: Mapping[str, Any],
 ) -> None:
-    """``recipe`` is kept to say what differs, should another run find the directory.
+    """Writes a checkpoint. ``recipe`` is stored so that the error of another run in the directory can say what differs.
 
-    Raises CheckpointError where it cannot be written; what was there before is still whole then."""
+    Raises CheckpointError if it cannot be written; the previous checkpoint is still intact then.
+    """
     name = f"state-{progress.step}.safetensors"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -121,13 +129,13 @@ def save_run(
 def load_run(
     directory: Path, fingerprint: str, recipe: Mapping[str, Any], shapes: Mapping[str, torch.Size]
 ) -> tuple[Progress, dict[str, Tensor]] | None:
-    """What ``save_run`` wrote, or None where nothing was written yet.
+    """Reads the checkpoint of ``save_run``; None if there is none yet.
 
     Args:
-        shapes: of the float32 tensors that must be there; those under ``optimizer/`` are not checked here.
+        shapes: {name: shape} of the required float32 tensors; those under ``optimizer/`` are not checked here.
 
     Raises:
-        CheckpointError: naming file and tensor: damaged, of another run, of other shapes.
+        CheckpointError: the checkpoint is damaged, of another run or of other shapes; names the file and tensor.
     """
     path = directory / FILE
     if not path.exists():
@@ -149,7 +157,7 @@ def load_run(
 
 
 def _difference(stored: Any, recipe: Mapping[str, Any]) -> str:
-    """What tells a stored run from the one that is asked for."""
+    """Says how a stored run may differ from the requested one, by their recipes."""
     if not isinstance(stored, dict):
         return "release of mixdq_ao, model, plan, prompts or options"
     names = sorted(n for n in {*stored, *recipe} if stored.get(n) != recipe.get(n))
@@ -181,7 +189,7 @@ def _tensors(path: Path, fingerprint: str, step: int, shapes: Mapping[str, torch
 
 
 def optimizer_tensors(optimizer: Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name; ``names`` are in the order of its groups."""
+    """The optimizer's state by parameter name; ``names`` are in the order of its parameters."""
     tensors: dict[str, Tensor] = {}
     for index, state in optimizer.state_dict()["state"].items():
         for key, value in state.items():
@@ -197,10 +205,11 @@ def optimizer_tensors(optimizer: Optimizer, names: list[str]) -> dict[str, Tenso
 
 
 def load_optimizer(optimizer: Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
-    """Gives back what ``optimizer_tensors`` took; hyperparameters stay as they are.
+    """Loads the state from ``optimizer_tensors``; hyperparameters stay as they are.
 
     Raises:
-        CheckpointError: state of unknown parameters. OptimizerError: it does not fit the optimizer.
+        CheckpointError: state of unknown parameters.
+        OptimizerError: the state does not fit the optimizer.
     """
     places = {name: i for i, name in enumerate(names)}
     state: dict[int, dict[str, Tensor]] = {}

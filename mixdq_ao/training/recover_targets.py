@@ -1,8 +1,8 @@
-"""What the student learns from: inputs of the denoiser along full-precision trajectories, and its outputs for them.
+"""Training targets: the denoiser's inputs along full-precision trajectories, and its outputs for them.
 
-Each sample is one call of the denoiser for one prompt. Tensors are kept in float16 where it holds them, and the model
-runs on the rounded values while they are recorded, so the outputs belong exactly to what is stored. What does not
-change along a trajectory (the text embedding, by far the largest) is stored once for each prompt.
+Each sample is one call of the denoiser for one prompt. float32 tensors are stored in float16 if their values fit, and
+the model runs on the rounded values while they are recorded, so the outputs belong exactly to the stored inputs.
+Arguments that do not change along a trajectory (the text embedding, by far the largest) are stored once per prompt.
 """
 
 from __future__ import annotations
@@ -21,15 +21,21 @@ from ..progress import progress
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Path = tuple[Any, ...]
-"""Where an argument stands: a position or a name, then the keys of nested dicts."""
+"""Identifies an argument: its position or name, then the keys of nested dicts."""
 LARGEST_HALF = 65504.0
 AT_ONCE = 1 << 20
-"""Values of the outputs in float64 at a time."""
+"""Number of output values converted to float64 at a time."""
 
 
 @dataclass(slots=True)
 class Field:
-    """One tensor argument: the different rows it had, and which of them each sample had; or one value for all."""
+    """The recorded values of one tensor argument.
+
+    Attributes:
+        pool: the distinct rows; if ``rows`` is None, the one value for all samples.
+        rows: [n], the index of each sample's row in the pool.
+        dtype: of the argument in the call.
+    """
 
     pool: Tensor
     rows: Tensor | None
@@ -46,9 +52,9 @@ class Targets:
 
     Attributes:
         fields: {path of an argument: Field}.
-        constants: {path: value} of arguments that are no tensors.
-        outputs: [n, ...], what full precision gives.
-        spans: (first, end) of the samples of each number of denoising steps.
+        constants: {path: value} of the arguments that are not tensors.
+        outputs: [n, ...], the outputs in full precision.
+        spans: for each number of denoising steps, the (first, end) of its samples.
         power: mean square of the outputs.
     """
 
@@ -64,18 +70,18 @@ class Targets:
 
     @property
     def bytes(self) -> int:
-        """Memory of everything stored."""
+        """Bytes of all stored tensors."""
         tensors = [self.outputs, *(t for f in self.fields.values() for t in (f.pool, f.rows) if t is not None)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def batch(self, samples: Tensor, device: torch.device) -> tuple[Arguments, Tensor]:
-        """Arguments of a call for the samples with these indices, and the outputs to reach."""
+        """Arguments of a call for the samples with these indices, and the target outputs."""
         values = {path: field.of(samples, device) for path, field in self.fields.items()} | self.constants
         return nested_arguments(values), self.outputs[samples].to(device)
 
     def choose(self, step: int, size: int, seed: int) -> Tensor:
-        """Indices of one step's samples: equal shares of each number of denoising steps, each gone through in random
-        order before any comes again. A function of its arguments alone."""
+        """Indices of the samples of one optimizer step: equal shares for each number of denoising steps, every share in
+        random order without repetition until all samples were used. Depends only on its arguments."""
         shares = [size // len(self.spans) + (i < size % len(self.spans)) for i in range(len(self.spans))]
         chosen = [
             _turn(end - start, step * n, n, seed) + start for (start, end), n in zip(self.spans, shares, strict=True)
@@ -84,7 +90,7 @@ class Targets:
 
 
 def _turn(count: int, position: int, size: int, seed: int) -> Tensor:
-    """``size`` indices below ``count`` from ``position`` on in an endless sequence of random permutations."""
+    """``size`` indices below ``count``, from ``position`` on in an endless sequence of random permutations."""
     epochs = range(position // count, (position + size - 1) // count + 1)
     orders = [torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + e)) for e in epochs]
     start = position - epochs[0] * count
@@ -102,12 +108,13 @@ def record(
     size: Mapping[str, int | None] | None = None,
     title: str = "recording",
 ) -> Targets:
-    """Draws ``prompts`` with each number of steps, from different noise, and records every call of the denoiser.
+    """Generates ``prompts`` with each number of steps in ``trajectory``, from different noise, and records all calls of
+    the denoiser.
 
     ``size``: height, width and frames, see Sampling.
 
     Raises:
-        MixDQError: the denoiser is called in a way that cannot be stored; the message names the argument.
+        MixDQError: a call of the denoiser cannot be stored; names the argument.
     """
     recorder = _Recorder(denoiser(pipe))
     spans = []
@@ -123,7 +130,8 @@ def record(
 
 
 class _Recorder:
-    """A hook that rounds a denoiser's inputs to what is stored, and one that stores its outputs."""
+    """A forward pre-hook that stores a denoiser's inputs and rounds them to the stored values, and a forward hook that
+    stores its outputs."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.count = model, 0
@@ -135,16 +143,10 @@ class _Recorder:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Calls inside are recorded."""
-        handles = [
-            self.model.register_forward_pre_hook(self._before, with_kwargs=True),
-            self.model.register_forward_hook(self._after),
-        ]
-        try:
+        """Records the calls inside the block."""
+        before = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
+        with before, self.model.register_forward_hook(self._after):  # each handle removes its hook
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         values = flat_arguments(args, kwargs)
@@ -159,13 +161,15 @@ class _Recorder:
         self.constants = constants
         for path, value in values.items():
             if isinstance(value, Tensor):
-                value = value.expand(size) if value.dim() == 0 else value  # a timestep: samples of different ones mix
+                value = (
+                    value.expand(size) if value.dim() == 0 else value
+                )  # a timestep: batches mix samples with different ones
                 values[path] = self._keep(path, value.detach(), size)
         self.count += size
         return nested_arguments(values)
 
     def _keep(self, path: Path, value: Tensor, size: int) -> Tensor:
-        """Stores a value; gives back what was stored, in the value's own type."""
+        """Stores a value; returns the stored value, in the original dtype."""
         stored = _compact(value)
         kept, pool = stored.cpu(), self.pools.setdefault(path, [])
         self.dtypes[path] = value.dtype
@@ -198,7 +202,7 @@ class _Recorder:
 
 
 def _joined(pool: list[Tensor]) -> Tensor:
-    """Rows of one type: of the wider one, where some values did not fit float16."""
+    """Rows in one dtype: the wider one, if some values did not fit float16."""
     widest = max((p.dtype for p in pool), key=lambda d: d.itemsize)
     return torch.cat([p.to(widest) for p in pool])
 
@@ -210,7 +214,7 @@ def _compact(value: Tensor) -> Tensor:
 
 
 def flat_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Path, Any]:
-    """{path: value}: a position or a name, then the keys of nested dicts."""
+    """{path: value} of all arguments, nested dicts flattened."""
     flat: dict[Path, Any] = {}
 
     def visit(path: Path, value: Any) -> None:
@@ -226,7 +230,7 @@ def flat_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Pat
 
 
 def nested_arguments(values: Mapping[Path, Any]) -> Arguments:
-    """The arguments that ``flat_arguments`` took apart."""
+    """The inverse of ``flat_arguments``."""
     kwargs: dict[Any, Any] = {}
     for path, value in values.items():
         place = kwargs

@@ -22,13 +22,13 @@ Compiled = Callable[[Tensor, Tensor, Sequence[Tensor], Tensor, tuple[bool, ...]]
 
 @dataclass(frozen=True)
 class Rule:
-    """How one kind of optimizer steps.
+    """The step of one kind of optimizer.
 
     Attributes:
-        moments: the names of its moments in the state, and whether each has a sign.
-        scalars: (group, step counted from 1) -> (numbers in float64, facts that choose the code).
-        eager: changes the value [n] and the moments (each [n]) in place; both float32.
-        compiled: the same, returned; the numbers come as one float32 tensor.
+        moments: {name in the state: whether it is signed}.
+        scalars: (group, step counted from 1) -> (numbers in float64, flags that select branches).
+        eager: updates the value [n] and the moments (each [n]) in place; all float32.
+        compiled: the same, but returns the new value and moments; takes the numbers as one float32 tensor.
     """
 
     moments: Mapping[str, bool]

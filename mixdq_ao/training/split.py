@@ -1,20 +1,20 @@
-"""A float32 value as a 16-bit float, which the model computes with, and a 16-bit remainder, which the optimizer keeps.
+"""Splits a float32 value into a 16-bit float, which the model uses, and a 16-bit remainder, which the optimizer stores.
 
 bfloat16 is the upper half of float32's bits, so the pair holds every float32 value exactly (arXiv 2309.12381):
 
     visible = (bits + 0x8000) >> 16,  remainder = bits - (visible << 16), always in [-0x8000, 0x7FFF]
 
-This rounds to nearest, ties away from zero. Ties to even would leave remainders up to +0x8000, which 16 bits do not
-hold: the tie above an even value comes back one step off (NVIDIA/apex#1842). What follows at the edges:
+This rounds to nearest, ties away from zero. Ties to even would need remainders up to +0x8000, which 16 bits do not
+hold: the tie above an even value would be restored one step off (NVIDIA/apex#1842). Edge cases:
 
-- A value at or above 3.3961775e38 (half a step above bfloat16's largest) is visible as infinity, as in any cast to
+- A value of 3.3961775e38 (half a step above bfloat16's largest) or more is visible as infinity, as in any cast to
   bfloat16; the pair is still exact.
 - Zeros keep their sign, subnormal values are exact.
 - NaN stays NaN; its payload is not kept.
 
-float16 has 5 bits of exponent. The remainder counts steps of 2^-15 of the visible value's spacing, so the pair is exact
-for 2^-16 <= |x| < 65520, and below that is the nearest multiple of 2^-39: off by at most 2^-40 (9.1e-13). The visible
-value is torch's own cast (ties to even). Values of 65520 and more become infinite: float16 has no room for them.
+float16 has 5 exponent bits. The remainder counts units of 2^-15 of the visible value's spacing, so the pair is exact
+for 2^-16 <= |x| < 65520; below, it is the nearest multiple of 2^-39, off by at most 2^-40 (9.1e-13). The visible value
+is torch's cast (ties to even). Values of 65520 and more exceed float16 and become infinite.
 """
 
 from __future__ import annotations
@@ -25,25 +25,26 @@ import torch
 from torch import Tensor
 
 REMAINDER = {torch.bfloat16: "bfloat16_remainder", torch.float16: "float16_remainder"}
-"""Parameter dtypes that have a remainder, and its name in the optimizer's state: the two are not interchangeable."""
+"""{dtype of a parameter with a remainder: name of the remainder in the optimizer's state}. They have different names
+because they are not interchangeable."""
 
 
 def split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The visible value (``dtype``: bfloat16 or float16) and the int16 remainder of a float32 tensor of any shape."""
+    """The visible value in ``dtype`` (bfloat16 or float16) and the int16 remainder of a float32 tensor of any shape."""
     return _split_bfloat16(x) if dtype is torch.bfloat16 else _split_float16(x)
 
 
 def join(visible: Tensor, remainder: Tensor) -> Tensor:
     """The float32 value of a pair.
 
-    A remainder that cannot belong to its visible value (someone zeroed the parameter or wrote an infinity, so that
-    the bits together would be a NaN) is ignored.
+    Ignores a remainder with which the bits would be a NaN: other code overwrote the visible value, with an infinity for
+    example.
     """
     return _join_bfloat16(visible, remainder) if visible.dtype is torch.bfloat16 else _join_float16(visible, remainder)
 
 
 def fits(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether no finite value of ``x`` is beyond what a pair of ``dtype`` can hold."""
+    """Whether a pair of ``dtype`` can hold all finite values of ``x``."""
     return dtype is not torch.float16 or not bool(((x.abs() >= 65520) & x.isfinite()).any())
 
 
@@ -72,7 +73,7 @@ def _split_float16(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nearest_float16(x: Tensor) -> Tensor:
-    """``x.to(float16).to(float32)`` by arithmetic: of casts there and back Inductor makes none at all.
+    """``x.to(float16).to(float32)`` by arithmetic, since Inductor removes a cast to float16 and back.
 
     Scaling by float16's spacing at ``x`` is exact, and ``round`` takes ties to even. Values of 65520 and more become
     65536 and more instead of infinite.
@@ -87,7 +88,7 @@ def _join_float16(visible: Tensor, remainder: Tensor) -> Tensor:
 
 
 def _float16_exponent(x: Tensor) -> Tensor:
-    """e of float32 values, where the spacing of float16 is 2^(e - 25): the exponent's field there, at least 1."""
+    """The biased float16 exponent e >= 1 of float32 values; the spacing of float16 there is 2^(e - 25)."""
     return (((x.view(torch.int32) >> 23) & 0xFF) - 112).clamp(1, 31)
 
 
@@ -96,9 +97,9 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 
 def surely_no_nan(x: Tensor) -> bool:
-    """Whether it is known, at little cost, that ``x`` has no NaN.
+    """Whether a cheap check shows that ``x`` has no NaN.
 
-    On a CPU one sum says it, and spares two passes over the data. Where asking would stall a device or break a graph,
-    the answer is no.
+    On a CPU one sum shows it, which saves two passes over the data. False where the check would synchronize with a
+    device or break a graph.
     """
     return not torch.compiler.is_compiling() and x.device.type == "cpu" and not math.isnan(x.sum().item())

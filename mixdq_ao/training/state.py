@@ -1,4 +1,4 @@
-"""A parameter's state: new, and brought to what its order in memory and its options are now."""
+"""Creates a parameter's state, and adapts it to the parameter's current dtype, memory order and options."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from .split import REMAINDER
 
 
 def new_state(p: Tensor, kind: str, moments: Mapping[str, bool]) -> dict[str, Any]:
-    """{"step": float32 scalar, the remainder if p is 16 bit, the moments}: zeros, laid out and sharded like p.
+    """A state of zeros: "step" (float32 scalar), the remainder if p is 16 bit, and the moments. Tensors have the memory
+    order and the sharding of p.
 
     Args:
-        kind: how moments are stored, of ``moments.KINDS``.
-        moments: {name: whether it has a sign}.
+        kind: storage of the moments, one of ``moments.KINDS``.
+        moments: {name: whether it is signed}.
     """
     here = local(p)
     state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32)}
@@ -31,7 +32,7 @@ def new_state(p: Tensor, kind: str, moments: Mapping[str, bool]) -> dict[str, An
 
 
 def follow_type(state: dict[str, Any], p: Tensor) -> None:
-    """Gives a state the remainder of the type that ``p`` has now: zeros, as what the model sees is the value then."""
+    """Replaces the remainder in a state if ``p`` has another dtype now: by zeros, so that the visible value counts."""
     own = REMAINDER.get(p.dtype)
     for name in REMAINDER.values():
         if name != own:
@@ -41,7 +42,7 @@ def follow_type(state: dict[str, Any], p: Tensor) -> None:
 
 
 def common_kind(moments: Iterable[Any]) -> str | None:
-    """How all of these are stored; None where they differ, or are something else."""
+    """The storage of all these moments; None if it differs between them or one is not a moment."""
     kinds = {kind_of(local(m)) if isinstance(m, Tensor) else None for m in moments}
     return kinds.pop() if len(kinds) == 1 else None
 
@@ -49,7 +50,7 @@ def common_kind(moments: Iterable[Any]) -> str | None:
 def follow(
     state: dict[str, Any], p: Tensor, kind: str, moments: Mapping[str, bool], name_of: Callable[[Tensor], str]
 ) -> None:
-    """Brings a state to the order in memory that ``p`` has now, and its ``moments`` to the way options store them now.
+    """Converts a state to the current memory order of ``p``, and its ``moments`` to the storage that options ask for.
 
     Raises:
         OptimizerError: 8-bit moments of a parameter whose order changed.

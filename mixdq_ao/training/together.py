@@ -1,7 +1,7 @@
-"""Small tensors stepped as one: a bias costs as many calls of operators as a matrix.
+"""Steps several small tensors as one, since a bias costs as many operator calls as a matrix.
 
-Values, remainders, gradients and moments of some tensors are joined, stepped, and written back. Every operator of a
-step works value by value, so the bits are those of each tensor stepped alone.
+Values, remainders, gradients and moments of the tensors are concatenated, stepped and written back. Every operator of a
+step is elementwise, so the result is bit for bit that of stepping each tensor alone.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from .split import REMAINDER
 from .update import update
 
 SMALL = 1 << 14
-"""Tensors with fewer values are stepped with others: calling the operators takes longer than copying the values."""
+"""Tensors with fewer values are stepped together: calling the operators takes longer than copying the values."""
 MOST = 1 << 16
-"""Values stepped at a time; the copies they need are the price in memory, about 20 bytes each."""
+"""Most values stepped together; their temporary copies take about 20 bytes per value."""
 Entry = tuple[dict[str, Any], Tensor]
 
 
 def lots(entries: Iterable[Entry], states: Mapping[Tensor, Mapping[str, Any]]) -> list[list[Entry]]:
-    """Divides (group, parameter) pairs into lots that can be stepped as one; most of them hold one parameter.
+    """Divides (group, parameter) pairs into lots that can be stepped as one; most lots hold one parameter.
 
-    Together go small parameters that are not sharded, of one group, device and dtype, with gradients of one dtype, as
-    many steps behind them, and moments in float32 (how they are rounded to 16 bits depends on a value's place).
+    The parameters of a larger lot are small, not sharded, have the same group, device, dtype, gradient dtype and number
+    of steps, and float32 moments (the dithering of bfloat16 moments depends on an element's position).
     """
     done: list[list[Entry]] = []
     filling: dict[Hashable, tuple[list[Entry], int]] = {}
@@ -56,7 +56,7 @@ def _kind(group: Mapping[str, Any], p: Tensor, state: Mapping[str, Any]) -> Hash
 def update_together(
     rule: Rule, params: Sequence[Tensor], states: Sequence[Mapping[str, Any]], moments: Sequence[str], **options: Any
 ) -> None:
-    """Step parameters of one lot in place; ``options`` as for ``update``."""
+    """Steps the parameters of one lot in place; ``options`` as for ``update``."""
     values = [local(p) for p in params]
     remainder = REMAINDER.get(params[0].dtype)
     names = [*([remainder] if remainder else []), *moments]

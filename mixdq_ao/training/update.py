@@ -1,4 +1,4 @@
-"""One step of one tensor: join, the rule, split. In pieces that stay in the cache, or as one compiled kernel."""
+"""One step of one tensor: join, apply the rule, split. Eagerly in cache-sized chunks, or as one compiled kernel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .rules import Rule
 from .split import join, split
 
 _PART = 1 << 16
-"""Values a CPU thread handles at a time (a multiple of 65536: see ``dithered``): temporaries stay in its cache."""
+"""Values per CPU thread and chunk, so that temporaries stay in its cache; a multiple of 65536 (see ``dithered``)."""
 _PART_OF_A_DEVICE = 1 << 24
 
 
@@ -33,16 +33,16 @@ def update(
     step: int,
     compiled: bool,
 ) -> None:
-    """Step one local, dense parameter in place.
+    """Steps one local, dense parameter in place.
 
     Args:
         visible: the parameter: bfloat16 or float16 with ``remainder`` (int16, same layout), or float32 with None.
         grad: any floating dtype, same layout; multiplied by ``factor`` in float32.
-        moments: as ``new_moment`` made them, in the rule's order.
-        numbers, facts: of ``rule.scalars``.
+        moments: from ``new_moment``, in the order of ``rule.moments``.
+        numbers, facts: from ``rule.scalars``.
     """
     dither = stored_moments.dither_of(step)
-    if compiled and visible.numel() > 1:  # a single element would be compiled apart
+    if compiled and visible.numel() > 1:  # torch.compile specializes on a size of 1
         tensors = [None if t is None else flat_alias(t) for t in (visible, remainder, grad)]
         stored = [stored_moments.pieces(m, flat_alias) for m in moments]
         numbers_here = _as_tensors((*numbers, factor), dither, visible.device)
@@ -112,7 +112,7 @@ def _kernel(
 
 @cache
 def compiled_kernel() -> Callable[..., None]:
-    """The step as one graph for every size: what changes between steps comes in tensors, so nothing is recompiled."""
+    """The step as one graph for all sizes. Values that change between steps are tensors, so it is compiled once."""
     return torch.compile(_kernel, fullgraph=True, dynamic=True)
 
 
@@ -122,7 +122,7 @@ def _last(device: torch.device) -> dict[tuple[tuple[float, ...], int], tuple[Ten
 
 
 def _as_tensors(numbers: tuple[float, ...], dither: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The numbers rounded to float32 as torch's kernels round them, on the device; kept for the next tensor."""
+    """The numbers on the device, rounded to float32 as torch's kernels round them; cached for the next tensor."""
     known = _last(device)
     if (numbers, dither) not in known:
         known.clear()

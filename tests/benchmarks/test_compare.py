@@ -1,4 +1,4 @@
-"""What counts as slower, and what is not compared at all."""
+"""Two records of a benchmark: which differences count as slower, and which rows are not comparable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPU script as far as it goes without one: what it writes, and which steps there are."""
+"""The GPU script without a GPU: its steps, and the files it writes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_tiles_worth_timing_are_those_the_model_ranks_first():
 
 
 def test_the_page_has_a_table_for_every_step_and_leaves_other_files_alone(tmp_path):
-    """One step that was cut off after its first row, one that measured nothing, the tiles of a dry run."""
+    """Partial results: a step that stopped after its first row, one that measured nothing, the tiles of a dry run."""
 
     def cut_off():
         yield {"variant": "W8A8", "ms": 1.23456}

@@ -1,4 +1,4 @@
-"""Which rows stand beside which, and what is kept of a stopped run."""
+"""Comparisons with other libraries: which rows are compared, and the rows that a stopped run keeps."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def test_a_peer_stands_beside_the_best_of_no_more_bytes():
 
 
 def test_who_is_behind():
-    """Better, or smaller than anything of ours; a peer that fails is neither."""
+    """A peer wins where it is better, or smaller than all of our rows; a peer that fails does not."""
     assert behind(ROWS) == ["large peer", "tiny peer"]
     assert behind(ROWS | {"large peer": row(4 << 20, 53.0)}) == ["tiny peer"]
 
 
 def test_activations_are_compared_with_activations():
-    """Weights that are multiplied in 16 bits are no rival of those multiplied as integers."""
+    """Weights multiplied in 16 bits are not compared with weights multiplied as integers."""
     peer, ours = row(2 << 20, 50.0, does="linear, activations"), row(2 << 20, 48.0, does="linear, activations")
     rows = {"peer": peer, "ours, 4 bits": ours, "ours, 4 bits, weights only": row(2 << 20, 60.0)}
     assert best_within(peer, list(rows.values())[1:]) is ours and behind(rows) == ["peer"]

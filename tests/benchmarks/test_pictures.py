@@ -1,4 +1,4 @@
-"""The README's pictures are cells of the demo's grid, in other places."""
+"""The README's pictures are cells of the demo's grid, rearranged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands as files of results keep them."""
+"""The command that a file of results records."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from mixdq_ao.app import measure
 
 
 class Pedantic:
-    """pytest-benchmark's ``benchmark`` as far as it is used."""
+    """The parts of pytest-benchmark's ``benchmark`` fixture that are used."""
 
     def __init__(self):
         self.extra_info = {}

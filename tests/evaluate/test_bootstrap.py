@@ -42,7 +42,10 @@ def test_the_interval_of_a_distance_holds_that_of_as_many_other_pictures():
     count, d = 300, 4
     real = Gaussian(torch.zeros(d).double(), torch.eye(d).double())
     scale = np.diag([1.0, 1.3, 0.6, 1.0])
-    draw = lambda: rng.normal(size=(count, d)) @ scale + 0.3  # noqa: E731
+
+    def draw():
+        return rng.normal(size=(count, d)) @ scale + 0.3
+
     truth = np.mean([distance(Gaussian.of(draw()), real) for _ in range(200)])
     held, widths = 0, []
     for _ in range(120):

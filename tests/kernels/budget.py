@@ -1,7 +1,7 @@
-"""A value in float64 and how far a chain in float32 and 16 bits may be from it, carried from operation to operation.
+"""Exact values in float64 with bounds on the error of the same computation in float32 and 16 bits.
 
-An operation errs by what its arguments err, times how steep it is, and by a rounding of its own to float32. A 16-bit
-type in between is rounded to where ``rounded`` says so. A fused kernel rounds less often, never more often.
+The error of an operation is the error of its arguments times its slope, plus one rounding to float32. Roundings to
+16-bit types in between are added by ``rounded``. A fused kernel rounds less often, never more often.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ CURVED = 0.8
 """No activation's slope changes faster: the second derivative of GELU at 0 is sqrt(2 / pi)."""
 
 ACTIVATION = 8
-"""Units of float32 of its argument that such a function errs by, at most. An erf of 1.5e-7 (Abramowitz and Stegun,
+"""The largest error of an activation, in float32 units of its argument. An erf of 1.5e-7 (Abramowitz and Stegun,
 7.1.26) counts for half the argument; a GPU's exponential and division err by 2 ulp each. Torch's GELU on a CPU is
 measured at 6.4, compiled at 4.5; SiLU and the tanh form at 2."""
 
@@ -27,13 +27,13 @@ def unit(dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Bounded:
-    """``value`` is exact; what is computed may differ by ``error``. Both float64 and of one shape."""
+    """``value`` is exact; a computed one may differ from it by ``error``. Both are float64 and of one shape."""
 
     value: Tensor
     error: Tensor
 
     def rounded(self, dtype: torch.dtype) -> "Bounded":
-        """To the nearest number of this type, or not at all."""
+        """After a rounding to this type, or none."""
         size = (self.value.abs() + self.error).clamp(min=torch.finfo(dtype).smallest_normal)
         return Bounded(self.value, self.error + unit(dtype) * size)
 
@@ -47,7 +47,7 @@ class Bounded:
         return Bounded(self.value * other.value, error).rounded(torch.float32)
 
     def activated(self, name: str) -> "Bounded":
-        """One of ``reference.ACTIVATIONS``: steep as it is at the value, and as the error may make it."""
+        """One of ``reference.ACTIVATIONS``. Its slope is taken at the value, and may change within the error."""
         if name == "none":
             return self
         x = self.value.clone().requires_grad_()
@@ -63,10 +63,10 @@ class Bounded:
         return value * gates.activated(gate).rounded(dtype)
 
     def layer_norm(self, eps: float = 1e-5) -> "Bounded":
-        """Of the last dimension, without weight and bias.
+        """Layer norm over the last dimension, without weight and bias.
 
-        The mean errs by the mean error, and what is divided by, a distance from the mean, by no more than the root of
-        the mean square error: projecting brings no two points further apart. Sums of n numbers err by n units.
+        The mean errs by the mean error. The divisor is the distance from the mean over sqrt(n); it errs by at most the
+        root mean square error, as projections do not increase distances. Sums of n numbers err by n units.
         """
         n, own = self.value.shape[-1], unit(torch.float32)
         mean, mean_error = self.value.mean(-1, keepdim=True), self.error.mean(-1, keepdim=True)
@@ -78,14 +78,14 @@ class Bounded:
         return Bounded(y, error).rounded(torch.float32)
 
     def codes(self, inverse: "Bounded | Tensor | float", zero_point: Tensor) -> "Bounded":
-        """Codes from 0 to 255: half way between the least and the largest it may be, so nothing but the code itself
-        unless a tie is near."""
+        """Codes from 0 to 255: the middle between the smallest and the largest possible code. The error is 0 unless a
+        tie is near."""
         y = self * inverse + zero_point
         least, largest = ((y.value + sign * y.error).round().clamp(0, 255) for sign in (-1, 1))
         return Bounded((least + largest) / 2, (largest - least) / 2)
 
     def check(self, found: Tensor, dtype: torch.dtype) -> None:
-        """``found`` is this to within the error and one rounding to ``dtype``; int8 stands for codes minus 128."""
+        """Assert that ``found`` is within the error and one rounding to ``dtype``; int8 stands for codes minus 128."""
         widened = self.rounded(dtype) if dtype in (torch.float16, torch.bfloat16) else self
         assert found.dtype == dtype and found.shape == self.value.shape
         error = (found.double() + (128 if dtype == torch.int8 else 0) - self.value).abs()
@@ -95,7 +95,7 @@ class Bounded:
 
 
 def known(x: "Bounded | Tensor | float") -> Bounded:
-    """Without an error."""
+    """``x`` with an error of 0, or as it is if it is ``Bounded``."""
     if isinstance(x, Bounded):
         return x
     value = torch.as_tensor(x).double()

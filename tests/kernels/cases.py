@@ -1,4 +1,4 @@
-"""Random arguments of the operators, and what they make of them in exact arithmetic."""
+"""Random arguments of the operators, and their results in exact arithmetic with error bounds."""
 
 import torch
 
@@ -54,7 +54,7 @@ def conv2d(batch=2, size=(9, 7), c=8, o=12, kernel=(3, 3), bits=8, dtype=torch.u
 
 
 def apart(arguments):
-    """Every vector among the arguments as every third number of another one: the same values, other strides."""
+    """The arguments with every vector replaced by one with the same values and a stride of 3."""
 
     def spread(t):
         wide = torch.full((len(t), 3), 99, dtype=t.dtype)
@@ -72,10 +72,11 @@ def weight_only(arguments, dtype, *, conv):
 
 
 def exact(name, arguments):
-    """What ``linear``, ``conv2d`` or a ``_weight_only`` variant makes before the last rounding; codes may be bounded.
+    """The result of ``linear``, ``conv2d`` or a ``_weight_only`` variant before the last rounding. Codes may be
+    ``Bounded``.
 
-    A sum of K products in any order errs by at most K units of the sum of their sizes. sqrt(K) is what rounding errors
-    really add up to; 8 leaves room. Sums of integers below 2**24 are exact, in float32 as well.
+    A float32 sum of K products in any order errs by at most K units of the sum of their absolute values. Rounding
+    errors really add up to sqrt(K) units; 8 is a margin. Sums of integers below 2**24 are exact in float32 as well.
     """
     conv = name.startswith("conv2d")
     only = name.endswith("weight_only")

@@ -1,4 +1,4 @@
-"""Every template, executed by Triton's interpreter. Run by test_interpreter.py in a process of its own."""
+"""Tests of every template in Triton's interpreter; test_interpreter.py runs them in a process of their own."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def interpreter():
 
 
 def run(fn, *arguments, kernels=1, **options):
-    """The compiled result, after checking that everything became this many Triton kernels."""
+    """The compiled result, after checking that the function became ``kernels`` Triton kernels."""
     y, code = run_and_get_code(torch.compile(fn, fullgraph=True, **options), *arguments)
     found = testing.kernels(code[0])
     assert len(found) == kernels and any("tem" in name for name in found), list(found)
@@ -29,7 +29,7 @@ def run(fn, *arguments, kernels=1, **options):
 
 
 def check(name, arguments, dtype=torch.float32, **options):
-    """``options``: of run() and torch.compile."""
+    """``options``: further arguments of run() and torch.compile."""
     op = getattr(OPS, name)
     cases.assert_right(name, arguments, run(lambda *a: op(*a), *arguments, **options), dtype)
 
@@ -51,7 +51,7 @@ def test_linear(bits, lead, n, k, dtype, out, bias, rows):
 
 @pytest.mark.parametrize("bits", cases.BITS)
 def test_vectors_of_any_strides(bits):
-    """Copied before the product reads them."""
+    """Vectors with gaps are copied before the product reads them."""
     spread = cases.apart(cases.linear((20,), 24, 96, bits, torch.int8))
     y, code = run_and_get_code(torch.compile(lambda *a: OPS.linear(*a), fullgraph=True), *spread)
     assert any("tem" in name for name in testing.kernels(code[0]))
@@ -97,7 +97,7 @@ def no_prologue(monkeypatch):
     ids=str,
 )
 def test_conv2d_reads_zero_points_past_the_edge(no_prologue, bits, geometry):
-    """Codes that are read, not computed; one more kernel makes a row of every zero point. Odd rows are masked."""
+    """Where codes are read, not computed, one more kernel makes the table of zero points. Odd rows are masked."""
     arguments = cases.conv2d(bits=bits, **geometry)
     kernels = 1 if geometry["c"] == 20 else 3
     y = run(lambda x, *rest: OPS.conv2d((x + 1) - 1, *rest), *arguments, kernels=kernels)
@@ -135,7 +135,7 @@ def test_dynamic_shapes_compile_once():
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_convolutions_of_any_size_compile_once(stride):
-    """Sizes are computed in integers."""
+    """Dynamic sizes are computed in integers."""
     compiled = torch.compile(lambda *a: OPS.conv2d(*a), fullgraph=True, dynamic=True)
     for size in ((9, 7), (6, 12), (5, 5)):
         arguments = cases.conv2d(bits=4, size=size, stride=(stride, stride), dtype=torch.int8)
@@ -154,7 +154,7 @@ def quantize(x, zero_point, dtype):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
 @pytest.mark.parametrize("k", [64, 45])
 def test_linear_fuses_what_surrounds_it(bits, dtype, k):
-    """Quantize in front; bias, GELU and residual behind: one kernel, and no more roundings than the parts have."""
+    """Quantize as the prologue, bias, GELU and residual as the epilogue: one kernel, no more roundings than apart."""
     _, *rest = cases.linear((2, 11), 24, k, bits, dtype, out=HALF)
     x, residual = torch.randn(2, 11, k).half(), torch.randn(2, 11, 24).half()
 
@@ -214,7 +214,7 @@ def test_columns_of_a_tile_are_finished_in_parts(monkeypatch, tile, parts, name)
     ],
 )
 def test_gates(gate, bits, k, dtype, out):
-    """Values, gates and the next quantize: one kernel for all."""
+    """Values, gates and the next quantize are one kernel."""
     arguments = cases.linear((2, 11), 150, k, bits, dtype, out=out, rows=True)
 
     def f(*arguments):
@@ -293,7 +293,7 @@ def test_what_follows_a_shared_reduction_adds_it_up(shared, no_prologue):
 
 
 def test_next_quantize_is_an_epilogue():
-    """A product that feeds another hands over 8-bit codes."""
+    """A product writes 8-bit codes for the next one."""
     _, *first = cases.linear((40,), 48, 64, 8, torch.int8, out=HALF)
     _, *second = cases.linear((40,), 24, 48, 4, torch.int8, out=HALF)
     x = cases.codes((40, 64), torch.int8)
@@ -319,8 +319,8 @@ def test_max_autotune_times_several_tiles():
 
 
 def test_max_autotune_fuses_what_the_default_does(monkeypatch):
-    """Also where several layers are alike: each takes in its activation and makes the codes of the next one. With
-    worker processes torch fuses only one of them where it leaves the choice of a tile open."""
+    """Every one of several equal layers fuses its activation and the codes of the next layer. With worker processes,
+    torch fuses only one of them if the choice of a tile is left open (``return_multi_template``)."""
     real, made = compat.autotune_select_algorithm, []
     monkeypatch.setattr(compat, "autotune_select_algorithm", lambda *a, **k: made.append(real(*a, **k)) or made[-1])
     x, *layer = cases.linear((64,), 64, 64, 8, torch.int8)

@@ -1,4 +1,4 @@
-"""What a function becomes on a GPU that is not there, and one template kernel for a tile, compiled for it."""
+"""The kinds of kernels that a function becomes on a GPU, and one template kernel compiled for a tile, without a GPU."""
 
 import re
 from unittest import mock
@@ -11,7 +11,7 @@ from inductor_kernels import testing, tiles, tuned
 from .layers import OPS, codes_conv2d, image, linear, parameters, product, quantize, tokens
 
 INTEGER = re.compile(r"IMMA\S*S8|IGMMA\S*S8|wgmma\S*s32\.s8\.s8|mma\S*s32\.s8\.s8\.s32|tcgen05")
-LENGTH = 8192  # long enough for a loop: of some dozen steps all are written out
+LENGTH = 8192  # inputs, enough for a loop: a dozen steps are unrolled completely
 
 
 def kinds(fn, *inputs, arch="sm_90"):
@@ -20,7 +20,7 @@ def kinds(fn, *inputs, arch="sm_90"):
 
 
 def kinds_in(code):
-    """The same of generated code."""
+    """The same for generated code."""
     called = ["call"] * code.split("async_compile.wait")[1].count("= torch.ops.inductor_kernels")
     return [name.split("_")[1] for name in testing.kernels(code)] + called
 
@@ -70,7 +70,7 @@ OF_FEW_TILES = {"weight_only_float32": (weight_only_float32, 1)}
 
 
 def compiled(kind, bits, capability, tile):
-    """What the assembler says of the one template kernel that ``tile`` gives."""
+    """The KernelInfo of the template kernel of ``kind`` with ``tile``."""
     builder, shares = OF_FEW_TILES.get(kind) or KINDS[kind]
     tile = tiles.narrowed(tile, LENGTH, {"weight_only": 2, "weight_only_float32": 4}.get(kind, 1), bits)
     fn, inputs = builder(bits)
@@ -82,7 +82,7 @@ def compiled(kind, bits, capability, tile):
 
 
 def uses_tensor_cores(kind, info):
-    """Those for integers where activations are."""
+    """Whether the products run on tensor cores: on the integer ones, unless activations are floating point."""
     if kind == "weight_only":
         return any("HMMA" in i or "HGMMA" in i for i in info.instructions)
     return any(INTEGER.search(i) for i in info.instructions)

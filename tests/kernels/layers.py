@@ -1,4 +1,4 @@
-"""Small functions around the operators, as a quantized model has them, with arguments of given shapes."""
+"""Small functions around the operators, as in a quantized model, and arguments of given shapes for them."""
 
 import torch
 
@@ -8,7 +8,7 @@ OPS = torch.ops.inductor_kernels
 
 
 def quantize(x, scale, zero_point):
-    """Plain operators, int8: what a quantized layer does to its input."""
+    """The int8 codes of a quantized layer's input, by plain operators."""
     return (torch.round(x.float() * scale) + (zero_point - 128)).clamp(-128, 127).to(torch.int8)
 
 
@@ -35,14 +35,14 @@ def linear(x, p, bits=8, out=torch.float16):
 
 
 def codes_conv2d(x_q, p, bits=8, stride=1, padding=1, out=torch.float16):
-    """Of codes, channels last: NCHW outside, NHWC inside."""
+    """``conv2d`` of NCHW codes in channels-last memory; returns the same layout."""
     x_q = x_q.permute(0, 2, 3, 1)
     y = OPS.conv2d(x_q, *p[:6], bits, [stride] * 2, [padding] * 2, [1, 1], 1, out)
     return y.permute(0, 3, 1, 2)
 
 
 def conv2d(x, p, bits=8, stride=1, padding=1, out=torch.float16):
-    """A quantized module."""
+    """A quantized convolution as a module computes it, NCHW in and out."""
     return codes_conv2d(quantize(x, p[6], p[4]), p, bits, stride, padding, out)
 
 

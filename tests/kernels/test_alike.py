@@ -1,4 +1,4 @@
-"""Equal work of a graph with quantized layers: merged where that changes nothing but time."""
+"""Equal nodes of a graph with quantized layers are merged where that does not change results."""
 
 import re
 
@@ -20,7 +20,7 @@ INVERSE = torch.tensor(20.0)
 
 
 def graph_of(f):
-    """Of ``f(x, *p)``, where ``p`` is what :func:`layer` takes."""
+    """The traced graph of ``f(x, inverse, *p)``, with the arguments of :func:`layer`."""
     return make_fx(f, tracing_mode="symbolic")(X, INVERSE, *LAYER[1:7]).graph
 
 

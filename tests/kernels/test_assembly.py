@@ -1,4 +1,4 @@
-"""Loops found in the text of a disassembler."""
+"""Loops are found in disassembled machine code."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The C kernel by itself: exact sums, every remainder of its tiles, and what happens without a compiler."""
+"""The C kernel: exact sums, every remainder of its tiles, and machines without a compiler."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ needs_kernel = pytest.mark.skipif(not avx2.available(), reason="no x86 compiler"
 
 def call(arguments):
     x, w, _, _, scale, z, bias, rows, *_ = arguments
-    return avx2.product(avx2.linear_plan(w), x, scale, int(z), bias, rows, (*x.shape[:-1], w.shape[0]))
+    return avx2.product(avx2.pack_linear(w), x, scale, int(z), bias, rows, (*x.shape[:-1], w.shape[0]))
 
 
 @needs_kernel
@@ -78,7 +78,7 @@ def test_codes_of_planes(shape):
 @needs_kernel
 @pytest.mark.parametrize("geometry", [dict(), dict(o=17, size=(5, 3)), dict(stride=(2, 2), c=3, o=33, size=(31, 9))])
 def test_conv_into_planes(geometry):
-    """The same numbers wherever they are stored, also where a tile's rows belong to two images."""
+    """Both memory orders get the same numbers, also where a tile's rows belong to two images."""
     x, w, _, total, scale, z, bias, _, stride, padding, *_ = cases.conv2d(**geometry)
     act = torch.tensor(5.0), z, 255
     rest = w, None, total, scale, bias, 8, stride, padding, [1, 1], 1
@@ -92,31 +92,30 @@ def test_conv_into_planes(geometry):
 @pytest.mark.parametrize("k", [1, 7, 16, 31, 40])
 @pytest.mark.parametrize("m", [1, 97, 300])
 def test_linear_of_values(m, k):
-    """The codes it makes as it reads are those of a pass of their own: the sums are the same to the bit."""
+    """Quantizing while reading gives the same bits as a separate pass."""
     x, w, _, _, scale, z, bias, *_ = cases.linear((m,), 33, k)
-    values, inverse, plan = torch.randn(m, k) * 60, torch.tensor(1.3), avx2.linear_plan(w)
+    values, inverse, packed = torch.randn(m, k) * 60, torch.tensor(1.3), avx2.pack_linear(w)
     codes = reference.quantize(values, inverse, z, 200)
     given = scale, int(z), bias, None, (m, 33)
-    assert torch.equal(avx2.product(plan, values, *given, inverse.item(), 200), avx2.product(plan, codes, *given))
+    assert torch.equal(avx2.product(packed, values, *given, inverse.item(), 200), avx2.product(packed, codes, *given))
 
 
-def test_absent_without_a_compiler(monkeypatch, caplog):
-    monkeypatch.setenv("CC", "/no/such/compiler")
+@pytest.fixture
+def uncached(monkeypatch):
+    """The library is looked for again in the test, and again after it."""
     avx2._library.cache_clear()
-    try:
-        assert not avx2.available()
-    finally:
-        monkeypatch.undo()
-        avx2._library.cache_clear()
+    yield
+    monkeypatch.undo()
+    avx2._library.cache_clear()
+
+
+def test_absent_without_a_compiler(uncached, monkeypatch, caplog):
+    monkeypatch.setenv("CC", "/no/such/compiler")
+    assert not avx2.available()
     if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         assert "the AVX2 kernel was not built" in caplog.text
 
 
-def test_can_be_turned_off(monkeypatch):
+def test_can_be_turned_off(uncached, monkeypatch):
     monkeypatch.setenv("INDUCTOR_KERNELS_AVX2", "0")
-    avx2._library.cache_clear()
-    try:
-        assert not avx2.available()
-    finally:
-        monkeypatch.undo()
-        avx2._library.cache_clear()
+    assert not avx2.available()

@@ -1,4 +1,4 @@
-"""The bounds themselves: what is inside stays inside, and some of it comes near the edge."""
+"""The error bounds: float32 results stay within them, and some come close to them."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The operators as torch sees them: schema, fake version, compilation."""
+"""The operators' contract with torch: schema, fake implementation, compilation."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Quantized blocks can be captured in CUDA graphs: what Inductor would run on a GPU, without one.
+"""Quantized blocks can be captured in CUDA graphs; checked in the code for a GPU, without one.
 
 ``mode="reduce-overhead"`` and ``"max-autotune"`` capture a graph unless Inductor finds a reason not to.
 """
@@ -35,7 +35,7 @@ def model(unet, calibration):
 
 
 class Block(torch.nn.Module):
-    """A transformer block that takes its tensors by place."""
+    """A transformer block with positional arguments only."""
 
     def __init__(self, block):
         super().__init__()
@@ -60,7 +60,7 @@ def test_a_residual_block_with_a_split_shortcut(model):
 
 
 def test_nothing_of_a_weight_stays_behind_on_the_cpu(model):
-    """A number on the CPU among the inputs is a reason too; moving a model moves all that its weights hold."""
+    """A CPU scalar among the inputs rules out CUDA graphs, so moving a model must move all parts of its weights."""
     weights = [p for p in copy.deepcopy(model).to("meta").parameters() if is_quantized(p)]
     assert weights and all(t.is_meta for w in weights for t in w.stored_tensors().values())
 

@@ -1,4 +1,4 @@
-"""What becomes one kernel on a GPU, counted in the code Inductor generates."""
+"""Fusion on a GPU: the kernels in the code that Inductor generates are counted."""
 
 import re
 
@@ -76,7 +76,7 @@ def test_query_key_and_value_share_one_quantize():
 
 
 def test_what_reads_the_same_input_stays_out_of_a_product_with_its_quantize():
-    """Torch takes it for an epilogue, because it has as many elements as the quantize in front."""
+    """Inductor alone would make it an epilogue, because it has as many elements as the quantize in the prologue."""
 
     def f(x, *p):
         h = conv2d(F.silu(F.group_norm(x, 8)), p[:7])
@@ -96,8 +96,8 @@ def test_product_hands_codes_to_the_next():
 
 
 def test_quantize_after_attention_goes_where_columns_are_few():
-    """What attention returns has nobody else to quantize it: 640 channels at 512 pixels do it in the product, wider
-    ones in a kernel of their own (see benchmarks/results/roofline.md)."""
+    """No producer can quantize the result of attention. With 640 channels at 512 pixels the product does, with more
+    channels a separate kernel (see benchmarks/results/roofline.md)."""
 
     def f(x, *p):
         return linear(x.transpose(1, 2).reshape(1, -1, x.shape[1] * x.shape[3]), p)
@@ -129,7 +129,7 @@ def test_large_quantize_stays_in_front_of_many_columns():
 
 
 def test_residual_block_of_convolutions():
-    """norm-free core of a ResNet block: conv, time embedding, SiLU, conv, shortcut."""
+    """A ResNet block without its norms: conv, time embedding, SiLU, conv, shortcut."""
 
     def f(x, time, *p):
         h = F.silu(conv2d(F.silu(x), p[:7]) + time[:, :, None, None])
@@ -173,7 +173,7 @@ def test_without_triton_or_on_an_old_gpu_the_operator_is_called(capability, monk
 
 
 def test_nothing_waits_for_the_device():
-    """So that CUDA graphs take everything: no value is read on the host."""
+    """No value is read on the host, which would rule out CUDA graphs."""
 
     def f(x, w, b, *p):
         return linear(F.layer_norm(x, (K,), w, b), p)
@@ -185,6 +185,6 @@ def test_nothing_waits_for_the_device():
 
 
 def test_modules_and_subclasses_are_opened():
-    """A module's state becomes inputs of the code."""
+    """The parameters and buffers of a module become inputs of the code."""
     code = testing.cuda_code(torch.nn.Linear(16, 8), torch.zeros(4, 16))
     assert "addmm" in code and "cuda" in code

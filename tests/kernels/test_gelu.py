@@ -1,4 +1,4 @@
-"""GELU's tanh form after a product: what is written instead, how exact that is, and where it is not."""
+"""The sigmoid form of tanh GELU behind a product: its error, and where it replaces tanh and where not."""
 
 import functools
 
@@ -17,7 +17,7 @@ GELU = functools.partial(F.gelu, approximate="tanh")
 
 
 def test_as_exact_as_the_definition():
-    """A few units of float32 of the argument, up to where one of the two factors is 0 or 1."""
+    """Errors of a few float32 units of the argument, for arguments up to where one of the two factors is 0 or 1."""
     y = torch.cat([torch.linspace(-12, 12, 100_001), torch.tensor([-1e30, -100, 0, 100, 1e30])])
     exact = GELU(y.double())
     assert bool(((gelu._with_sigmoid(y) - exact).abs() <= 4 * unit(torch.float32) * y.abs()).all())
@@ -25,7 +25,7 @@ def test_as_exact_as_the_definition():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_a_graph(dtype):
-    """Products take it; the tanh of other parts of a model stays."""
+    """Behind a product tanh is replaced; elsewhere in a model it stays."""
     arguments, other = cases.linear((20,), 24, 32, 8, out=dtype), torch.randn(4, 16, dtype=dtype)
 
     def f(other):

@@ -1,4 +1,4 @@
-"""Values and gates of one product: computed together on a GPU, apart everywhere else."""
+"""Values and gates of one product are computed by one kernel on a GPU, and separately on a CPU."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_halves_that_are_none_stay_apart():
 
 
 def test_a_cpu_keeps_them_apart_and_both_are_right():
-    """oneDNN has no such product."""
+    """oneDNN has no gated product."""
     arguments = cases.linear((2, 5), 12, 40, 4, torch.uint8, out=torch.float32)
 
     def f(*arguments):

@@ -1,4 +1,4 @@
-"""The generated kernels on a real GPU, compiled by Inductor as a user would have them."""
+"""The generated kernels on a real GPU, compiled by Inductor as for a user."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ pytestmark = [
 
 
 def check(name, arguments, dtype=torch.float32, **options):
-    """Compiled on the GPU, compared with exact arithmetic on the CPU."""
+    """Compile an operator, run it on the GPU, and compare it with exact arithmetic on the CPU."""
     torch._dynamo.reset()  # or sizes that differ between two calls of one test become dynamic
     moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
     op = getattr(OPS, name)

@@ -1,4 +1,4 @@
-"""Runs interpreted.py where Triton interprets: it decides that when it is imported."""
+"""Runs interpreted.py in a process with TRITON_INTERPRET=1, which Triton reads when it is imported."""
 
 import os
 import subprocess

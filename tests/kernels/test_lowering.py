@@ -1,4 +1,4 @@
-"""What compiled code depends on besides the graph."""
+"""Compiled code depends on the CPU, and templates fuse only with what they read and what reads them."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ assert ((torch.compile(f)(x) - exact).abs() <= units * 2**-24 * exact).all()
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs a CPU that has AVX-512")
 def test_a_cache_shared_with_another_cpu(tmp_path):
-    """Torch alone gives NaN: it takes the code for AVX-512 from the cache and compiles it for AVX2."""
+    """Torch alone gives NaN: it takes code written for AVX-512 from the cache and compiles it for AVX2."""
     for capability in ("avx512", "avx2"):
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": capability}
         done = subprocess.run(

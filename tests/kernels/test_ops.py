@@ -13,7 +13,7 @@ OPS = torch.ops.inductor_kernels
 
 @pytest.fixture(params=["chosen", "int8", "avx2", "float32"])
 def route(request, monkeypatch):
-    """The kernel the sizes call for, or one of them for all sizes (int8 still only where it is exact)."""
+    """Runs with the kernel chosen by size, or with one kernel for all sizes (int8 only where it is exact)."""
     weights.clear()
     if request.param != "chosen":
         monkeypatch.setattr(routes, "small", lambda: 0 if request.param == "int8" else 1 << 60)
@@ -121,7 +121,7 @@ def test_reference_agrees_with_exact_arithmetic():
 @pytest.mark.parametrize("bits", cases.BITS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_harmless(route, bits, dtype):
-    """Integers held in float32 are not rounded to it; float16 would even overflow."""
+    """Autocast must not round integers held in float32; in float16 they would even overflow."""
     out = {"out": dtype}
     linear, conv2d = cases.linear((9,), 30, 250, bits, **out), cases.conv2d(c=30, bits=bits, **out)
     for name, arguments in (
@@ -220,7 +220,7 @@ def test_conv_errors_name_the_argument(index, value, message):
     ids=str,
 )
 def test_one_channel_to_a_group(monkeypatch, bits, options):
-    """oneDNN's kernels for AVX-512 leave the zero point out of some of these."""
+    """oneDNN's AVX-512 kernels do not correct for the zero point in some of these."""
     weights.clear()
     monkeypatch.setattr(routes, "small", lambda: 0)
     arguments = cases.conv2d(**options, bits=bits)

@@ -1,4 +1,4 @@
-"""What oneDNN does on the way: the sum, activation and codes of a product, and the graphs that get them."""
+"""Sums, activations and codes that oneDNN fuses into a product, and the graphs in which it does."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def products_of_any_size_in_onednn(monkeypatch):
 
 
 def assert_codes(found, arguments, activation="none"):
-    """Of the unrounded result. oneDNN takes 1 / INVERSE, and divides by that: two roundings more."""
+    """The codes of the unrounded result. oneDNN is given 1 / INVERSE and divides by it: two more roundings."""
     inverse = known(INVERSE).rounded(torch.float32).rounded(torch.float32)
     cases.exact("linear", arguments).activated(activation).codes(inverse, ZERO).check(found, torch.uint8)
     assert len(found.unique()) > 20
@@ -48,7 +48,7 @@ def test_sixteen_bits_where_onednn_writes_them():
 @pytest.mark.parametrize("bits", cases.BITS)
 @pytest.mark.parametrize("activation", checks.ACTIVATIONS)
 def test_activations_and_codes(activation, bits, rows):
-    """Also where it falls back: a scale per row, and 8 bits on machines that multiply them elsewhere."""
+    """Also where it falls back to other kernels: scales per row, and 8-bit weights on machines without VNNI."""
     for out in (torch.float32, torch.bfloat16):
         arguments = cases.linear((2, 9), 33, 70, bits, rows=rows, out=out)
         y = OPS.linear_post(*arguments, None, activation, None, None)
@@ -82,7 +82,7 @@ def taken(f, *inputs, dynamic=False):
 
 
 def test_sums_in_a_graph():
-    """Taken along in either order; not where the product is read twice or the other is broadcast."""
+    """Sums are fused in either order, but not where the product is read twice or the other operand is broadcast."""
     (a, b, c, d), other = [cases.linear((20,), 24, 32, 4) for _ in range(4)], torch.randn(20, 24)
 
     def f(other, row):
@@ -99,7 +99,7 @@ def test_sums_in_a_graph():
 
 
 def test_sums_with_a_factor_stay_sums_with_a_factor():
-    """Torch's patterns do not look at ``alpha``."""
+    """Inductor's pattern matcher ignores ``alpha``."""
     (a, b, c), other = [cases.linear((20,), 24, 32, 4) for _ in range(3)], torch.randn(20, 24)
 
     def f(other, inverse, zero):
@@ -116,7 +116,7 @@ def test_sums_with_a_factor_stay_sums_with_a_factor():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_codes_in_a_graph(dtype):
-    """Nothing is left of the work between two layers; the codes are those of the unrounded results."""
+    """Everything between two layers is fused; the codes are computed from the unrounded results."""
     layers = [cases.linear((20,), 24, 32, 4, out=dtype) for _ in range(3)]
     names = ("none", *FAST)
 
@@ -131,7 +131,7 @@ def test_codes_in_a_graph(dtype):
 
 
 def test_activations_in_a_graph():
-    """Without codes of 8 bits after it too: one kernel makes those of 4 bits."""
+    """An activation is fused also where no 8-bit codes follow; a generated kernel computes 4-bit codes."""
     a, b = (cases.linear((20,), 24, 32, 4) for _ in range(2))
 
     def f(inverse, zero):
@@ -144,7 +144,7 @@ def test_activations_in_a_graph():
 
 
 def test_what_stays_with_inductor():
-    """A result that something else reads too, a scale per row, and a gate, which another tensor is multiplied with."""
+    """Not fused: a result with other readers, scales per row, and an activation that gates another tensor."""
     shared, gate = cases.linear((20,), 24, 32, 4), cases.linear((20,), 24, 32, 4)
     rows, up = cases.linear((20,), 24, 32, 4, rows=True), torch.randn(20, 24)
 

@@ -1,4 +1,4 @@
-"""The instructions against Python's integers."""
+"""PTX instructions are compared with Python's integers."""
 
 import numpy as np
 import pytest

@@ -1,5 +1,5 @@
-"""The operators where no kernel serves on a GPU: integer products by ``torch._int_mm`` give the bits of those in
-float64, weights-only ones have float32 sums."""
+"""The operators on a GPU in eager mode: integer products by ``torch._int_mm`` have the same bits as in float64,
+weight-only products have float32 sums."""
 
 from unittest import mock
 
@@ -16,7 +16,7 @@ from . import cases
 
 @pytest.fixture
 def by_integers(monkeypatch):
-    """Calls a function as on CUDA, whose conditions on ``torch._int_mm`` hold, and says how often that was called."""
+    """Calls a function as on CUDA, checks that ``torch._int_mm`` gets what CUDA accepts, and counts its calls."""
     multiply, calls = torch._int_mm, []
 
     def checked(a, b):
@@ -137,7 +137,7 @@ def test_it_is_traced_and_runs_in_inference_mode(by_integers, tensors):
 
 
 def test_nothing_waits_for_the_gpu(tensors, monkeypatch):
-    """A meta tensor has no value that the host could ask for."""
+    """Meta tensors have no values, so reading one on the host would fail."""
     expected = product_of_everything(*tensors)
     monkeypatch.setattr(reference, "INTEGER_UNITS", ("meta",))
     found = product_of_everything(*(t.to("meta") for t in tensors))
@@ -145,7 +145,7 @@ def test_nothing_waits_for_the_gpu(tensors, monkeypatch):
 
 
 class Seen(TorchDispatchMode):
-    """The types of every tensor that a function makes."""
+    """Collects the types of all tensors that operators return."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,28 +160,34 @@ class Seen(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("lead", [(2, 9), (), (0, 3)])
 def test_weights_only_sums_on_a_gpu_are_float32(dtype, lead):
-    """Consumer GPUs have a 64th of their speed in float64."""
+    """float64 runs at a 64th of the speed on consumer GPUs."""
     linear = cases.weight_only(cases.linear(lead, 33, 45), dtype, conv=False)
     image = cases.weight_only(cases.conv2d(c=20), dtype, conv=True)
     check_float32(reference.linear_weight_only, linear, "cuda")
     check_float32(reference.conv2d_weight_only, image, "meta")  # torch without CUDA cannot pretend a convolution there
 
 
+def _fake(t, device):
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+
+
 def check_float32(function, arguments, device):
     expected = function(*arguments)
     with FakeTensorMode(), Seen() as seen:
-        there = lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)  # noqa: E731
-        y = function(*(there(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+        y = function(*(_fake(a, device) if isinstance(a, torch.Tensor) else a for a in arguments))
     assert (y.shape, y.dtype, y.device.type) == (expected.shape, expected.dtype, device)
     assert torch.float64 not in seen.made and torch.float32 in seen.made
 
 
 def test_sixteen_bit_products_have_sums_that_float16_does_not_hold(monkeypatch):
-    """What ``torch.mm`` is given, by one that multiplies as a tensor core does."""
+    """``torch.mm`` is replaced by a function that sums as a tensor core does."""
+
+    def wide(a, b, out_dtype):
+        return (a.double() @ b.double()).to(out_dtype)
+
     x, *rest = cases.weight_only(cases.linear((7,), 9, 170), torch.float16, conv=False)
     x = x * 2000
     monkeypatch.setattr(reference, "_has_wide_sums", lambda x: True)
-    wide = lambda a, b, out_dtype: (a.double() @ b.double()).to(out_dtype)  # noqa: E731
     monkeypatch.setattr(torch, "mm", wide)
     found = reference.linear_weight_only(x, *rest)
     total = x.double() @ reference.unpack_weight(*rest[:2], 8, 170).double().t()

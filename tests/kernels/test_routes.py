@@ -1,4 +1,4 @@
-"""Which kernel multiplies on this machine."""
+"""The kernel that is chosen on this machine."""
 
 import pytest
 import torch

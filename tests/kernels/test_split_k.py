@@ -1,4 +1,4 @@
-"""Reductions shared by several programs: where, and what adds them up."""
+"""Split-K: where reductions are shared, and which kernels add the sums."""
 
 import re
 
@@ -17,7 +17,7 @@ SHARED = r"SPLIT_K : tl.constexpr = [2-8]\n"
 
 
 def test_few_rows_share_a_long_reduction():
-    """ff.net.2 of 256 tokens: the residual and the next norm add up what several programs have summed."""
+    """ff.net.2 of 256 tokens: the kernel of the residual and the next norm adds the sums of several programs."""
 
     def f(x_q, r, w, b, *p):
         y = product(x_q, p[:7]) + r

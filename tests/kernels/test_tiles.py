@@ -56,7 +56,7 @@ def test_largest_tiles(capability, index, bits, kind):
 
 @pytest.mark.parametrize("capability", tiles.TILES)
 def test_float32_tiles_have_registers_for_their_results(capability):
-    """There are no tensor cores for it: large tiles would spill kilobytes."""
+    """float32 runs without tensor cores, and large tiles would spill kilobytes."""
     listed = tuned.candidates(capability, Product(4096, 640, 640), bytes_per_code=4)
     info = compiled("weight_only_float32", 4, capability, max(listed, key=lambda tile: tile.m * tile.n))
     assert info.fits and info.spill_bytes == 0
@@ -92,7 +92,8 @@ def test_candidates_suit_the_shape(capability, m, n, k):
 
 @pytest.mark.parametrize("capability", tiles.TILES)
 def test_model_of_a_product(capability):
-    """Never faster than the machine; large products get large tiles, small ones leave no processor idle."""
+    """The model is never faster than the machine. Large products get large tiles, small products small ones, so that no
+    processor is idle."""
     limits = roofline.MACHINES[capability]
     for m, n, k in ((1, 1280, 1280), (77, 166400, 2048), (256, 1280, 5120), (16384, 8192, 4096)):
         for tile in tiles.fitting(capability, m, n):

@@ -49,7 +49,7 @@ def test_dropped_with_the_weight():
 
 
 def summed(arguments):
-    """With the weight_sum that belongs to the weight as it is now."""
+    """``arguments`` with the weight_sum of the weight as it is now."""
     w = packing.unpack_weight(arguments[1], arguments[2], arguments[8], arguments[0].shape[-1])
     return (*arguments[:3], w.sum(1, dtype=torch.int32), *arguments[4:])
 
@@ -113,7 +113,7 @@ def test_many_input_sizes_keep_a_bounded_number_of_layouts():
 
 @pytest.mark.parametrize("with_onednn", [True, False])
 def test_one_layout_serves_every_batch_size(monkeypatch, with_onednn):
-    """Kept once for each, they would take many times the weight."""
+    """A copy for each batch size would take many times the memory of the weight."""
     if not (onednn.available() if with_onednn else avx2.available()):
         pytest.skip("no such kernel on this CPU")
     monkeypatch.setattr(routes, "takes_onednn", lambda *_: with_onednn)

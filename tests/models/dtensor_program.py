@@ -26,7 +26,7 @@ PLAN = {"up": ColwiseParallel, "down": RowwiseParallel}
 
 
 class FeedForward(nn.Module):
-    """Two layers. Half of 22 input features end within a byte, at 4 and at 2 bits."""
+    """Two layers. Half of the 22 input features do not fill whole bytes, at 4 and at 2 bits."""
 
     def __init__(self, bits: int, bias: bool, bos: torch.Tensor | None) -> None:
         super().__init__()
@@ -42,7 +42,8 @@ class FeedForward(nn.Module):
 
 
 def difference(model: FeedForward, x: torch.Tensor, mesh, source: int | None, inference: bool) -> float:
-    """Of the divided model from the whole one, relative to its largest output. Weights come back to the bit."""
+    """The difference of the sharded model's output from the whole one's, relative to its largest output. Also checks
+    that gathered weights are the same to the bit."""
     bos = model.up.weight.bos_embedding
     (expected, wanted), whole = with_gradient(model, x), copy.deepcopy(model)
     if source is not None and mesh.get_local_rank() != source:  # what it holds must not matter

@@ -22,13 +22,13 @@ def mapped_ranges() -> list[tuple[int, int]]:
 
 
 def unmapped(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Those that are no views of such files."""
+    """The tensors that are not views of such files."""
     spans = mapped_ranges()
     return [t for t in tensors if not any(low <= t.data_ptr() < high for low, high in spans)]
 
 
 def plain(tensor: Tensor) -> list[Tensor]:
-    """The tensors that hold memory, of a tensor or a subclass of any depth."""
+    """The plain tensors of a tensor, or inside a (nested) subclass."""
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""BOS-aware text encoders: pictures as in full precision; encoders that do not fit are refused."""
+"""BOS-aware text encoders: pictures as in full precision; other encoders than the calibrated one are refused."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_wrapper_is_the_encoder(bundled):
 
 
 def test_it_is_pickled_and_copied(bundled, shapes):
-    """Before it is called: transformers puts hooks into any encoder then that cannot be pickled."""
+    """Before its first call, in which transformers adds hooks that cannot be pickled to any encoder."""
     quantized, pipe = quantized_pipe(bundled), shapes.load_pipeline()
     object.__setattr__(pipe, "unet", quantized.unet)
     encoder, ids = bos_aware(pipe).text_encoder, torch.tensor([[0, 5, 1]])
@@ -80,7 +80,7 @@ OFFLOADS = {
 @pytest.mark.parametrize("offload", OFFLOADS.values(), ids=OFFLOADS.keys())
 @pytest.mark.parametrize("first", [True, False], ids=["checked first", "offloaded first"])
 def test_an_encoder_that_is_elsewhere_until_it_is_called(bundled, offload, first):
-    """Or another one around it: the check sees every output."""
+    """Or another wrapper around it: the check sees every output."""
     pipe = bundled.pipe
     quantize_(pipe.unet, mixdq_config(Plan.uniform(pipe.unet, 8, 8).with_calibration(bundled.calibration)))
     ids = pipe.tokenizer("a red circle", return_tensors="pt").input_ids

@@ -1,4 +1,4 @@
-"""Compiled code of quantized models is found again by another process: caches know our operators and weights."""
+"""Compiled code of quantized models is cached across processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def compiled_in_a_process(cache: Path, *arguments: str) -> dict:
-    """What ``tests.models.cache_program`` says, with its caches in ``cache``."""
+    """The output of ``tests.models.cache_program``, with its caches in ``cache``."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.models.cache_program", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -24,7 +24,7 @@ def compiled_in_a_process(cache: Path, *arguments: str) -> dict:
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory) -> tuple[dict, Path]:
-    """What the first process said, and its folder: caches and saved artifacts."""
+    """The output of the first process, and its folder of caches and saved artifacts."""
     folder = tmp_path_factory.mktemp("caches")
     return compiled_in_a_process(folder / "cache", "save", str(folder / "artifacts")), folder
 
@@ -47,7 +47,7 @@ def test_a_second_process_compiles_nothing(first):
 
 
 def test_saved_artifacts_serve_a_machine_with_empty_caches(first, tmp_path):
-    """torch.compiler.save_cache_artifacts and load_cache_artifacts: one file to carry along with a model."""
+    """torch.compiler.save_cache_artifacts and load_cache_artifacts: one file that can be shipped with a model."""
     found, folder = first
     loaded = compiled_in_a_process(tmp_path, "load", str(folder / "artifacts"))
     assert hit(loaded) and loaded["difference_to_eager"] == found["difference_to_eager"]

@@ -1,4 +1,4 @@
-"""diffusers' own ways of loading and saving, with quantized models: the same bits as ours."""
+"""Loading and saving quantized models by diffusers: the same bits as by ours."""
 
 from __future__ import annotations
 
@@ -94,15 +94,15 @@ def compensated(plan, _unet, calibration) -> tuple[Plan, Moments]:
     names = [n for n, layer in plan.layers.items() if layer.quantized and layer.weight_bits < 8 and not layer.split][:2]
     changed = {n: replace(plan.layers[n], weight_range="output", rounding="compensated") for n in names}
     torch.manual_seed(7)
-    run = lambda: _unet(**unet_inputs())  # noqa: E731
-    return plan.with_layers(changed), input_moments(
-        _unet, run=run, calibration=calibration, layers=[*names, "conv_out"]
+    moments = input_moments(
+        _unet, run=lambda: _unet(**unet_inputs()), calibration=calibration, layers=[*names, "conv_out"]
     )
+    return plan.with_layers(changed), moments
 
 
 @pytest.mark.parametrize("source", ["one", "shards"])
 def test_compensated_rounding_while_loading(full, compensated, tmp_path, unet, source):
-    """From moments in memory, and from a file, what ``quantize_`` makes of the same plan."""
+    """With moments in memory or from a file, the result is that of ``quantize_`` with the same plan."""
     plan, moments = compensated
     moments.save(tmp_path / "moments.safetensors")
     quantize_(unet, mixdq_config(plan, moments=moments))
@@ -117,9 +117,11 @@ def test_compensated_rounding_while_loading(full, compensated, tmp_path, unet, s
 def test_a_missing_moment_is_named_before_weights_are_read(full, compensated, tmp_path):
     plan, moments = compensated
     first, second = [n for n, layer in plan.layers.items() if layer.needs_moment]
-    load = lambda **options: UNet2DConditionModel.from_pretrained(  # noqa: E731
-        full / "one", quantization_config=MixDQConfig(plan, **options)
-    )
+
+    def load(**options):
+        config = MixDQConfig(plan, **options)
+        return UNet2DConditionModel.from_pretrained(full / "one", quantization_config=config)
+
     with pytest.raises(PlanError, match=rf"layer '{first}' \(and 1 more\).*MixDQConfig\(plan, moments=...\)"):
         load()
     with pytest.raises(PlanError, match=f"layer '{second}'"):
@@ -138,7 +140,7 @@ def test_a_plan_in_a_file(full, plan, tmp_path):
 
 @pytest.mark.parametrize("kind", ["quantized", "quantized_bf16"])
 def test_saving_and_loading_by_diffusers(request, tmp_path, kind):
-    """Shards so small that the tensors of one weight lie in several; no dtype is asked for, none is changed."""
+    """Shards so small that one weight's tensors are in several. Without a dtype argument no dtype changes."""
     model = request.getfixturevalue(kind)
     attach_quantizer(model)
     model.save_pretrained(tmp_path / "theirs", max_shard_size=8000)
@@ -265,9 +267,11 @@ def test_quantizing_while_loading_never_holds_the_full_model(bundled_plan, tmp_p
     from examples.shapes.subject import PIPELINE
 
     source = PIPELINE / "unet"
-    load = lambda: UNet2DConditionModel.from_pretrained(  # noqa: E731
-        source, quantization_config=MixDQConfig(bundled_plan), dtype=torch.float16
-    )
+
+    def load():
+        config = MixDQConfig(bundled_plan)
+        return UNet2DConditionModel.from_pretrained(source, quantization_config=config, dtype=torch.float16)
+
     model, peak = peak_allocated(load)
     peak -= (source / WEIGHTS).stat().st_size  # mapped, not allocated
     sixteen = sum(2 * p.numel() for p in model.parameters())
@@ -310,18 +314,8 @@ def test_the_command_line_quantizes_weight_by_weight(tmp_path, bundled_plan, loa
     assert "'decoder' is not a linear or convolution layer" in capsys.readouterr().err
 
 
-def test_a_diffusers_without_the_hooks_says_so(tmp_path, quantized, monkeypatch):
-    """Before 0.39 diffusers can quantize while loading, but neither saves nor loads quantized tensors."""
-    save_quantized(quantized, tmp_path / "m")
-    monkeypatch.setattr("mixdq_ao.models.diffusers_quantizer.HAS_HOOKS", False)
-    with pytest.raises(CheckpointError, match="diffusers before 0.39.*load_quantized"):
-        UNet2DConditionModel.from_pretrained(tmp_path / "m")
-    with pytest.raises(ValueError, match="not serializable"):
-        load_quantized(tmp_path / "m").save_pretrained(tmp_path / "n")
-
-
 def test_what_an_ip_adapter_set_stays_and_is_not_saved(unet, calibration, tmp_path):
-    """diffusers notes in the config how pictures come in; loading one that has such layers is impossible."""
+    """An IP-Adapter sets attributes of the config; a saved model with its layers could not be loaded."""
     unet.config.encoder_hid_dim_type = "ip_image_proj"
     quantize_(unet, mixdq_config(Plan.uniform(unet, 8, 8).with_calibration(calibration)))
     assert unet.config.encoder_hid_dim_type == "ip_image_proj" and "quantization_config" in unet.config
@@ -344,7 +338,7 @@ def test_a_model_prepared_for_a_schedule_is_not_saved(unet, tmp_path, save):
 
 @pytest.mark.parametrize("place", [".", "link", "dangling", "mounted"])
 def test_a_pipeline_is_saved_into_an_empty_folder_as_it_is(tmp_path, monkeypatch, loaded, place):
-    """One that cannot be replaced by another, or that a link leads to, or will."""
+    """A folder that cannot be replaced by renaming, or the target of a link, existing or not."""
     folder = tmp_path / "folder"
     (folder / "mounted").mkdir(parents=True)
     monkeypatch.chdir(folder / "mounted" if place == "." else folder)

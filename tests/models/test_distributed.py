@@ -1,4 +1,4 @@
-"""Several processes on gloo give what one gives."""
+"""Several processes on gloo give the results of one."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def test_two_processes_are_one(program, most):
 
 
 def test_fsdp2_in_a_group_of_one_process():
-    """Where people begin; torch then hands over one tensor of each weight."""
+    """A group of one process, for which FSDP2 passes only one tensor of each weight."""
     assert run("fsdp_program", "1", ranks=1)
 
 
 def run(program: str, *arguments: str, ranks: int) -> list[str]:
-    """What each of the processes printed."""
+    """The output of each process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

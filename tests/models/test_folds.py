@@ -1,4 +1,4 @@
-"""Plans with smoothing and rotation through what stands above ``quantize_``: levels, files, adapters, predictions."""
+"""Plans with smoothing and rotation in the features built on ``quantize_``: levels, files, adapters, predictions."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_saved_model_loads_and_its_plan_makes_it_again(plan: Plan, tmp_path: A
 
 @pytest.mark.parametrize("target", ["attn1.to_q", "attn2.to_v", "ff.net.0.proj"])
 def test_adapters_are_refused(plan: Plan, target: str):
-    """Of a reader, of what makes values and of one that keeps 16 bits."""
+    """Adapters of a reader, of the source of values, and of a layer that keeps 16 bits."""
     model: Any = toy().transformer
     name = f"{BLOCK}.{target}"
     kept = plan.with_layers({f"{BLOCK}.attn1.to_q": replace(plan.layers["conv_in"], weight_bits=16, act_bits=16)})
@@ -80,7 +80,6 @@ def test_measuring_plans_scoring_steps_and_timing_layers(plan: Plan, calibration
     assert 0 < errors[0] < 0.7 * errors[1]
     scores = probe_steps(pipe, PROMPTS, steps=1, calibration=calibration, weight_bits=(8,), act_bits=(8,), probes=1)
     assert set(scores[0].layers) == set(calibration.layers)
-    run = lambda: call(pipe.transformer)  # noqa: E731
-    times = layer_latencies(pipe.transformer, calibration, run, weight_bits=(8,), rounds=1)
+    times = layer_latencies(pipe.transformer, calibration, lambda: call(pipe.transformer), weight_bits=(8,), rounds=1)
     assert times[f"{BLOCK}.ff.net.2", 8, 8] > 0
     assert all(torch.equal(p, before[n]) for n, p in pipe.transformer.state_dict().items())

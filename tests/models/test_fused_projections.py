@@ -1,4 +1,4 @@
-"""Joint projections: the same bits as one layer after another, no more bytes, undone without a trace."""
+"""Joint projections: the same results to the bit, the same memory, and undone without a trace."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_weights_that_differ_are_refused(other, what):
 
 @pytest.fixture
 def quantized(unet, calibration):
-    """Uniform but for one attention whose value has other bits than its query and key."""
+    """Uniform except for one attention whose value has other bits than query and key."""
     plan = Plan.uniform(unet, 4, 8)
     name = next(n for n in plan.layers if n.endswith("attn1.to_v"))
     plan = plan.with_layers({name: LayerPlan(weight_bits=8, act_bits=8)}).with_calibration(calibration)
@@ -105,7 +105,7 @@ def test_a_processor_that_was_set_since_stays(quantized):
 
 @torch.no_grad()
 def test_what_diffusers_has_fused_is_quantized_after_it_is_apart(unet, calibration, tmp_path):
-    """Its joint layers stand in no file, and are no layers of a plan."""
+    """Joint layers are neither saved nor layers of a plan."""
     names = list(find_layers(unet))
     unet.fuse_qkv_projections()
     assert list(find_layers(unet)) == names

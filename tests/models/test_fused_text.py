@@ -1,4 +1,4 @@
-"""Text projections as one product for each precision: the same bits and bytes, once per call, undone."""
+"""Text projections as one product for each precision: same results to the bit, same memory, once per call, undone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.conftest import text_rows, unet_inputs
 
 @pytest.fixture
 def quantized(unet, calibration):
-    """4 bit; the values of two cross attentions have 8 bits."""
+    """A 4-bit plan in which the values of two cross attentions have 8 bits."""
     plan = Plan.uniform(unet, 4, 8)
     values = [n for n in plan.layers if n.endswith("attn2.to_v")][:2]
     plan = plan.with_layers({n: LayerPlan(weight_bits=8, act_bits=8) for n in values})
@@ -39,7 +39,7 @@ def quantized(unet, calibration):
 
 
 def count_products(unet: nn.Module) -> list[int]:
-    """Outputs of every linear product called, which grows as the UNet runs."""
+    """A list of the output sizes of linear products, which grows as the UNet runs."""
     seen: list[int] = []
     for layer in unet.modules():
         if isinstance(layer, nn.Linear) and layer.weight.shape[1] == 24:
@@ -78,7 +78,7 @@ def test_positional_text_and_undone_without_a_trace(quantized):
     "order", ["reuse fuse", "fuse reuse", "pairs reuse fuse", "pairs fuse reuse", "fuse pairs reuse"]
 )
 def test_with_the_other_two_in_any_order(quantized, order):
-    """``pairs``: fuse_projections."""
+    """``pairs``: whether fuse_projections is used too."""
     inputs, other = unet_inputs(), unet_inputs() | {"encoder_hidden_states": text_rows(2)}
     expected, size = [quantized(**i)[0] for i in (inputs, other)], held_bytes(quantized)
     pipe = SimpleNamespace(unet=quantized)

@@ -66,7 +66,7 @@ def load(model, state, name="one", **options):
 
 @pytest.fixture
 def fine(unet, calibration):
-    """The small UNet at W8A8 with BOS rows: so close to full precision that an adapter's work can be told."""
+    """The small UNet at W8A8 with BOS rows: close enough to full precision to recognise an adapter's effect."""
     quantize_(unet, mixdq_config(Plan.uniform(unet, 8, 8).with_calibration(calibration)))
     return unet
 
@@ -82,7 +82,7 @@ def relative(a, b):
 
 
 def test_an_adapter_does_what_it_does_in_full_precision(unet, calibration, _unet):
-    """8-bit weights and 16-bit activations: nothing an adapter adds can leave a calibrated range."""
+    """8-bit weights and 16-bit activations: an adapter cannot push activations out of a calibrated range."""
     plan = Plan.uniform(unet, 8, 8).with_calibration(calibration)
     fine = unet
     quantize_(fine, mixdq_config(plan.with_layers({n: replace(v, act_bits=16) for n, v in plan.layers.items()})))
@@ -218,7 +218,7 @@ def test_two_adapters_fused_one_after_the_other_are_the_two_at_once(fine):
 
 
 def one_block(down: str = "CrossAttnDownBlock2D") -> UNet2DConditionModel:
-    """A UNet that is traced in seconds."""
+    """A UNet that torch.compile traces in seconds."""
     torch.manual_seed(1)
     return UNet2DConditionModel(
         sample_size=8, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4, cross_attention_dim=24,
@@ -229,7 +229,7 @@ def one_block(down: str = "CrossAttnDownBlock2D") -> UNet2DConditionModel:
 
 
 def test_scales_and_hot_swaps_do_not_compile_again():
-    """Dynamo's guards decide about recompilation whatever the backend is."""
+    """Dynamo's guards decide about recompilation, with any backend."""
     torch._dynamo.reset()
     counter = CompileCounter()
     full = one_block()
@@ -328,7 +328,7 @@ def prefixed(state):
 
 
 def test_a_pipeline_finds_the_adapters_of_a_unet_that_was_compiled_before(drawn_by):
-    """pipe.unet = torch.compile(pipe.unet), of which diffusers' pipelines see a class that is not theirs."""
+    """After pipe.unet = torch.compile(pipe.unet), whose class diffusers' pipelines do not know."""
     pipe, counter = drawn_by.pipe, CompileCounter()
     compiled = pipe.unet = torch.compile(pipe.unet, backend=counter, fullgraph=True)
     plain = output(pipe.unet)

@@ -1,4 +1,4 @@
-"""Adapters trained on a quantized model, whose integers stay as they are."""
+"""Training of adapters on a quantized model, whose integers do not change."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def learner(unet, plan, seed=9, **how):
 
 
 def gradient(model, inputs, goal):
-    """Of all of an adapter, in one vector; each of its parts got one."""
+    """The gradients of all parts of an adapter, in one vector; checks that each part has one."""
     model.zero_grad()
     (model(**inputs)[0] - goal).square().mean().backward()
     learnt = [p for p in model.parameters() if p.requires_grad]
@@ -44,7 +44,7 @@ def gradient(model, inputs, goal):
 
 
 def test_gradients_reach_every_adapter_and_are_those_of_fake_mode(unet, plan):
-    """Behind quantized layers too. Codes at ties may differ between the modes, so not to the last digits."""
+    """Also behind quantized layers. Codes at ties may differ between the modes, so not to the last digits."""
     inputs, goal = unet_inputs(), torch.randn(2, 4, 8, 8)
     real = gradient(learner(unet, plan), inputs, goal)
     fake = gradient(learner(unet, plan, mode="fake"), inputs, goal)
@@ -60,7 +60,7 @@ def test_compiled(unet, plan):
 
 
 def test_scales_may_change_before_backward(unet, plan):
-    """diffusers sets the scale of one call back as it ends; a teacher runs without the adapter in between."""
+    """diffusers resets the scale of a call when it ends; a teacher runs without the adapter in between."""
     model, inputs, goal = learner(unet, plan), unet_inputs(), torch.randn(2, 4, 8, 8)
     model.set_adapters("mine", 0.5)
     wanted = gradient(model, inputs, goal)
@@ -77,7 +77,7 @@ def test_scales_may_change_before_backward(unet, plan):
 
 
 def test_text_encoders_train_adapters(tmp_path):
-    """As transformers' Trainer asks: a quantization that says so, adapters that get gradients."""
+    """As transformers' Trainer requires: a quantizer with is_trainable, and adapters with gradients."""
     encoder = tiny_clip()
     encoder.save_pretrained(tmp_path)
     config = MixDQConfig(Plan.uniform(encoder, 4, 16))
@@ -90,7 +90,7 @@ def test_text_encoders_train_adapters(tmp_path):
 
 
 def test_an_adapter_learns_and_is_saved_without_touching_the_model(unet, plan):
-    """What a second seed's adapter does is learnt from its outputs; the file gives the same in a fresh model."""
+    """Learns another adapter's effect from its outputs; the saved file has the same effect in a fresh model."""
     teacher, model, inputs = learner(unet, plan, seed=3), learner(unet, plan), unet_inputs()
     quantized = copy.deepcopy(unet)
     quantize_(quantized, mixdq_config(plan))

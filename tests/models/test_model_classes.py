@@ -1,4 +1,4 @@
-"""Denoisers of other families, tiny and random: layers found, quantized, saved, loaded, run, exported names kept."""
+"""Tiny random denoisers of other families: finds layers, quantizes, saves, loads, runs and exports them."""
 
 from __future__ import annotations
 
@@ -132,7 +132,10 @@ def test_weights_alone_and_16_bit_floats(family):
     model = build(family).to(torch.bfloat16)
     full = copy.deepcopy(model)
     quantize_(model, mixdq_config(Plan.uniform(model, 8, 16)))
-    cast = lambda v: v.to(torch.bfloat16) if isinstance(v, torch.Tensor) and v.is_floating_point() else v  # noqa: E731
+
+    def cast(v):
+        return v.to(torch.bfloat16) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+
     call = {n: cast(v) for n, v in inputs(family).items()}
     with torch.no_grad():
         exact, result = full(**call)[0].float(), model(**call)[0].float()
@@ -143,7 +146,7 @@ def test_weights_alone_and_16_bit_floats(family):
     "backend", ["eager", *(pytest.param(b, marks=pytest.mark.slow) for b in ("aot_eager", "inductor"))]
 )
 def test_one_compiled_graph_gives_the_same(family, backend):
-    """Codes at a rounding border may differ by one, where compiled code adds in another order."""
+    """Codes near a rounding boundary may differ by one, since compiled code adds in another order."""
     torch._dynamo.reset()
     model = build(family)
     plan = Plan.uniform(model, 4, 8).with_calibration(calibrate(model, run=lambda: output(model, family)))

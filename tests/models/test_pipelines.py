@@ -1,4 +1,4 @@
-"""Other ways to use the bundled pipeline, quantized: pictures, inpainting, ControlNet, IP-Adapter, own embeddings."""
+"""The quantized bundled pipeline in other uses: image-to-image, inpainting, ControlNet, IP-Adapter, own embeddings."""
 
 from __future__ import annotations
 
@@ -199,10 +199,13 @@ def test_a_seed_that_runs_out_with_the_prompts_is_named(bundled):
 
 
 def test_every_measurement_draws_in_the_size_asked_for(bundled):
-    """The bundled pipeline's own size is 64 x 64: latents of 16 x 16."""
+    """The bundled pipeline's default size is 64 x 64: latents of 16 x 16."""
     size, seen = {"height": 32, "width": 48}, set()
     pipe, texts = bundled.pipe, bundled.prompts[:2]
-    see = lambda module, args, kwargs: seen.add(tuple((args[0] if args else kwargs["sample"]).shape[2:]))  # noqa: E731
+
+    def see(module, args, kwargs):
+        seen.add(tuple((args[0] if args else kwargs["sample"]).shape[2:]))
+
     handle = pipe.unet.register_forward_pre_hook(see, with_kwargs=True)
     try:
         for measure in (

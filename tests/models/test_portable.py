@@ -1,4 +1,4 @@
-"""torch.export and ahead-of-time packages of quantized modules; run by a process that does not know us."""
+"""torch.export and ahead-of-time packages of quantized modules, run by a process without this library."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ print("the same")
 
 
 def in_another_process(code: str, path: Path, data: object, *imports: str) -> None:
-    """Runs ``code`` on a package and what it was called with. Of ours the process can import only ``imports``."""
+    """Runs ``code`` on a package and its arguments, in a process that can import only ``imports`` of our packages."""
     torch.save(data, path.with_suffix(".data"))
     for name in imports:
         (path.parent / name).symlink_to(Path(import_module(name).__file__ or "").parent)
@@ -114,7 +114,7 @@ def in_another_process(code: str, path: Path, data: object, *imports: str) -> No
 
 @pytest.mark.parametrize("use, imports", [("auto", ()), ("ours", ("inductor_kernels",))])
 def test_a_package_runs_in_a_process_without_us(small, tmp_path, use, imports):
-    """With our kernels for a CPU the process imports these, and nothing that knows how to quantize."""
+    """With our CPU kernels the process imports inductor_kernels, but not mixdq_ao."""
     model, x, expected = small
     path = tmp_path / "small.pt2"
     if imports and TorchVersion(torch.__version__) < "2.13":
@@ -127,7 +127,7 @@ def test_a_package_runs_in_a_process_without_us(small, tmp_path, use, imports):
 
 
 def calls_on_a_gpu(groups: int, summed: bool) -> str:
-    """The list of calls in a package for a GPU, of a convolution that no kernel of ours serves."""
+    """The list of calls in a package for a GPU, of a convolution for which there is no kernel of ours."""
     from torch._inductor.debug import DebugContext
     from torch._inductor.extern_node_serializer import extern_node_json_serializer
     from torch._inductor.graph import GraphLowering
@@ -158,7 +158,7 @@ def calls_on_a_gpu(groups: int, summed: bool) -> str:
 
 
 def test_a_call_that_is_left_in_a_package_for_a_gpu_is_said(small, tmp_path, monkeypatch):
-    """What the file says decides; its code would need a GPU."""
+    """Only the list of calls is read; running the code would need a GPU."""
     pytest.importorskip("triton")
     model, x, _ = small
     other = '{"nodes": [{"node": {"target": "aten::sort"}}]}'
@@ -194,7 +194,7 @@ def test_the_command_checks_the_name_first(capsys):
 
 
 def test_the_command_packages_what_the_pipeline_calls(_bundled, tmp_path, monkeypatch, capsys):
-    """Everything but the compiler, which takes minutes."""
+    """Everything except the compiler, which takes minutes."""
     from examples.shapes.subject import PIPELINE
     from mixdq_ao.app.cli import main
 

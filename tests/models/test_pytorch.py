@@ -1,4 +1,4 @@
-"""Quantized models in PyTorch's own ways: copies, layouts, offloading, dynamic shapes, regional compilation."""
+"""Quantized models with PyTorch features: copies, layouts, offloading, dynamic shapes, regional compilation."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_channels_last(model):
 
 
 def test_reading_a_pickled_state_dict_is_refused_by_name(model, tmp_path):
-    """torch's own guard: a pickle that makes tensors of a class is code. Our ways of saving need none."""
+    """torch refuses to unpickle tensor subclasses, which is code execution. Our file formats contain no pickle."""
     torch.save(model.state_dict(), tmp_path / "state.pt")
     with pytest.raises(Exception, match="MixDQTensor|Weights only"):
         torch.load(tmp_path / "state.pt", weights_only=True)
@@ -114,8 +114,10 @@ def test_group_offload_to_a_gpu(model, stream):
 
 
 def _moved(inputs):
+    def move(v):
+        return v.cuda() if isinstance(v, torch.Tensor) else v
+
     torch.manual_seed(7)
-    move = lambda v: v.cuda() if isinstance(v, torch.Tensor) else v  # noqa: E731
     fresh = unet_inputs()
     return {k: {n: move(t) for n, t in v.items()} if isinstance(v, dict) else move(v) for k, v in fresh.items()}
 
@@ -147,7 +149,7 @@ def test_blocks_are_compiled_once_for_all(uniform):
 
 
 def test_weights_change_places_in_a_model_compiled_without_guards_on_its_layers(uniform):
-    """As docs/howto/speed.md says: other values of the same kind are seen, as they are with guards."""
+    """As in docs/howto/speed.md: new values of inputs of the same kind are used, as they are with guards."""
     torch._dynamo.reset()
     model, counter = copy.deepcopy(uniform), CompileCounter()
     options = {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe}

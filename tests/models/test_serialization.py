@@ -1,4 +1,4 @@
-"""Saving and loading quantized models: every bit comes back, or one clear error does."""
+"""Saving and loading quantized models: bit-exact, or one clear error."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_the_plan_comes_back(tmp_path, quantized, plan):
 
 
 def test_a_plan_that_is_not_the_models_is_not_written(tmp_path, quantized, plan):
-    """Where the given plan and the tensors differ, the tensors are right."""
+    """Where the given plan and the tensors differ, the tensors decide."""
     wrong = {n: LayerPlan(weight_bits=2) for n in plan.layers}
     save_quantized(quantized, tmp_path / "m", plan=Plan(wrong))
     found = load_quantized(tmp_path / "m").hf_quantizer.quantization_config.plan
@@ -219,12 +219,12 @@ def test_other_models_are_not_overwritten(tmp_path, unet, quantized):
 
 
 class Killed(BaseException):
-    """As a signal would end the process."""
+    """Stands for a signal that ends the process."""
 
 
 @pytest.mark.parametrize("crash", range(12))
 def test_a_crash_while_saving_leaves_the_old_model_or_none(tmp_path, monkeypatch, tiny, crash):
-    """Killed at the n-th operation on files: what is there is the old model, the whole new one, or an error."""
+    """Killed at the n-th file operation: loading gives the old model, the whole new one, or an error."""
     new = copy.deepcopy(tiny)
     with torch.no_grad():
         new.conv_in.bias.fill_(7)
@@ -299,7 +299,7 @@ def damaged(saved, tmp_path) -> Path:
 
 
 def replaced(path: Path, data: bytes) -> None:
-    """A new file under the old name: models that map the old one keep it."""
+    """Replaces a file by a new one: models that map the old file keep it."""
     path.unlink()
     path.write_bytes(data)
 

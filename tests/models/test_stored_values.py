@@ -1,4 +1,4 @@
-"""Weights whose stored values no quantizing makes are refused by name, whoever loads them."""
+"""Every loader refuses weights with values that quantization cannot produce, by name."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def stored(directory):
 
 
 def change(directory, ends, value):
-    """The first stored tensor whose key ends so is multiplied or replaced. Returns the key."""
+    """Multiplies or replaces the first stored tensor whose key has a given end. Returns the key."""
     path, (tensors, metadata) = directory / WEIGHTS, stored(directory)
     key = next(k for k in sorted(tensors) if k.endswith(ends))
     tensors[key].copy_(value(tensors[key]) if callable(value) else torch.full_like(tensors[key], value))

@@ -1,4 +1,4 @@
-"""Text projections computed once per prompt: the same pictures, fewer products, never those of another text."""
+"""Text projections computed once per prompt: the same pictures, fewer products, and no stale ones."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_model_that_was_changed_is_pickled_and_copied(quantized, steps, fused)
 @torch.no_grad()
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_copy_looks_at_its_own_text(quantized, steps, compiled):
-    """Torch leaves the hooks of a compiled model behind."""
+    """Copies of a compiled model lack its hooks."""
     unet = torch.compile(quantized, backend="eager") if compiled else quantized
     pipe = reuse_text_projections(SimpleNamespace(unet=unet))
     pipe.unet(**steps[0])
@@ -191,7 +191,7 @@ def test_compiled_afterwards_no_prompt_compiles_anew(quantized, steps):
 
 @torch.no_grad()
 def test_weights_that_are_elsewhere_until_they_are_needed(quantized, steps):
-    """Sequential offload: the weights are on the meta device but for the calls of their layers."""
+    """Sequential offload: weights are on the meta device except during the calls of their layers."""
     expected = [quantized(**step)[0] for step in steps]
     accelerate.cpu_offload(quantized, execution_device=torch.device("cpu"))
     pipe = reuse_text_projections(SimpleNamespace(unet=quantized))
@@ -201,7 +201,7 @@ def test_weights_that_are_elsewhere_until_they_are_needed(quantized, steps):
 
 
 class Fetched(ModelHook):
-    """What accelerate's hooks of whole models do: the weights come when the model is called."""
+    """accelerate's hooks of whole models: weights are moved when the model is called."""
 
     def init_hook(self, module):
         self.state = copy.deepcopy(module.state_dict())

@@ -22,7 +22,7 @@ SAMPLING = Sampling(steps=2, height=16, width=16, frames=5, batch_size=2)
 
 
 class Small(WanPipeline):
-    """Draws videos of 5 frames of 16 x 16 pixels, whatever its caller leaves open."""
+    """Its default is videos of 5 frames of 16 x 16 pixels."""
 
     @torch.no_grad()
     def __call__(self, **options: Any) -> Any:

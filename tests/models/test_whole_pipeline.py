@@ -106,7 +106,7 @@ def test_a_damaged_text_encoder_is_one_error(tmp_path):
 
 
 def quantized_everywhere(bundled):
-    """Text encoders first: the denoiser is calibrated with what they say."""
+    """Text encoders first: the denoiser is calibrated with their embeddings."""
     pipe = bundled.pipe
     quantize_text_encoders(pipe)
     calibration = calibrate(pipe, bundled.prompts, steps=1)

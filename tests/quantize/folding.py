@@ -1,4 +1,4 @@
-"""A toy whose channels stand out, a calibration and a plan that fold its inputs, and one call of it.
+"""A toy pipeline with outlier channels, a calibration and a plan with smoothing and rotation, and a call of it.
 
 ``calibration`` and ``plan`` are fixtures of the test modules that take over these names.
 """
@@ -17,14 +17,14 @@ PROMPTS = ["0", "1"]
 
 
 def text(i: int) -> Tensor:
-    """Row 0 is a large one, the same for every prompt."""
+    """A text embedding whose row 0 is large and the same for every prompt."""
     rows = torch.randn(6, 12, generator=torch.Generator().manual_seed(i))
     rows[0] = 40 * torch.randn(12, generator=torch.Generator().manual_seed(99))
     return rows
 
 
 def toy() -> ToyPipeline:
-    """SD 1.5's layout; some channels stand out after norms, in values and after GEGLU."""
+    """SD 1.5's layout with outlier channels after norms, in values and after GEGLU."""
     pipe = ToyPipeline(ZOO["SD 1.5"], text)
     with torch.no_grad():
         for name, parameter in pipe.transformer.named_parameters():

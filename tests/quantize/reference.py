@@ -1,4 +1,4 @@
-"""The numerics once more, as plain float64 formulas and loops."""
+"""A reference implementation of the numerics: plain float64 formulas and loops."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def round_weight(weight: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Te
 
 
 def round_act(x: Tensor, lo: float, hi: float, bits: int) -> Tensor:
-    """The values the codes of x stand for, float64. Codes as float32 arithmetic gives them."""
+    """The values of x's codes, float64. Codes are computed in float32 arithmetic."""
     lo, hi, top = min(lo, 0.0), max(hi, 0.0), 2**bits - 1
     scale = np.float32((hi - lo) / top) or np.float32(1)
     zero = min(max(round(-lo / float(scale)), 0), top)
@@ -38,14 +38,14 @@ def round_act(x: Tensor, lo: float, hi: float, bits: int) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, bits: int, symmetric: bool, act=None) -> Tensor:
-    """y in float64 of a quantized linear layer; act: (lo, hi, bits) or None."""
+    """The output of a quantized linear layer, float64; act: (lo, hi, bits) or None."""
     integers, scale = round_weight(weight, bits, symmetric)
     x = x.double() if act is None else round_act(x, *act)
     return F.linear(x, integers * scale[:, None], None if bias is None else bias.double())
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, bits: int, symmetric: bool, act=None, **geometry) -> Tensor:
-    """y in float64 of a quantized convolution."""
+    """The output of a quantized convolution, float64."""
     integers, scale = round_weight(weight, bits, symmetric)
     x = x.double() if act is None else round_act(x, *act)
     return F.conv2d(x, integers * scale[:, None, None, None], None if bias is None else bias.double(), **geometry)

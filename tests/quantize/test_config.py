@@ -36,13 +36,13 @@ from mixdq_ao.search.metrics import sqnr
 from ..conftest import unet_inputs
 
 FLOAT32 = 110
-"""dB that are left where layers differ by float32's rounding of sums alone."""
+"""dB of SQNR between layers that differ only by float32's rounding of sums."""
 
 
 @torch.no_grad()
 def worst_layer(unet, other, inputs):
-    """The lowest SQNR of ``other``'s layers on what those of ``unet`` are given. Whole models differ by more: one code
-    that flips at a tie, where a sum was rounded otherwise, moves all codes behind it."""
+    """The lowest SQNR of ``other``'s layers given the inputs of ``unet``'s. Whole models differ by more: where a sum is
+    rounded differently, one code that flips at a tie changes all later codes."""
     known, found = find_layers(other), []
     hooks = [
         m.register_forward_hook(lambda m, args, y, name=name: found.append(sqnr(y, known[name](*args))))
@@ -121,7 +121,7 @@ def test_an_override_that_matches_nothing(unet, calibration):
 
 
 class Fails(AOBaseConfig):
-    """As torchao's configs do that want another shape."""
+    """Like a torchao config that requires another shape."""
 
 
 @register_quantize_module_handler(Fails)
@@ -131,7 +131,7 @@ def _fails(module, config):
 
 @pytest.mark.parametrize("key", ["conv_out", "re:conv_o.*", "conv_out.weight"])
 def test_an_override_that_fails_leaves_the_model_unchanged(unet, calibration, key):
-    """Also where norms and weights would be changed first."""
+    """Also if the plan would change norms and weights first."""
     plan = Plan.uniform(unet, 8, 8).with_calibration(calibration)
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     with pytest.raises(QuantizationError, match="layer 'conv_out': what overrides say of it cannot be done"):
@@ -295,7 +295,7 @@ class Causal(nn.Conv2d):
 
 
 class Standardised(nn.Conv2d):
-    """A convolution whose own forward multiplies with what it makes of its weight."""
+    """A convolution whose own forward multiplies with a tensor computed from its weight."""
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.weight - 0.5, self.bias)
@@ -330,7 +330,7 @@ def test_a_weight_that_a_layer_changes_itself_is_rounded_then():
 
 
 class Alone(nn.Linear):
-    """A layer whose own forward calls no other."""
+    """A layer whose own forward does not call super().forward."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight, self.bias)

@@ -1,4 +1,4 @@
-"""What eager mode keeps of an input, and when it must not."""
+"""What eager mode caches of an input, and when it must not."""
 
 import gc
 
@@ -80,7 +80,7 @@ def test_a_traced_graph_holds_the_operators(parameter):
 
 
 def test_a_traced_graph_quantizes_with_plain_operators():
-    """Only those fuse. torch 2.11 traces a weight's products without saying that it compiles."""
+    """Only plain operators fuse. torch 2.11 traces a weight's products with is_compiling() false."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     x = torch.randn(4, 8)

@@ -1,4 +1,4 @@
-"""Folds: the float model is the same function, plans say them and are checked, and nothing is folded twice."""
+"""Folds: the float model computes the same function, plans are checked, and nothing is folded twice."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_the_folded_model_is_the_same_function(name: str):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_weights_come_back_to_the_bit(dtype: torch.dtype):
-    """Also those that underflow when divided, and after an error."""
+    """Also weights that underflow when divided, and after an error."""
     model = ZOO["SD 1.5"].build()
     with torch.no_grad():
         model.get_submodule(BLOCK).norm1.weight[0] = 1e-7  # type: ignore[union-attr,operator]
@@ -263,7 +263,7 @@ def test_fake_mode_is_not_folded_again_when_it_becomes_real(plan: Plan):
     ],
 )
 def test_layers_of_a_fold_are_quantized_together(plan: Plan, first: str, message: str):
-    """A quantized one stands in the way: before anything is changed."""
+    """A quantized layer of a fold is an error, before anything is changed."""
     model = toy().transformer
     if first == "norm1":
         quantize_(model.get_submodule(f"{BLOCK}.attn1.to_q"), MixDQLayerConfig(LayerPlan(weight_bits=8)))
@@ -278,7 +278,7 @@ def test_layers_of_a_fold_are_quantized_together(plan: Plan, first: str, message
 
 
 def test_groups_of_layers_one_after_the_other_give_the_same(plan: Plan):
-    """Blocks by themselves, as large models are quantized."""
+    """Blocks quantized separately, as for large models."""
     whole, parts = toy().transformer, toy().transformer
     quantize_(whole, mixdq_config(plan))
     for first in sorted({n.split(".")[0] for n in plan.layers}):
@@ -288,7 +288,7 @@ def test_groups_of_layers_one_after_the_other_give_the_same(plan: Plan):
 
 
 def test_unquantized_readers_are_folded_too(plan: Plan):
-    """A norm's output is smoothed for all that read it, also for layers that keep 16 bits."""
+    """A norm's output is smoothed for all its readers, including layers that keep 16 bits."""
     kept = {f"{BLOCK}.attn1.to_q": LayerPlan(), f"{BLOCK}.attn1.to_v": LayerPlan()}
     model = toy().transformer
     quantize_(model, mixdq_config(plan.with_layers(kept)))
@@ -333,7 +333,7 @@ def test_the_context_folds_and_unfolds(plan: Plan):
 
 
 def test_sensitivity_is_of_the_folded_model(calibration: Calibration):
-    """That of a model folded by hand, and the model is left as it was."""
+    """The result is that of a model folded by hand, and the model is restored."""
     pipe, by_hand = toy(), toy()
     before = copy.deepcopy(pipe.transformer.state_dict())
     fold_(by_hand.transformer, planned_folds(by_hand.transformer, foldings_of(calibration.layers)))
@@ -346,7 +346,7 @@ def test_sensitivity_is_of_the_folded_model(calibration: Calibration):
 
 
 def test_workers_fold_what_they_load(calibration: Calibration):
-    """Without Ray: what a worker's pipeline becomes."""
+    """A worker's pipeline, without Ray."""
     workers = folding_workers(RayWorkers(count=1, load=toy), foldings_of(calibration.layers))
     assert workers is not None and workers.load is not None
     loaded, by_hand = workers.load(), toy()

@@ -1,4 +1,4 @@
-"""Gradients through quantized layers: those of the float64 layer the integers stand for, eager and compiled."""
+"""Gradients through quantized layers equal those of the dequantized layer in float64, eager and compiled."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def quantized(weight, bits, act, **bos):
 
 
 def values(weight, bits):
-    """What the integers stand for, float64."""
+    """The dequantized weight, float64."""
     integers, scale = reference.round_weight(weight, bits, bits == 8)
     return integers * scale.reshape(-1, *[1] * (weight.dim() - 1))
 
 
 def gradients(product, *inputs):
-    """The result, the gradient it is given, and what inputs get of it."""
+    """The result, its gradient, and the gradients of the inputs."""
     y = product(*inputs)
     g = torch.randn_like(y)
     return y.detach(), g, torch.autograd.grad(y, inputs, g)
@@ -71,7 +71,7 @@ def test_conv2d(bits, act, geometry):
 
 
 def test_float16_holds_small_gradients():
-    """Which times a scale would be a few units of the smallest number."""
+    """Such a gradient times a scale would be a few units of the smallest float16 number."""
     weight = torch.randn(9, 7).half() * 1e-2
     w, g = quantized(weight, 8, None), torch.full((2, 9), 0.02).half()
     x = torch.randn(2, 7).half().requires_grad_()
@@ -89,7 +89,7 @@ def test_halves_of_a_split_convolution():
 
 
 def test_bos_rows_are_constants():
-    """No gradient goes into a row that is looked up; its bias gets one."""
+    """A BOS row gives the input no gradient, but the bias gets one."""
     weight, bos = torch.randn(9, 7), torch.arange(7.0)
     w = quantized(weight, 8, (-2, 2, 8), bos_embedding=bos)
     x, bias = torch.randn(2, 3, 7), torch.randn(9, requires_grad=True)
@@ -102,7 +102,7 @@ def test_bos_rows_are_constants():
 
 
 def test_what_inference_mode_knew_of_a_text_is_found_again():
-    """A mask made there cannot be saved for backward."""
+    """A mask made in inference mode cannot be saved for backward."""
     w = quantized(torch.randn(9, 7), 8, (-2, 2, 8), bos_embedding=torch.arange(7.0))
     x = torch.randn(2, 3, 7, requires_grad=True)
     with torch.inference_mode():
@@ -178,7 +178,7 @@ def test_compiled_gradients_are_the_same():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_gpu_has_the_gradients_of_a_cpu(compiled):
-    """Codes at ties may differ, and cuDNN's products of float32 are shorter."""
+    """Codes at ties may differ, and cuDNN multiplies float32 in lower precision."""
     model, x = Block(), torch.randn(4, 8, 5, 5)
     quantize_(model, mixdq_config(PLAN))
     wanted, moved = learnt(model, x), model.cuda()

@@ -34,7 +34,7 @@ def test_where_there_is_no_such_function(monkeypatch) -> None:
 
 
 def mapped() -> int:
-    """Bytes of this process that are pages of files."""
+    """Resident bytes of this process in mapped files."""
     found = re.search(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())
     assert found is not None
     return 1024 * int(found[1])

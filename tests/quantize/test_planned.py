@@ -1,4 +1,5 @@
-"""Plans that ask for better rounding: real and fake mode give the same codes, and what is missing is named in time."""
+"""Plans with searched ranges or compensated rounding: real and fake mode give the same codes; a missing moment is an
+early error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Codes and scales against the plain formula, and every weight or range that is out of the ordinary."""
+"""Codes and scales against the plain formula, including unusual weights and ranges."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranges by error and compensated rounding, against plain float64 formulas and what they must not make worse."""
+"""Searched ranges and compensated rounding, against plain float64 formulas, and never worse than the default."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAPES = [(5, 7), (1, 1), (6, 3, 3, 3), (3, 130), (9, 1)]
 
 
 def moment_of(length: int, rank: int | None = None, seed: int = 0) -> Tensor:
-    """The second moment of correlated inputs of very different sizes, as activations are."""
+    """The second moment of correlated inputs of very different magnitudes, like activations."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(length, rank or length, generator=generator) / length**0.5
     x = torch.randn(400, rank or length, generator=generator) @ mix.T + 0.3
@@ -29,14 +29,14 @@ def moment_of(length: int, rank: int | None = None, seed: int = 0) -> Tensor:
 
 
 def error(weight: Tensor, moment: Tensor | None, bits: int, **how: Any) -> Tensor:
-    """[N] of a rounded weight: d M d^T, or sum of squares without a moment; float64."""
+    """The error [N] of a rounded weight: d M d^T, or the sum of squares without a moment; float64."""
     d = (quantize_weight(weight, bits, moment=moment, **how).dequantize().double() - weight.double()).flatten(1)
     return ((d if moment is None else d @ moment.double()) * d).sum(1)
 
 
 def reference_codes(row: np.ndarray, scale: float, zero: float, top: tuple[int, int], moment: np.ndarray) -> np.ndarray:
-    """One row of GPTQ as optimal brain quantization has it (section 3 of arXiv 2210.17323): the inverse over the
-    columns that are left is updated after every column, no Cholesky factor."""
+    """One row of GPTQ in the form of optimal brain quantization (section 3 of arXiv 2210.17323): the inverse over the
+    remaining columns is updated after every column, without a Cholesky factor."""
     h = moment / moment.diagonal().mean()
     h = h + DAMPING * np.eye(len(h))
     order = np.argsort(-(moment / moment.diagonal().mean()).diagonal(), kind="stable")
@@ -162,7 +162,7 @@ def test_shapes_alone_on_the_meta_device():
 
 
 def test_moments_that_are_not_finite_are_refused():
-    """Damping would be raised for ever."""
+    """Without the check damping would be raised forever."""
     moment = torch.eye(8)
     moment[0, 1] = moment[1, 0] = torch.nan
     with pytest.raises(QuantizationError, match="moment has NaN"):

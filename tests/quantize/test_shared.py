@@ -1,4 +1,4 @@
-"""Tied layers hold the same activation parameters: one object, one quantize in the graph, one compilation."""
+"""Tied layers hold the same activation parameters: one object, one quantization in the graph, one compilation."""
 
 import copy
 
@@ -21,7 +21,7 @@ def weight(hi: float = 3.0, bos: float | None = None) -> MixDQTensor:
 
 
 class Readers(nn.Module):
-    """Three layers that read one tensor; the last with a range of its own."""
+    """Three layers that read one tensor; the last has its own range."""
 
     def __init__(self, *ranges: float) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def test_what_is_known_on_a_device_is_not_moved_there_again():
 
 @pytest.mark.parametrize("split", [False, True])
 def test_a_pinned_weight_is_pinned(monkeypatch, split):
-    """Offloading pins what is not pinned before every copy; row sums are made once."""
+    """Offloading pins unpinned tensors before every copy; row sums are computed once."""
     held = weight(bos=7.0)
     whole = SplitMixDQTensor(held, weight(), torch.float32) if split else held
     pinned = []
@@ -84,11 +84,15 @@ def test_a_pinned_weight_is_pinned(monkeypatch, split):
         pinned.append(tensor.clone())
         return pinned[-1]
 
-    with monkeypatch.context() as patch:  # there is no such memory without a GPU
+    def is_pinned(tensor):
+        return any(tensor is p for p in pinned) or (
+            type(tensor) is not torch.Tensor and torch.ops.aten.is_pinned.default(tensor)
+        )
+
+    with monkeypatch.context() as patch:  # there is no pinned memory without a GPU
         patch.setattr(torch.Tensor, "pin_memory", lambda t: pin(t) if type(t) is torch.Tensor else pin_weight(t))
-        patch.setattr(torch.Tensor, "is_pinned", lambda t: any(t is p for p in pinned) or is_pinned_weight(t))
+        patch.setattr(torch.Tensor, "is_pinned", is_pinned)
         pin_weight = torch.ops.aten._pin_memory.default
-        is_pinned_weight = lambda t: type(t) is not torch.Tensor and torch.ops.aten.is_pinned.default(t)  # noqa: E731
         assert not whole.is_pinned()
         copied = whole.pin_memory()
         assert copied.is_pinned() and not whole.is_pinned()
@@ -127,13 +131,13 @@ def test_one_quantize_serves_tied_readers_and_no_other_pattern_is_taken_for_it()
 
 
 def test_the_cache_of_compiled_code_tells_patterns_apart():
-    """Inductor's cache on disk sees types and shapes only; which weights share is in this hash."""
+    """Inductor's disk cache keys on types and shapes only; this hash adds which weights share tensors."""
     keys = [weight(hi)._stable_hash_for_caching() for hi in (3.0, 3.0, 4.0)]
     assert keys[0] == keys[1] != keys[2]
 
 
 def test_parts_of_a_weight_do_not_read_the_shared_numbers_again(monkeypatch):
-    """On a GPU each look would wait for it, once for every layer that FSDP2 gathers."""
+    """Reading values would synchronize with a GPU, once for every layer that FSDP2 gathers."""
     weight = MixDQTensor.from_hp(torch.randn(8, 6), act=act_params(-1.0, 2.0), bos_embedding=torch.ones(6))
     monkeypatch.setattr(tensor_module, "key", lambda *tensors: pytest.fail("read off the device"))
     for part in (weight[:4], weight.view(-1), weight.with_tensors(scale=weight.scale.clone())):

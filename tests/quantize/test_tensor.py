@@ -185,7 +185,7 @@ def test_arguments_by_torchs_names():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_fake_values_are_those_of_the_codes(dtype):
-    """Also far outside the range, where x + (rounded - x) is another number of 16 bits; the gradient is passed on."""
+    """Also far outside the range, where x + (rounded - x) differs in 16 bits; the gradient passes through."""
     act = act_params(-10.0, 15.0)
     x = torch.tensor([823.0, -700.0, 3.3, 14.97], dtype=dtype, requires_grad=True)
     rounded = straight_through(x, fake_quantize_act(x, act))
@@ -196,7 +196,7 @@ def test_fake_values_are_those_of_the_codes(dtype):
 
 @pytest.mark.parametrize("split", [False, True])
 def test_copied_into_a_plain_tensor_it_is_dequantized(split):
-    """As models made of others do, and ``load_state_dict`` of a full-precision one."""
+    """As when models are built from others, and in ``load_state_dict`` of a full-precision one."""
     weight = MixDQTensor.from_hp(torch.randn(8, 4, 3, 3), act=act_params(-3.0, 3.0))
     if split:
         other = MixDQTensor.from_hp(torch.randn(8, 2, 3, 3), 4, act=act_params(-1.0, 3.0))
@@ -213,7 +213,7 @@ def test_copied_into_a_plain_tensor_it_is_dequantized(split):
 
 @torch.inference_mode()
 def test_values_loaded_into_inference_tensors_are_used():
-    """They do not tell when they are written to, and products of the old values are prepared."""
+    """Inference tensors have no version counter, and forms of the old values are prepared."""
     first, second = (MixDQTensor.from_hp(torch.randn(64, 32), 4, act=act_params(-3.0, 3.0)) for _ in range(2))
     x = torch.randn(600, 32)
     F.linear(x, first)
@@ -224,7 +224,7 @@ def test_values_loaded_into_inference_tensors_are_used():
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("split", [False, True])
 def test_moves_and_views_in_inference_mode(split, inside):
-    """Of weights made in that mode, and of others."""
+    """Of inference tensors and of ordinary ones."""
     with torch.inference_mode(inside):
         weight = MixDQTensor.from_hp(torch.randn(8, 4, 3, 3), act=act_params(-3.0, 3.0))
         weight = SplitMixDQTensor(weight, weight.clone(), torch.float32) if split else weight

@@ -1,4 +1,4 @@
-"""Products with weight.t() are those of the layer; anything else done with it is done with its values."""
+"""Products with weight.t() equal those of the layer; other operators use its dequantized values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def weight(request):
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_products_are_the_layers(weight, inference):
-    """In every way torch has of taking F.linear apart; rounding to codes included, so values alone would differ."""
+    """Every decomposition of F.linear by torch, with the input quantized: dequantized weights would differ."""
     x, bias = torch.randn(2, 3, 12), torch.randn(7)
     x[:, 0] = BOS
     with torch.inference_mode(inference):

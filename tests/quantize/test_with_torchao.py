@@ -1,5 +1,5 @@
-"""Beside torchao's own: its configs in one model with ours, its sparsity before, its optimizers in training with fake
-quantization."""
+"""Combination with torchao: its configs in one model with ours, sparsity before quantization, optimizers in
+quantization-aware training."""
 
 from __future__ import annotations
 

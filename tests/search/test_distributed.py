@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mixdq_ao import SensitivityError, analyze, calibrate
-from mixdq_ao.search.analyze import of_same_model
+from mixdq_ao.search.analysis import of_same_model
 from mixdq_ao.search.distributed import InProcess, RayWorkers, pool_of
 from mixdq_ao.search.fingerprint import fingerprint
 

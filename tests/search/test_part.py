@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import multiprocessing
 import signal
 from pathlib import Path
@@ -9,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from mixdq_ao import SensitivityError, analyze
-from mixdq_ao.search.analyze import analyze_part
+from mixdq_ao import Sampling, SensitivityError, analyze
+from mixdq_ao.search import analyze as analyze_module
+from mixdq_ao.search.analysis import Analysis
+from mixdq_ao.search.analyze import AnalyzeOptions, analyze_part
 from mixdq_ao.search.part import Part
 from mixdq_ao.search.store import Store
 
@@ -70,6 +74,18 @@ def test_parts_that_cannot_be(tmp_path):
     settings = {**options(Pipe()), "method": "probe"}
     with pytest.raises(SensitivityError, match="give probes"):
         analyze_part(Pipe(), PROMPTS, Part.parse("1/2"), store=tmp_path / "s", **settings)
+
+
+def test_options_of_a_part_are_those_of_the_whole(tmp_path):
+    """Names and defaults: ``analyze`` spells them out, ``analyze_part`` has them from the classes they end up in."""
+    whole = {n: p.default for n, p in inspect.signature(analyze).parameters.items() if n not in ("pipe", "prompts")}
+    assert AnalyzeOptions.__optional_keys__ == whole.keys() - {"store", "part"}
+    own = inspect.signature(analyze_module._prepared).parameters
+    classes = {f.name: f.default for kind in (Analysis, Sampling) for f in dataclasses.fields(kind)}
+    for name, default in whole.items():
+        assert default == (own[name].default if name in own else classes[name]), name
+    with pytest.raises(TypeError, match="unexpected keyword argument 'step'"):
+        analyze_part(Pipe(), PROMPTS, Part(1, 2), store=tmp_path / "s", **{"step": 1})  # type: ignore[arg-type]
 
 
 def fill(path: Any, key: str, value: float, print: str = "print") -> None:

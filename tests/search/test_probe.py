@@ -17,7 +17,7 @@ from mixdq_ao import MixDQError, Sampling, SensitivityError, analyze, calibrate
 from mixdq_ao.quantize.config import MixDQLayerConfig, fake_quantizer
 from mixdq_ao.quantize.fake import with_fake_quantizer
 from mixdq_ao.search import probe as probe_module
-from mixdq_ao.search.analyze import Evaluation
+from mixdq_ao.search.evaluation import Evaluation
 from mixdq_ao.search.probe_baseline import gradient_scores
 from mixdq_ao.search.probe_delta import LayerDeltas, deltas_of
 from mixdq_ao.search.probe_stats import rank_correlation

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mixdq_ao import LayerPlan, Plan, Sensitivity, SensitivityError, allocate, analyze, calibrate, mixdq_config
-from mixdq_ao.search.analyze import Evaluation
+from mixdq_ao.search.evaluation import Evaluation
 from mixdq_ao.search.moments import Moments, input_moments
 from mixdq_ao.search.probe_delta import LayerDeltas
 from mixdq_ao.search.roundings import PLAIN, ROUNDINGS, best_of, rounded_as

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mixdq_ao import ScheduleError
+from mixdq_ao import ScheduleError, search_schedule
 from mixdq_ao.temporal.additivity import check_additivity
 from mixdq_ao.temporal.collect import results_of
 from mixdq_ao.temporal.results import ScheduleResults
@@ -46,8 +46,6 @@ def test_a_base_error_is_counted_once():
 
 
 def test_measurements_are_shared_with_the_search(tmp_path):
-    from mixdq_ao import search_schedule
-
     settings = {"steps": 8, "levels": LEVELS, "store": tmp_path / "s"}
     search_schedule(error_of("additive"), max_cost=0.4, **settings)
     calls = []
@@ -73,7 +71,10 @@ def test_wrong_arguments_are_named(arguments, words):
 def test_errors_that_are_all_equal_have_no_correlation_and_are_kept(tmp_path, worst):
     """One error however many steps are cheap; rounding of the sums is no spread."""
     levels = {"a": 1.0, "b": 0.7, "c": 0.6, "d": 0.5}
-    error = lambda s: 0.1 + 0.1 * sum(n != "a" for n in s) if s.count("a") else worst  # noqa: E731
+
+    def error(schedule):
+        return 0.1 + 0.1 * sum(n != "a" for n in schedule) if schedule.count("a") else worst
+
     result = check_additivity(error, steps=2, levels=levels, schedules=5)
     assert math.isnan(result.r_squared) and result.ratio == pytest.approx(1)
     results_of([], levels, "m", added=result).save(tmp_path / "r.json")

@@ -44,7 +44,10 @@ def test_without_room_everything_is_computed(measured):
 
 def test_any_function_of_two_pictures_is_a_metric(bundled):
     prompts, sampling = bundled.prompts[:1], Sampling(steps=1, batch_size=1)
-    worst = lambda images, reference: (images - reference).abs().amax().item()  # noqa: E731
+
+    def worst(images, reference):
+        return (images - reference).abs().amax().item()
+
     reference = draw_reference(bundled.pipe, prompts, sampling, metric=worst)
     plan = TemporalPlan({"16": None, "W4A16": Plan.uniform(bundled.pipe.unet, 4, 16)}, ("16",))
     error = GenerationError(

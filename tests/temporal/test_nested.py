@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -114,7 +116,7 @@ def test_convolution_at_every_level(level):
     source = nn.Conv2d(6, 4, 3, stride=2, padding=1)
     layer = LevelLayer(source, PLANS, Switch(level), bos_embedding=None, storage="nested")
     x = torch.randn(2, 6, 7, 9).to(memory_format=torch.channels_last)
-    call = lambda x, w, b: F.conv2d(x, w, b, stride=2, padding=1)  # noqa: E731
+    call = partial(F.conv2d, stride=2, padding=1)
     assert_close(layer(x), expected(layer, level, x, source.bias, call), 54)
     assert torch.equal(layer(x[0]), layer(x[:1])[0])
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mixdq_ao import MemoryEfficientAdamW, MemoryEfficientSGD
@@ -463,8 +464,6 @@ def test_attach_refuses_what_would_go_wrong():
 
 
 def test_distributed_data_parallel_is_refused(tmp_path):
-    import torch.distributed as dist
-
     try:
         dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     except (RuntimeError, ValueError) as e:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torchao.optim.subclass_8bit import OptimState8bit
 
-from mixdq_ao import MemoryEfficientAdamW, MemoryEfficientSGD
+from mixdq_ao import MemoryEfficientAdamW, MemoryEfficientSGD, optim
 from mixdq_ao.errors import OptimizerError
 from mixdq_ao.training import base
 from mixdq_ao.training.moments import dither_of, dithered
@@ -55,7 +55,10 @@ def unchanged(before: list[torch.Tensor], optimizer: Any) -> bool:
 )
 def test_a_thousand_steps_are_torchs_bit_for_bit(ours, theirs, options):
     """With a learning-rate schedule, on values and gradients of every rounding case."""
-    chosen = lambda: [awkward()[i] for i in (0, 3, 4)]  # noqa: E731
+
+    def chosen():
+        return [awkward()[i] for i in (0, 3, 4)]
+
     model, reference = holder(chosen()), holder(chosen())
     mine = ours.from_fp32(model, **options)
     other = theirs(reference.parameters(), foreach=False, **options)
@@ -804,8 +807,6 @@ def test_gradients_whose_norm_overflows_are_finite():
 
 
 def test_the_short_module_has_the_same_classes():
-    from mixdq_ao import optim
-
     assert optim.MemoryEfficientAdamW is MemoryEfficientAdamW and optim.MemoryEfficientSGD is MemoryEfficientSGD
     assert set(optim.__all__) <= set(dir(optim))
 

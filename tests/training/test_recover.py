@@ -6,9 +6,10 @@ import copy
 import io
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
+import safetensors.torch as st
 import torch
 from rich.console import Console
 from torch import nn
@@ -36,9 +37,9 @@ from mixdq_ao.quantize.tensor import MixDQTensor, is_quantized
 from mixdq_ao.training import recover_loop, recover_targets
 from mixdq_ao.training.averaging import Average
 from mixdq_ao.training.recover_blocks import find_blocks
-from mixdq_ao.training.recover_grid import rounded_input, rounded_weight
+from mixdq_ao.training.recover_grid import rounded_input, weight_on_grid
 from mixdq_ao.training.recover_layers import make_student, students
-from mixdq_ao.training.recover_options import Recipe
+from mixdq_ao.training.recover_options import Recipe, RecipeOptions
 from mixdq_ao.training.recover_state import load_optimizer, optimizer_tensors
 from mixdq_ao.training.recover_targets import Targets, record
 
@@ -93,7 +94,7 @@ def test_gradient_of_a_rounded_weight():
     g = torch.randn(5, 40).double()
     w.requires_grad_()
     scale.requires_grad_()
-    y = rounded_weight(w, scale, zero, 0, 3)
+    y = weight_on_grid(w, scale, zero, 0, 3)
     y.backward(g)
     free = torch.round(w / scale) + zero
     codes = free.clamp(0, 3)
@@ -505,9 +506,14 @@ def test_bad_input_is_named_and_changes_nothing(pipe, plan, tmp_path):
         recover(pipe, plan, PROMPTS, steps=5, **FAST)
 
 
-def test_checkpoints_that_do_not_fit(subject, plan, tmp_path):
-    import safetensors.torch as st
+def test_the_keyword_arguments_are_the_fields_of_a_recipe():
+    """Of the same types, but for a trajectory, which recover takes in more forms."""
+    types = {field.name: field.type for field in fields(Recipe) if field.name not in ("steps", "trajectory")}
+    options = {name: given.__forward_arg__ for name, given in RecipeOptions.__annotations__.items()}
+    assert options.pop("trajectory") and options == types
 
+
+def test_checkpoints_that_do_not_fit(subject, plan, tmp_path):
     place, options = tmp_path / "run", {**FAST, "steps": 4, "checkpoint": tmp_path / "run"}
     recover(again(subject[0]), plan, PROMPTS, **options)
     tensors = place / "state-4.safetensors"
