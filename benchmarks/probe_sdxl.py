@@ -32,7 +32,7 @@ from mixdq_ao import Calibration, Sampling, Sensitivity, analyze, calibrate
 from mixdq_ao.app.environment import environment
 from mixdq_ao.jsonfile import write_document
 from mixdq_ao.search import probe_shrink
-from mixdq_ao.search.analyze import Evaluation
+from mixdq_ao.search.evaluation import Evaluation
 from mixdq_ao.search.fingerprint import fingerprint
 from mixdq_ao.search.probe_stats import rank_correlation
 from mixdq_ao.search.sensitivity import Kind
@@ -54,7 +54,10 @@ class Pipeline:
         self.unet = UNet2DConditionModel(**{**SDXL, **NARROW}).eval().requires_grad_(False)
 
     def __call__(self, prompt: list[str], generator: list[torch.Generator], **options: Any) -> SimpleNamespace:
-        draw = lambda n, *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(n))  # noqa: E731
+
+        def draw(n, *shape):
+            return torch.randn(*shape, generator=torch.Generator().manual_seed(n))
+
         size = torch.tensor([[64.0, 64, 0, 0, 64, 64]]).repeat(len(prompt), 1)
         pooled = SDXL["projection_class_embeddings_input_dim"] - 6 * SDXL["addition_time_embed_dim"]
         added = {"text_embeds": torch.stack([draw(int(p), pooled) for p in prompt]), "time_ids": size}

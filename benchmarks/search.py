@@ -25,7 +25,7 @@ from mixdq_ao.app.subject import bundled
 from mixdq_ao.errors import AllocationError
 from mixdq_ao.jsonfile import write_document
 from mixdq_ao.models.pipelines import generate_all
-from mixdq_ao.search.analyze import Evaluation
+from mixdq_ao.search.evaluation import Evaluation
 from mixdq_ao.search.metrics import psnr
 from mixdq_ao.search.trial import Trials
 
@@ -91,7 +91,10 @@ class Search:
 def measure(rows: Rows, work: Path) -> dict[str, Row]:
     search = Search(work)
     for probes in PROBES:
-        run = lambda n=probes: search.analyzed(method="probe", probes=n)  # noqa: E731
+
+        def run(n=probes):
+            return search.analyzed(method="probe", probes=n)
+
         rows(f"probes: {probes}", lambda run=run: _with_grad(lambda: search.timed(run)))
     rows("one layer at a time, from the start", search.from_the_start)
     store = work / "one_at_a_time.jsonl"
@@ -103,7 +106,10 @@ def measure(rows: Rows, work: Path) -> dict[str, Row]:
         return row
 
     rows("one layer at a time, reused", reused)
-    again = lambda: search.timed(lambda: search.analyzed(store=store), "decoupled")  # noqa: E731
+
+    def again():
+        return search.timed(lambda: search.analyzed(store=store), "decoupled")
+
     published = rows("one layer at a time, as published", again)
     if "error" not in published:
         published["seconds"] = rows.rows["one layer at a time, reused"]["seconds"]  # its results were there already

@@ -1,4 +1,4 @@
-"""Evaluations of one layer at a time per second, with what comes before the layer computed once and every time anew."""
+"""Evaluations per second of the one-at-a-time analysis, with and without reuse of everything before the layer."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 
 from mixdq_ao import Sampling, calibrate
 from mixdq_ao.app.subject import bundled
-from mixdq_ao.search.analyze import Evaluation
+from mixdq_ao.search.evaluation import Evaluation
 from mixdq_ao.search.trial import Trials
 
 from .turns import in_turn
 
 PROMPTS = 8
 EVERY = 12
-"""One layer of so many is evaluated, from the first to the last: early ones save little, late ones nearly all."""
+"""Every so many-th layer is evaluated, from first to last: early ones save little, late ones nearly everything."""
 
 
 @pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.quick), 4])
 def test_evaluations(benchmark: Any, steps: int) -> None:
-    """Both ways give the same error before either is timed."""
+    """Checks that both ways give the same error, then times them."""
     shapes = bundled()
     pipe, texts = shapes.load_pipeline(), [p.text for p in shapes.prompts(PROMPTS, seed=3)]
     calibration = calibrate(pipe, texts, steps=steps)

@@ -88,7 +88,7 @@ def _with_check(encoder: nn.Module, row: Tensor, output: Output) -> nn.Module:
 
 def _output_with(encoder: nn.Module, row: Tensor, bos_token_id: int | None, name: str) -> Output:
     """The output of the encoder that begins with ``row``. Raises TextEncoderError if none does."""
-    found = _matching_output(encoder, row, bos_token_id)
+    found = _matching_output(encoder, row, bos_token_id, name)
     if found is None:
         raise TextEncoderError(
             f"{name} ({type(encoder).__name__}): no hidden state begins with the calibrated BOS embedding (largest "
@@ -99,12 +99,18 @@ def _output_with(encoder: nn.Module, row: Tensor, bos_token_id: int | None, name
 
 
 @torch.no_grad()
-def _matching_output(encoder: nn.Module, row: Tensor, bos_token_id: int | None) -> Output | None:
+def _matching_output(encoder: nn.Module, row: Tensor, bos_token_id: int | None, name: str) -> Output | None:
     """The output of the encoder that begins with ``row``, or None. Any prompt will do: attention is causal, so that row
-    depends on the BOS token alone."""
+    depends on the BOS token alone. Raises TextEncoderError for an encoder without one."""
     config: Any = encoder.config
     bos = config.bos_token_id if bos_token_id is None else bos_token_id
-    ids = torch.tensor([[bos, config.eos_token_id]], device=_device(encoder))
+    eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    if bos is None or eos is None:
+        raise TextEncoderError(
+            f"{name} ({type(encoder).__name__}) has no token that begins every text, whose row could be checked; "
+            "leave bos_aware out"
+        )
+    ids = torch.tensor([[bos, eos]], device=_device(encoder))
     # nn.Module's call, without the check of an encoder that already has it
     output = nn.Module.__call__(_to_call(uncompiled(encoder)), ids, output_hidden_states=True)
 
@@ -144,6 +150,23 @@ def bos_embedding_of(model: nn.Module) -> Tensor | None:
     return None
 
 
+def _rows(widths: dict[str, int], embedding: Tensor) -> dict[str, Tensor]:
+    """The part of the embedding that each text encoder makes: those of the first encoders lie side by side, zeros fill
+    up to the width of a later one, whose rows follow theirs (SD3). Raises TextEncoderError where that is not so."""
+    rows, start = {}, 0
+    for name, width in widths.items():
+        if start + width > embedding.numel():
+            break
+        rows[name] = embedding[start : start + width]
+        start += width
+    if not rows or embedding[start:].any():
+        raise TextEncoderError(
+            f"text encoders are {widths} wide, which do not make up the {embedding.numel()} of the BOS embedding; "
+            "outputs that are put together in another way cannot be checked, leave bos_aware out"
+        )
+    return rows
+
+
 def bos_aware(pipe: Any) -> Any:
     """Makes a pipeline's text encoders check their BOS row against that of its quantized denoiser. Returns ``pipe``.
 
@@ -163,13 +186,10 @@ def bos_aware(pipe: Any) -> Any:
             "bos_aware(pipe) first, offload then"
         )
     encoders = text_encoders(pipe)
-    widths = {n: int(cast(Any, e).config.hidden_size) for n, e in encoders.items()}
-    if sum(widths.values()) != embedding.numel():
-        raise TextEncoderError(
-            f"text encoders are {widths} wide, together not the {embedding.numel()} of the BOS embedding"
-        )
+    rows = _rows({n: int(cast(Any, e).config.hidden_size) for n, e in encoders.items()}, embedding)
     places = []
-    for (name, encoder), row in zip(encoders.items(), embedding.split(list(widths.values())), strict=True):
+    for name, row in rows.items():
+        encoder = encoders[name]
         tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"), None)
         bos = getattr(tokenizer, "bos_token_id", None)
         places.append((encoder, row.clone(), _output_with(encoder, row, bos, name)))

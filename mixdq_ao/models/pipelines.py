@@ -67,10 +67,14 @@ def _check_seed(seed: int) -> None:
 
 def denoiser(pipe: Any) -> nn.Module:
     """The model of ``pipe`` to quantize: ``pipe.unet``, or ``pipe.transformer`` (the first, if there are two)."""
+    return getattr(pipe, name_of_denoiser(pipe))
+
+
+def name_of_denoiser(pipe: Any) -> str:
+    """The attribute that holds ``denoiser(pipe)``. Raises MixDQError where there is none."""
     for name in ("unet", "transformer"):
-        model = getattr(pipe, name, None)
-        if isinstance(model, nn.Module):
-            return model
+        if isinstance(getattr(pipe, name, None), nn.Module):
+            return name
     raise MixDQError(f"{type(pipe).__name__} has neither a unet nor a transformer; pass the model itself")
 
 
@@ -82,13 +86,6 @@ def inner_denoiser(pipe: Any) -> nn.Module:
 def other_denoisers(pipe: Any) -> tuple[str, ...]:
     """Attribute names of further denoisers: Wan 2.2 has a ``transformer_2`` for the last steps."""
     return tuple(n for n in ("unet_2", "transformer_2") if isinstance(getattr(pipe, n, None), nn.Module))
-
-
-def first_output(output: Any) -> Tensor:
-    """The output tensor of a denoiser, from any of the forms it may return."""
-    if isinstance(output, Tensor):
-        return output
-    return output[0] if isinstance(output, tuple) else output.sample
 
 
 def text_encoders(pipe: Any) -> dict[str, nn.Module]:
@@ -123,22 +120,34 @@ def generate(
     prompts = check_prompts(prompts)
     _check_seed(sampling.seed + len(prompts) - 1)
     size = {"num_frames" if name == "frames" else name: value for name, value in sampling.size().items()}
+    guidance = _guidance(pipe, sampling)
     for start in range(0, len(prompts), sampling.batch_size):
         batch = prompts[start : start + sampling.batch_size]
-        with _of_prompts_alone(pipe):
+        with of_prompts_alone(pipe):
             result = pipe(
                 prompt=batch,
                 num_inference_steps=sampling.steps,
-                guidance_scale=sampling.guidance_scale,
                 generator=[torch.Generator("cpu").manual_seed(sampling.seed + start + i) for i in range(len(batch))],
                 output_type=output,
+                **guidance,
                 **size,
             )
         yield drawn(result).detach().float().cpu()
 
 
+def _guidance(pipe: Any, sampling: Sampling) -> dict[str, float]:
+    """The argument of a pipeline's call, which some have not (HunyuanImage, whose guidance is a model of its own)."""
+    if "guidance_scale" in inspect.signature(pipe).parameters:
+        return {"guidance_scale": sampling.guidance_scale}
+    if sampling.guidance_scale != 0:
+        raise MixDQError(
+            f"guidance_scale is {sampling.guidance_scale}, expected 0: {type(pipe).__name__} takes no guidance_scale"
+        )
+    return {}
+
+
 @contextmanager
-def _of_prompts_alone(pipe: Any) -> Iterator[None]:
+def of_prompts_alone(pipe: Any) -> Iterator[None]:
     """Explains the errors of pipelines that require a picture besides the prompt, such as inpainting or ControlNet."""
     try:
         yield
@@ -148,7 +157,8 @@ def _of_prompts_alone(pipe: Any) -> Iterator[None]:
             raise
         raise MixDQError(
             f"{type(pipe).__name__} takes {' and '.join(wanted)} besides prompts, and drew nothing without ({e}); use "
-            "its text-to-image pipeline, or calibrate(pipe.unet, run=lambda: pipe(prompt, image=...))"
+            f"its text-to-image pipeline, or calibrate(pipe.{name_of_denoiser(pipe)}, run=lambda: "
+            "pipe(prompt, image=...))"
         ) from e
 
 
@@ -157,7 +167,7 @@ def drawn(result: Any) -> Tensor:
 
     Raises MixDQError if the output has neither, or if they are not a tensor.
     """
-    found = next((getattr(result, name) for name in ("images", "frames") if hasattr(result, name)), None)
+    found = next((getattr(result, name) for name in ("images", "image", "frames") if hasattr(result, name)), None)
     if not isinstance(found, Tensor):
         raise MixDQError(
             f"the pipeline gave {type(result).__name__} with {type(found).__name__}, expected images or frames as a "

@@ -91,7 +91,10 @@ def inner_unet(unet: Any) -> UNet2DConditionModel:
     text before its projections."""
     inner = uncompiled(unet)
     if not isinstance(inner, UNet2DConditionModel):
-        raise MixDQError(f"the denoiser is a {type(inner).__name__}, expected a UNet2DConditionModel")
+        raise MixDQError(
+            f"the denoiser is a {type(inner).__name__}, expected a UNet2DConditionModel, whose projections "
+            "read the text embedding itself"
+        )
     if inner.encoder_hid_proj is not None:
         raise MixDQError(
             "the UNet changes the text before its projections (encoder_hid_proj, as for IP-Adapter); "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..compat import uncompiled
 from .joint_names import TEXT_REUSE
+from .pipelines import denoiser
 from .text_layers import inner_unet, project, restore, text_projections
 
 
@@ -87,7 +88,7 @@ def reuse_text_projections(pipe: Any) -> Any:
 
     Returns ``pipe``. Raises MixDQError for a denoiser without such projections.
     """
-    inner = inner_unet(getattr(pipe, "unet", None))
+    inner = inner_unet(denoiser(pipe))
     known = getattr(inner, TEXT_REUSE, None)
     if not any(hook is known for unet in (inner, pipe.unet) for hook in unet._forward_pre_hooks.values()):
         setattr(inner, TEXT_REUSE, TextReuse(pipe.unet, inner))

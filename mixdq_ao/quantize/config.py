@@ -96,9 +96,6 @@ class MixDQFqnConfig(FqnToConfig):
         return MixDQFqnConfig(configs, self.plan, self.overrides)
 
 
-MixDQConfig = MixDQFqnConfig  # the name that training.recover_layers imports
-
-
 def _after_folding(config: AOBaseConfig | None) -> AOBaseConfig | None:
     if not isinstance(config, MixDQLayerConfig) or not config.layer.folds_input:
         return config

@@ -18,7 +18,6 @@ from .analysis import Analysis
 from .calibrate import calibrate_as_drawn
 from .calibration import Calibration
 from .distributed import RayWorkers
-from .evaluation import Evaluation as Evaluation  # benchmarks import it from here
 from .one_at_a_time import OneAtATime
 from .part import WHOLE, Part
 from .probe import Probing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ from ..errors import CalibrationError
 from ..expect import expect
 from ..layer_plan import Range
 from ..layers import find_layers, split_points, text_readers
-from ..models.pipelines import Sampling
+from ..models.pipelines import Sampling, other_denoisers
 from ..plan_check import adapter_advice, joint_advice, prepared_advice
 from ..quantize.bos import bos_mask
 from ..quantize.folds import Fold, Folding, folded
@@ -77,6 +78,8 @@ class Calibrator:
         self.candidate: Tensor | None = None
         self.candidate_holds = True
         self.row_peaks = torch.zeros(0)
+        self.text: Tensor | None = None
+        self.saw_text = False
 
     @contextmanager
     def watch(self) -> Iterator[Calibrator]:
@@ -85,13 +88,26 @@ class Calibrator:
         layers = find_layers(self.model)
         for name in layers:
             self.watches.setdefault(name, _Watch(self.method, self.splits.get(name), name in self.readers))
-        with watched(self.model, layers, self._see):
-            yield self
+        handle = self.model.register_forward_pre_hook(self._take_text, with_kwargs=True)
+        try:
+            with watched(self.model, layers, self._see):
+                yield self
+        finally:
+            handle.remove()
+            self.text = None
+
+    def _take_text(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What the denoisers of diffusers call the text encoders' output; layers that are given it itself read it."""
+        text = kwargs.get("encoder_hidden_states")
+        self.text = text if isinstance(text, Tensor) and text.dim() == 3 else None
+        self.saw_text |= self.text is not None
 
     @torch.no_grad()
     def _see(self, name: str, module: nn.Linear | nn.Conv2d, x: Tensor, y: Tensor) -> None:
         self.ties.see(name, x)
         watch = self.watches[name]
+        if watch.whole.empty and isinstance(module, nn.Linear) and _same_memory(x, self.text):
+            watch.prompt = watch.prompt or RangeObserver(self.method)
         if watch.prompt is not None and not self._is_text(x):
             watch.prompt = None
         if watch.prompt is not None and self.bos is not False:
@@ -118,6 +134,11 @@ class Calibrator:
 
     def _embedding(self) -> tuple[float, ...] | None:
         prompts = [w.prompt for w in self.watches.values() if w.prompt is not None and not w.prompt.empty]
+        if self.bos is True and not prompts:
+            raise CalibrationError(
+                f"bos=True, but no linear layer of {type(self.model).__name__} is known to read the text embedding: "
+                "none has the name of one, and none was given the model's encoder_hidden_states"
+            )
         if self.candidate is None or not prompts or self.bos is False:
             return None
         others = max(max(abs(p.lo), abs(p.hi)) for p in prompts)
@@ -128,9 +149,16 @@ class Calibrator:
 
     def _note(self, apart: bool) -> str | None:
         """A note for metadata on the rows of the text embedding; None if the model reads no text, or ``bos=False``."""
-        if not len(self.row_peaks) or self.bos is False:
+        if self.bos is False:
             return None
-        median = max(self.row_peaks.median().item(), 1e-30)
+        peaks = self.row_peaks[self.row_peaks > 0]  # rows of zeros are padding
+        if not len(peaks):
+            return (
+                None
+                if not self.saw_text
+                else "no layer is known to read the text embedding, so its first row was not looked at"
+            )
+        median = peaks.median().item()
         ratio = self.row_peaks[0].item() / median
         if apart:
             return f"first row set apart: the same for every prompt, its peak {ratio:.1f} times the median row's"
@@ -198,6 +226,11 @@ def _check_original(model: nn.Module) -> None:
             raise CalibrationError(advice)
 
 
+def _same_memory(x: Tensor, y: Tensor | None) -> bool:
+    """Whether two tensors are the same values at the same place, as a tensor and a view of all of it are."""
+    return y is not None and (x.data_ptr(), x.shape, x.stride()) == (y.data_ptr(), y.shape, y.stride())
+
+
 def calibrate_as_drawn(pipe: Any, prompts: Sequence[str], sampling: Sampling) -> Calibration:
     """The calibration of an analysis that was given none, on the prompts it draws. Raises as ``calibrate``."""
     return calibrate(pipe, prompts, **asdict(sampling))
@@ -251,6 +284,12 @@ def calibrate(
     """
     model = model_of(pipe)
     calibrator = Calibrator(model, method, bos, act_bits)
+    if others := other_denoisers(pipe):
+        warnings.warn(
+            f"{type(pipe).__name__} also denoises with {', '.join(others)}, which this does not calibrate; calibrate "
+            f"it by itself: calibrate(pipe.{others[0]}, run=lambda: pipe(prompt, ...))",
+            stacklevel=2,
+        )
     go, metadata = runs(
         pipe, prompts, run, title="calibrating", steps=steps, guidance_scale=guidance_scale, seed=seed,
         batch_size=batch_size, height=height, width=width, frames=frames,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..compat import tree_unflatten
 from ..errors import SensitivityError
-from ..models.pipelines import first_output
+from ..models.outputs import denoised
 from .probe_delta import LayerDeltas
 from .watch import watched
 
@@ -60,6 +60,13 @@ class _Sink:
     names: Set[str] = frozenset()
     contract: Contract = inner
 
+    def nothing(self, name: str, device: torch.device) -> Tensor:
+        """The result of a layer that the output does not depend on: zeros [groups, choices]."""
+        groups = next(call.groups for call in self.seen if call.name == name)
+        choices = len(self.deltas[name].choices)
+        self.changes.setdefault(name, torch.zeros(choices, dtype=torch.float64, device=device))
+        return torch.zeros(groups, choices, device=device)
+
     def see(self, name: str, x: Tensor, y: Tensor) -> int:
         groups = self.rows if y.shape[0] % self.rows == 0 else 1
         call = _Seen(name, groups, x.detach())
@@ -95,7 +102,7 @@ class Tape:
     did not fit (these are computed again at each pull). A layer's gradient is used and freed as soon as it is computed.
 
     Args:
-        model: its first output is differentiated; parameters must not require gradients.
+        model: its prediction (``denoised``) is differentiated; parameters must not require gradients.
         flat, spec: the arguments (args, kwargs) as flattened by ``tree_flatten``.
         wanted: indices of the floating-point tensors in ``flat`` whose gradients pull() returns.
         rows: samples in the first dimension of layers' outputs.
@@ -119,11 +126,19 @@ class Tape:
         self.leaves: list[Tensor] = []
         self.sink = _Sink(deltas, budget, rows)
         args, kwargs = tree_unflatten(flat, spec)
+        self.unused: Set[str] = frozenset()
+        self.call = lambda: denoised(model(*args, **kwargs))
+        self.model = model
         with watched(model, deltas, self._see), torch.enable_grad():
-            self.output = first_output(model(*args, **kwargs))
+            self.output = self.call()
 
     def _see(self, name: str, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Hooks the gradient of a layer's output, which becomes a leaf of the graph where it requires none yet."""
+        if not torch.is_grad_enabled():
+            raise SensitivityError(
+                f"layer {name!r}: the model calls it without gradients (torch.no_grad in its forward); analyze with "
+                "method='one_at_a_time'"
+            )
         index = self.sink.see(name, x, y)
         if not y.requires_grad:
             self.leaves.append(y.detach().requires_grad_(True))
@@ -141,7 +156,7 @@ class Tape:
             of the wanted arguments.
 
         Raises:
-            SensitivityError: the gradient does not reach some layers, which it names.
+            SensitivityError: the gradient does not reach some layers, which it names, and the output depends on them.
         """
         sink = self.sink
         sink.results, sink.names, sink.contract = {}, names, contract
@@ -150,14 +165,30 @@ class Tape:
         if self.output.requires_grad:
             inputs = [*self.links, *self.leaves]
             gradients = torch.autograd.grad(self.output, inputs, cotangent, retain_graph=True, allow_unused=True)
-        missed = sorted({call.name for call in sink.seen} - sink.reached)
-        if missed:
+        missed = sorted({call.name for call in sink.seen} - sink.reached - self.unused)
+        if missed and not self._unused(missed):
             raise SensitivityError(
                 f"layers {', '.join(missed)}: called, but no gradient of the model's output reaches their own output; "
                 "analyze with method='one_at_a_time'"
             )
+        self.unused |= set(missed)
         results, sink.results = sink.results, {}
+        results |= {name: sink.nothing(name, self.output.device) for name in self.unused & names}
         return results, list(gradients[: len(self.links)])
+
+    @torch.no_grad()
+    def _unused(self, names: Sequence[str]) -> bool:
+        """Whether the output is bit for bit the same when these layers' outputs are changed.
+
+        A model for picture and text may compute text in its last block that nothing reads (Qwen-Image).
+        """
+
+        def other(name: str, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            return 2 * y + 1
+
+        expected = self.call()
+        with watched(self.model, names, other):
+            return torch.equal(self.call(), expected)
 
 
 @contextmanager

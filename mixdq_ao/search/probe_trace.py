@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..compat import tree_flatten, tree_unflatten
 from ..errors import SensitivityError
-from ..models.pipelines import Sampling, drawn, first_output, generate
+from ..models.outputs import denoised, with_denoised
+from ..models.pipelines import Sampling, drawn, generate, of_prompts_alone
 from .probe_tape import frozen
 from .watch import denoiser_of, eager, hooked
 
@@ -65,6 +66,7 @@ class _Differentiable:
 
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.images = pipe, None
+        self.__signature__ = inspect.signature(pipe)
 
     def __call__(self, **kwargs: Any) -> Any:
         with torch.enable_grad():
@@ -82,7 +84,7 @@ def trace(pipe: Any, prompts: list[str], sampling: Sampling, *, pictures: bool) 
     """
     steps: list[Step] = []
     run = _Differentiable(pipe)
-    with _unmarked(pipe), eager(), _recorded(denoiser_of(pipe), steps):
+    with of_prompts_alone(pipe), _unmarked(pipe), eager(), _recorded(denoiser_of(pipe), steps):
         for _ in generate(run, prompts, sampling, "pt" if pictures else "latent"):
             pass
     images = run.images if pictures else None
@@ -104,10 +106,8 @@ def _recorded(model: nn.Module, steps: list[Step]) -> Iterator[None]:
         return tree_unflatten(flat, spec)
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
-        steps[-1].output = leaf = first_output(output).detach().requires_grad_(True)
-        if isinstance(output, Tensor | tuple):
-            return leaf if isinstance(output, Tensor) else (leaf, *output[1:])
-        return type(output)(sample=leaf)
+        steps[-1].output = leaf = denoised(output).detach().requires_grad_(True)
+        return with_denoised(output, leaf)
 
     with hooked(model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)):
         yield

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError, QuantizationError
-from ..models.pipelines import Sampling, check_prompts, first_output, generate
+from ..models.outputs import denoised
+from ..models.pipelines import Sampling, check_prompts, generate
 from ..quantize.folds import Fold, Folding, as_smoothing, find_folds, fold_, folded, foldings_of, planned_folds
 from ..quantize.hadamard import hadamard
 from .calibration import Calibration
@@ -81,7 +82,7 @@ def _first_call(model: nn.Module, call: list[Any]) -> Iterator[None]:
 
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not call:
-            call.extend((copy.deepcopy(args), copy.deepcopy(kwargs), first_output(output).clone()))
+            call.extend((copy.deepcopy(args), copy.deepcopy(kwargs), denoised(output).clone()))
 
     with hooked(model.register_forward_hook(see, with_kwargs=True)):
         yield
@@ -89,7 +90,7 @@ def _first_call(model: nn.Module, call: list[Any]) -> Iterator[None]:
 
 def _check_same(model: nn.Module, folds: Mapping[Fold, Folding], args: Any, kwargs: Any, before: Tensor) -> None:
     with folded(model, folds):
-        error = error_power(before, first_output(model(*args, **kwargs)))
+        error = error_power(before, denoised(model(*args, **kwargs)))
     if not error <= max(SAME, (4 * torch.finfo(before.dtype).eps) ** 2):
         raise QuantizationError(
             f"smoothing or rotation changed the output of {type(model).__name__} by {error:.1e} of its power, expected "

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..errors import SensitivityError
 from ..layer_plan import LayerPlan
 from ..layers import find_layers
-from ..models.pipelines import Sampling, check_prompts, each_frame, first_output, generate_all, text_encoders
+from ..models.outputs import denoised
+from ..models.pipelines import Sampling, check_prompts, each_frame, generate_all, text_encoders
 from ..quantize.config import MixDQLayerConfig, fake_quantizer
 from ..quantize.fake import become, with_fake_quantizer, without_fake_quantizer
 from .batches import batches
@@ -25,8 +26,8 @@ from .watch import denoiser_of, eager, hooked
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The outputs of one batch: the denoiser's at every step [steps, B, ...], and pictures [B, 3, H, W] (videos
-    [B, F, 3, H, W]) or None."""
+    """The outputs of one batch: the denoiser's at every step [steps, B, ...] (flattened, [1, n], where calls differ in
+    shape), and pictures [B, 3, H, W] (videos [B, F, 3, H, W]) or None."""
 
     denoised: Tensor
     images: Tensor | None
@@ -37,10 +38,12 @@ def run(pipe: Any, prompts: list[str], sampling: Sampling, *, images: bool) -> O
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        outputs.append(first_output(output).detach())
+        outputs.append(denoised(output).detach())
 
     with hooked(denoiser_of(pipe).register_forward_hook(keep)), eager():
         result = generate_all(pipe, prompts, sampling, "pt" if images else "latent")
+    if len({y.shape for y in outputs}) > 1:  # calls of several batch sizes, as for several kinds of guidance
+        outputs = [torch.cat([y.flatten() for y in outputs])]
     return Output(torch.stack(outputs), result if images else None)
 
 

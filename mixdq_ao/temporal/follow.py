@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,19 +37,25 @@ class Steps:
 
     def __init__(self) -> None:
         self.scale: int | None = None
+        self.by_position = False
 
-    def step_of(self, timesteps: Tensor, timestep: Tensor | float, steps: int, order: int = 1) -> int:
+    def step_of(
+        self, timesteps: Tensor, timestep: Tensor | float, steps: int, order: int = 1, position: int | None = None
+    ) -> int:
         """The step, in [0, steps), of a call with ``timestep`` (a number, or a tensor that repeats one).
 
         Pipelines usually pass an element of ``timesteps`` itself: its storage offset is its index, known without a
         device synchronization. Otherwise the nearest value is searched. A run that begins late (img2img) has its steps
         at the end.
 
+        Models that are called with another function of the timestep (1 - t / 1000, or an angle) are at ``position``,
+        the scheduler's own index of the coming step.
+
         Raises:
             ScheduleError: the scheduler does not run ``steps`` steps, or ``timestep`` is not in its list.
         """
         place = _place_in_memory(timesteps, timestep)
-        place = self._nearest(timesteps, timestep) if place is None else place
+        place = self._nearest(timesteps, timestep, position) if place is None else place
         if len(timesteps) == steps:
             return place
         if step_count(timesteps, order) != steps:
@@ -59,12 +66,15 @@ class Steps:
         distinct, rank = torch.unique_consecutive(timesteps, return_inverse=True)
         return int(rank[place]) if len(distinct) == steps else place // order
 
-    def _nearest(self, timesteps: Tensor, timestep: Tensor | float) -> int:
+    def _nearest(self, timesteps: Tensor, timestep: Tensor | float, position: int | None) -> int:
         value = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
         listed = timesteps.detach().double().cpu()
         distances = torch.stack([(listed - value * s).abs() / listed.abs().clamp(min=1.0) for s in SCALES])
         least, nearest = (found.tolist() for found in distances.min(1))
         close = [scale for scale, distance in enumerate(least) if distance <= CLOSE]
+        if (self.by_position or not close) and position is not None and 0 <= position < len(listed):
+            self.by_position = True  # of all calls to come, some of which may be near by chance
+            return position
         if not close:
             raise ScheduleError(
                 f"timestep {value:g} is none of the scheduler's {len(listed)} ({listed[0]:g} to {listed[-1]:g}); "
@@ -76,6 +86,23 @@ class Steps:
             return nearest[self.scale]
         # both scales match and neither is known: the nearer one; of equally near ones the earlier step, a run's start
         return nearest[min(close, key=lambda scale: (round(least[scale] / EQUAL), nearest[scale]))]
+
+
+def timesteps_of(scheduler: Any) -> Tensor:
+    """``scheduler.timesteps``, one for each step: SCMScheduler (Sana Sprint) lists the end of the last step as well."""
+    timesteps = scheduler.timesteps
+    return timesteps[:-1] if type(scheduler).__name__ == "SCMScheduler" else timesteps
+
+
+def position(scheduler: Any) -> int | None:
+    """The index of the coming step in ``scheduler.timesteps``; None where the scheduler does not say.
+
+    Schedulers of diffusers know no index before their first step of a run.
+    """
+    if not hasattr(scheduler, "step_index"):
+        return None
+    index = scheduler.step_index
+    return getattr(scheduler, "begin_index", None) or 0 if index is None else int(index)
 
 
 def _place_in_memory(timesteps: Tensor, timestep: Tensor | float) -> int | None:

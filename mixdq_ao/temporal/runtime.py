@@ -20,7 +20,7 @@ from ..quantize.quantizer import refuse_unusable
 from ..quantize.tensor import is_quantized
 from ..registration import PREPARED
 from ..search.calibration import Calibration
-from .follow import Steps, step_count
+from .follow import Steps, position, step_count, timesteps_of
 from .layer import LevelLayer, Storage, Switch
 from .plan import TemporalPlan
 
@@ -194,11 +194,12 @@ class _Follower:
                 "runtime.follow(pipe) when it is loaded"
             )
         scheduler, plan = self.runtime.followed.scheduler, self.runtime.plan
-        timesteps, order = scheduler.timesteps, getattr(scheduler, "order", 1)
+        timesteps, order = timesteps_of(scheduler), getattr(scheduler, "order", 1)
         as_found = order == 1 and len(timesteps) == len(plan.steps)  # even if timesteps repeat
         if self.resample and not as_found:
             plan = self.runtime.plan_for(step_count(timesteps, order))
-        self.runtime.level = plan.steps[self.steps.step_of(timesteps, timestep, len(plan.steps), order)]
+        step = self.steps.step_of(timesteps, timestep, len(plan.steps), order, position(scheduler))
+        self.runtime.level = plan.steps[step]
 
 
 class _Heir:

@@ -26,7 +26,7 @@ from ..errors import AllocationError
 from ..expect import expect
 from ..layer_plan import ACT_BITS, WEIGHT_BITS
 from ..search.additive import additive_errors
-from ..search.highs import Array
+from ..search.arrays import Array
 from ..search.orthogonality import DECAY, Orthogonality, place_weights, sampled_steps
 from ..search.orthogonality_allocate import Form, check_form, choose, worth
 from ..search.request import Demand, check_request, positive, protected_names

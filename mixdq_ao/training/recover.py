@@ -24,10 +24,9 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from ..compat import uncompiled
 from ..errors import MixDQError, OptimizerError, PlanError
 from ..expect import whole
-from ..models.pipelines import check_prompts, denoiser
+from ..models.pipelines import check_prompts, inner_denoiser
 from ..plan import Plan
 from ..quantize.config import declare_quantized, mixdq_config, quantize_
 from ..quantize.fake import without_fake_quantizer
@@ -118,7 +117,7 @@ def recover(
     directory = None if checkpoint is None else Path(checkpoint)
     if directory is not None:
         check_directory(directory)
-    teacher = uncompiled(denoiser(pipe))
+    teacher = inner_denoiser(pipe)
     student = _student(teacher, plan, moments, recipe)
     settings = {"plan": plan.to_json(), "prompts": learned, "held_out": measured}
     settings |= {"moments": None if moments is None else fingerprint_of(moments)}

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..layer_plan import LayerPlan, Range
 from ..quantize.bos import bos_mask
-from ..quantize.config import MixDQConfig, MixDQLayerConfig
+from ..quantize.config import MixDQFqnConfig, MixDQLayerConfig
 from ..quantize.fake import become, straight_through
 from ..quantize.grid import SMALLEST_SCALE, Grid, minmax_grid
 from ..quantize.planned import quantize_planned
@@ -251,7 +251,7 @@ def students(model: nn.Module) -> Iterator[tuple[str, StudentLinear | StudentCon
 
 
 @torch.no_grad()
-def make_student(model: nn.Module, config: MixDQConfig, *, scales: bool, ranges: bool, rank: int) -> None:
+def make_student(model: nn.Module, config: MixDQFqnConfig, *, scales: bool, ranges: bool, rank: int) -> None:
     """Turns the layers of ``model`` that ``config`` (in fake mode, checked) quantizes into student layers, in place.
 
     Args:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..compat import uncompiled
-from ..models.pipelines import denoiser
+from ..models.outputs import denoised
+from ..models.pipelines import inner_denoiser
 from ..progress import progress
 from ..search.fingerprint import fingerprint
 from .averaging import Average
@@ -24,7 +24,7 @@ from .recover_blocks import alone, find_blocks, recorded_calls, together
 from .recover_layers import NEAR, Student, students
 from .recover_options import RATE_OF_BITS, Recipe
 from .recover_state import Progress, load_optimizer, load_run, optimizer_tensors, save_run
-from .recover_targets import Targets, first_output, record
+from .recover_targets import Targets, record
 
 SMALLEST_SIZE = 1e-2
 """Smallest root mean square that is assumed of a parameter tensor, so that biases of zero can change."""
@@ -94,7 +94,7 @@ class Run:
         settings: Mapping[str, Any],
         make_optimizer: MakeOptimizer | None,
     ) -> None:
-        self.pipe, self.teacher, self.student = pipe, uncompiled(denoiser(pipe)), student
+        self.pipe, self.teacher, self.student = pipe, inner_denoiser(pipe), student
         self.prompts, self.measure, self.recipe = prompts, measure, recipe
         self.directory = directory
         self.parameters = trained_parameters(student, recipe)
@@ -163,7 +163,7 @@ class Run:
             return alone(self.student, lessons)
         with ExitStack() as stack:
             outputs = stack.enter_context(recorded_calls(self.student, self.blocks)) if lessons else {}
-            y = first_output(self.student(*args, **kwargs))
+            y = denoised(self.student(*args, **kwargs))
         loss = (y.float() - wanted.float()).square().mean() / targets.power
         return loss + recipe.block_weight * together(outputs, lessons) if lessons else loss
 
@@ -294,7 +294,7 @@ def error_on(model: nn.Module, targets: Targets, batch_size: int) -> float:
         noise = power = 0.0
         for samples in torch.arange(start, end).split(batch_size):
             (args, kwargs), wanted = targets.batch(samples, device)
-            y = first_output(model(*args, **kwargs))
+            y = denoised(model(*args, **kwargs))
             noise += (y.double() - wanted.double()).square().sum().item()
             power += wanted.double().square().sum().item()
         errors.append(noise / power if power else math.nan)

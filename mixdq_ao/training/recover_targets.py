@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MixDQError
-from ..models.pipelines import Sampling, denoiser, first_output, generate
+from ..models.outputs import denoised
+from ..models.pipelines import Sampling, denoiser, generate
 from ..progress import progress
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -191,7 +192,7 @@ class _Recorder:
         return stored.to(value.dtype)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.outputs.append(first_output(output).detach().cpu())
+        self.outputs.append(denoised(output).detach().cpu())
 
     def targets(self, spans: list[tuple[int, int]]) -> Targets:
         fields = {

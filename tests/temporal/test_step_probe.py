@@ -13,7 +13,7 @@ from torch import nn
 from mixdq_ao import SensitivityError, allocate_steps, calibrate
 from mixdq_ao.quantize.config import MixDQLayerConfig, fake_quantizer
 from mixdq_ao.quantize.fake import with_fake_quantizer, without_fake_quantizer
-from mixdq_ao.search.analyze import Evaluation
+from mixdq_ao.search.evaluation import Evaluation
 from mixdq_ao.temporal.step_probe import over_the_run, probe_steps
 
 from ..search.test_probe import PROMPTS, Toy
