@@ -1,9 +1,9 @@
 """Ratios of two benchmark runs on one machine: python -m benchmarks.compare RECORD.json [NEW.json] [--tolerance 0.15]
 
-Shows those of one run where one is given. Reads what ``pytest benchmarks --benchmark-json=FILE`` wrote. Only speed-ups
-over the reference of the same run are compared, never seconds of different runs. Ends with 1 where a ratio fell by more
-than the tolerance and the confidence intervals do not meet, with 2 where the files are not comparable: another
-processor, thread count or torch.
+With one file it shows its ratios. Reads files of ``pytest benchmarks --benchmark-json=FILE``. Compares only speed-ups
+over the reference of the same run, never seconds of different runs. Exits with 1 if a ratio fell by more than the
+tolerance and the confidence intervals do not overlap, with 2 if the files are not comparable: another processor, thread
+count or torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SAME = ("processor", "cpu_capability", "vnni", "amx", "threads", "gpu")
 
 
 class Incomparable(Exception):
-    """The files are not results of the same machine, or no results."""
+    """The files are not results, or not of the same machine."""
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def check_same(record: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def ratios(document: dict[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
-    """{(benchmark, contender): {"speedup", "low", "high", "ms"}}, references left out."""
+    """{(benchmark, contender): {"speedup", "low", "high", "ms"}}, without the references."""
     found = {}
     for benchmark in document["benchmarks"]:
         contenders = benchmark.get("extra_info", {}).get("contenders", {})
@@ -56,7 +56,7 @@ def ratios(document: dict[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
 
 
 def fell(record: dict[str, float], new: dict[str, float], tolerance: float) -> bool:
-    """Whether a speed-up is lower by more than ``tolerance`` (relative) and surely so."""
+    """Whether a speed-up is lower by more than ``tolerance`` (relative) and the confidence intervals do not overlap."""
     return new["speedup"] < (1 - tolerance) * record["speedup"] and new["high"] < record["low"]
 
 

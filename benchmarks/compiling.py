@@ -1,7 +1,7 @@
 """Seconds until a compiled UNet gives its first picture: python -m benchmarks.compiling tiny|bundled float32|W8A8|W4A8
 
-Run in a process of its own with TORCHINDUCTOR_CACHE_DIR set: an empty folder there is a cold start, the same folder
-again a warm one. Prints JSON.
+Run it in its own process with TORCHINDUCTOR_CACHE_DIR set: to an empty folder for a cold start, to the same folder
+again for a warm one. Prints JSON.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SUBJECTS = {"tiny": tiny, "bundled": bundled_unet}
 
 @torch.no_grad()
 def measure(subject: str, what: str) -> dict[str, float]:
-    """Seconds of the first call and of a later one; their difference to the same model uncompiled, relative."""
+    """Seconds of the first call and of a later one, and the relative difference to the uncompiled output."""
     unet, inputs = SUBJECTS[subject]()
     if what != "float32":
         calibration = replace(calibrate(unet, run=lambda: unet(**inputs)), bos_embedding=None)

@@ -1,4 +1,4 @@
-"""What every benchmark's JSON says of the machine."""
+"""Adds the machine to the JSON of every benchmark."""
 
 from __future__ import annotations
 

@@ -282,7 +282,10 @@ def table(rows: Mapping[str, Row]) -> str:
 
 def words(rows: Mapping[str, Row], stable: Mapping[str, Any]) -> str:
     """What the rows say of per-layer bits against uniform ones, and of theta."""
-    gained = lambda a, b: f"{rows[a]['psnr'] - rows[b]['psnr']:+.1f} dB"  # noqa: E731
+
+    def gained(a, b):
+        return f"{rows[a]['psnr'] - rows[b]['psnr']:+.1f} dB"
+
     lines = []
     for bits, base in (("W4A8", "W4A8 | uniform | "), ("W8A6", "W8A6 | per layer | ones")):
         of = "uniform bits" if "uniform" in base else "importances of 1"

@@ -1,4 +1,4 @@
-"""Bytes that a model holds, whoever quantized it."""
+"""Bytes of a model's tensors, for any quantization library."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Storage of every parameter and buffer, tensor subclasses opened, shared memory counted once."""
+    """Bytes of storage of all parameters and buffers, including inner tensors of subclasses; shared storage once."""
     seen: dict[int, int] = {}
 
     def visit(tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""UNets that benchmarks and tests build: arguments of diffusers' UNet2DConditionModel."""
+"""Layouts of UNets for benchmarks and tests: arguments of diffusers' UNet2DConditionModel."""
 
 from __future__ import annotations
 

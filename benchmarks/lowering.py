@@ -50,7 +50,7 @@ class Step(nn.Module):
 
 @torch.no_grad()
 def generated(weight_bits: int, pixels: int, arch: str, *, tiny: bool, apart: bool = False) -> str:
-    """The code for one step of the quantized UNet in float16."""
+    """The generated code for one step of the quantized UNet in float16."""
     unet = subject.quantized(subject.build(dry=tiny, device="meta", dtype=torch.float16), weight_bits)
     if not apart:
         fuse_projections(unet)
@@ -63,7 +63,7 @@ def generated(weight_bits: int, pixels: int, arch: str, *, tiny: bool, apart: bo
 
 
 def _tie(unet: nn.Module) -> None:
-    """Layers that read one tensor share tensors, as they do off the meta device, where values are compared."""
+    """Shares scales and zero points between layers that read the same tensor, as is done by value off meta devices."""
     first: dict[tuple[str, str], Tensor] = {}
     for name, layer in unet.named_modules():
         weight = getattr(layer, "weight", None)
@@ -165,7 +165,7 @@ def main() -> None:
 
 
 def _add(folder: Path, row: dict[str, Any], same: tuple[str, ...], *, tiny: bool) -> None:
-    """Writes the row beside those of other runs, in place of one of the same kind."""
+    """Adds the row to those of other runs, replacing one of the same kind."""
     path = folder / "lowering.json"
     known = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = [r for r in known if any(r[k] != row[k] for k in same)] + [row]

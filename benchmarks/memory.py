@@ -1,4 +1,4 @@
-"""The most memory a block of code takes, as the kernel counts it."""
+"""Measures the peak memory of a block of code, as the kernel counts it."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ INTERVAL = 0.004
 
 
 def anonymous() -> int:
-    """Bytes of this process that are no pages of files (those the kernel can drop)."""
+    """Resident bytes of this process without file pages, which the kernel can drop."""
     found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
     assert found is not None, "a Linux kernel tells RssAnon"
     return 1024 * int(found[1])
 
 
 def resident() -> int:
-    """Bytes of this process in memory, pages of mapped files among them."""
+    """Resident bytes of this process, including pages of mapped files."""
     found = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())
     assert found is not None, "a Linux kernel tells VmRSS"
     return 1024 * int(found[1])
 
 
 class Peak:
-    """``with Peak() as peak: ...``; then ``peak.bytes`` is the most held inside the block, looked at every 4 ms,
-    beyond ``base`` (default: what is held at its start), and ``peak.seconds`` the time it took. ``peak.with_files`` is
-    the same of all resident pages, those of mapped files included, beyond what was resident at its start."""
+    """``with Peak() as peak: ...``; then ``peak.bytes`` is the peak of ``anonymous`` inside the block, sampled every 4
+    ms, above ``base`` (default: its value at the start), and ``peak.seconds`` the time of the block.
+    ``peak.with_files`` is the peak of ``resident`` above its value at the start."""
 
     def __init__(self, base: int | None = None) -> None:
         self.base, self.bytes, self.seconds = anonymous() if base is None else base, 0, 0.0

@@ -1,6 +1,6 @@
 """Memory of a quantized UNet's call by torch and by the kernel: python -m benchmarks.memory_subject W4A8
 
-Random weights in SDXL's layout, narrower and with fewer blocks; in a process of its own, which begins with no memory of
+Random weights in SDXL's layout, narrower and with fewer blocks; in its own process, which starts without the memory of
 other models. "W4A8 memory" unpacks weights at every call and keeps nothing (``inductor_kernels.weight_cache``). Prints
 JSON.
 """
@@ -28,12 +28,12 @@ from .memory import Peak, anonymous
 
 LATENT = 32
 CALLS = 20
-"""The kernel is asked every few milliseconds, and one call may have its peak in between."""
+"""Several calls, because the kernel's count is sampled every few milliseconds and may miss the peak of one."""
 SUBJECT = NARROW_SDXL | {"transformer_layers_per_block": (1, 1, 2)}
 
 
 def peak_by_torch(call: Any) -> int:
-    """The most bytes that torch's allocator handed out and had not got back, beyond what was there before."""
+    """Peak bytes allocated by torch's allocator, above those at the start."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()
     now = peak = 0
@@ -45,7 +45,7 @@ def peak_by_torch(call: Any) -> int:
 
 
 def training(unet: UNet2DConditionModel, inputs: dict[str, Any]) -> Any:
-    """A step of an adapter's training, without its optimizer; the adapter stays in the model."""
+    """One training step of an adapter, without an optimizer; the adapter stays in the model."""
     unet.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
 
     def step() -> None:
@@ -65,7 +65,10 @@ def measure(what: str) -> dict[str, float]:
     added = {"text_embeds": torch.randn(1, 1280), "time_ids": torch.randn(1, 6)}
     inputs = {"sample": torch.randn(1, 4, LATENT, LATENT), "timestep": torch.tensor(500), "return_dict": False}
     inputs |= {"encoder_hidden_states": torch.randn(1, 77, 640), "added_cond_kwargs": added}
-    call = lambda: unet(**inputs)[0]  # noqa: E731
+
+    def call():
+        return unet(**inputs)[0]
+
     expected = call()
     if what != "float32":
         calibration = replace(calibrate(unet, run=call), bos_embedding=None)

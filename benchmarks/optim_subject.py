@@ -1,4 +1,4 @@
-"""What the optimizers are compared on: a UNet in SDXL's layout, the contenders, and the memory a step takes.
+"""The comparison of optimizers: a UNet in SDXL's layout, the contenders, and the memory of a step.
 
 Run as a program (python -m benchmarks.optim_subject NAME SIZE) it measures one contender's memory.
 """
@@ -49,7 +49,7 @@ def make_unet(size: str, seed: int = 0) -> UNet2DConditionModel:
 
 
 def batch_of(seed: int, size: int = 4) -> dict[str, Tensor]:
-    """A denoising task that can be learned: the noise of a picture made from its text."""
+    """A batch of a learnable denoising task: the noise of a picture made from its text."""
     g = torch.Generator().manual_seed(seed)
     text = torch.randn(size, 8, 64, generator=g)
     clean = text.mean(1)[:, :4, None, None] * torch.linspace(-3, 3, 16)[:, None] * torch.linspace(-1, 1, 16)
@@ -99,7 +99,7 @@ def master(model: UNet2DConditionModel) -> Contender:
 
 
 def stochastic(model: UNet2DConditionModel) -> Contender:
-    """torchao compiles its step for every shape of a parameter, minutes for a UNet: here it runs uncompiled."""
+    """torchao's optimizer, uncompiled: it would compile its step for every shape, which takes minutes for a UNet."""
     from torchao.optim import _AdamW
 
     torch.compiler.set_stance("force_eager")
@@ -126,9 +126,9 @@ CONTENDERS: dict[str, Callable[[UNet2DConditionModel], Contender]] = {
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive, exactly, and their peak.
+    """Counts the exact bytes of all live tensors, and their peak.
 
-    Every result of an operator adds its storage until that is freed; what an operator needs inside is not seen.
+    Every result of an operator adds its storage until that is freed; temporary memory inside operators is not counted.
     """
 
     def __init__(self) -> None:

@@ -107,7 +107,10 @@ class Subject:
         self.texts = [p.text for p in shapes.prompts(PROFILED, seed=55)]
         self.test = shapes.prompts(TEST, seed=2026, held_out=True)
         self.scorer = shapes.load_scorer()
-        make = lambda: calibrate(self.pipe, self.texts, steps=STEPS)  # noqa: E731
+
+        def make():
+            return calibrate(self.pipe, self.texts, steps=STEPS)
+
         self.calibration = self._saved("calibration", Calibration, make)
         self.exams = {steps: self._exam(steps) for steps in STEPS}
         self._references: dict[int, Tensor] = {}
@@ -131,7 +134,10 @@ class Subject:
 
     def correlated(self, estimator: Estimator) -> Orthogonality:
         """All steps of the longest run, kept in a file."""
-        make = lambda: self.orthogonality(LONGEST, estimator=estimator)  # noqa: E731
+
+        def make():
+            return self.orthogonality(LONGEST, estimator=estimator)
+
         return self._saved(estimator, Orthogonality, make)
 
     def orthogonality(self, steps: int, timesteps: int | None = None, **options: Any) -> Orthogonality:
@@ -142,7 +148,10 @@ class Subject:
     def probed(self) -> Sensitivity:
         """Estimates of every layer's error and score at one denoising step, weights at 2, 4 and 8 bits."""
         options: dict[str, Any] = {"calibration": self.calibration, "batch_size": ANALYZED, "act_bits": (8,)}
-        make = lambda: analyze(self.pipe, self.texts[:ANALYZED], method="probe", **options)  # noqa: E731
+
+        def make():
+            return analyze(self.pipe, self.texts[:ANALYZED], method="probe", **options)
+
         return self._saved("probed", Sensitivity, make)
 
     def measured(self) -> Sensitivity:
@@ -214,7 +223,10 @@ def profiling(subject: Subject, found: Mapping[str, Orthogonality], store: Store
     """How theta of few sampled steps of the longest run agrees with that of all, and what sampling them takes."""
     figures: dict[str, Any] = {"cpu_seconds": {"0": kept(store, "profiling|0", lambda: _run_alone(subject))["seconds"]}}
     for count in SAMPLED:
-        look = lambda c=count: {"seconds": cpu_seconds(lambda: subject.orthogonality(LONGEST, c))}  # noqa: E731
+
+        def look(c=count):
+            return {"seconds": cpu_seconds(lambda: subject.orthogonality(LONGEST, c))}
+
         figures["cpu_seconds"][str(count)] = kept(store, f"profiling|{count}", look)["seconds"]
     for estimator, full in found.items():
         every = list(full.importance().values())

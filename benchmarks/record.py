@@ -1,4 +1,4 @@
-"""The command that made a file of results, as it is written into it."""
+"""The command that made a file of results, to be recorded in the file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shlex
 import sys
 
 PLACES = ("--work", "--out")
-"""Options that say where files lie, which figures do not depend on."""
+"""Options for paths, on which figures do not depend."""
 
 
 def command(module: str) -> str:

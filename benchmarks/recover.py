@@ -115,7 +115,10 @@ def main() -> None:
     bits = subject.bits(args.bits, args.work / "sensitivity.jsonl")
     plain, plan = subject.plan(bits, PLAIN), subject.plan(bits, args.start)
     moments = subject.moments(plan)
-    show = lambda m: print({k: round(v, 6) for k, v in m.items()}, flush=True)  # noqa: E731
+
+    def show(m):
+        print({k: round(v, 6) for k, v in m.items()}, flush=True)
+
     found = recover(
         subject.pipe,
         plan,
@@ -168,7 +171,10 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def _row(result: dict[str, Any]) -> str:
     pictures, training = result["pictures"], result["training"]
-    pair = lambda title, key, form, scale=1: " / ".join(form % (scale * pictures[title][s][key]) for s in ("1", "4"))  # noqa: E731
+
+    def pair(title, key, form, scale=1):
+        return " / ".join(form % (scale * pictures[title][s][key]) for s in ("1", "4"))
+
     cells = [f"{result['average_weight_bits']:.2f}", f"{result['bytes']:,}"]
     cells += [pair(title, "agreement", "%.1f", 100) for title in ("full", "rounded", "start", "recovered")]
     cells += [pair(title, "psnr", "%.1f") for title in ("rounded", "start", "recovered")]

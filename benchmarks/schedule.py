@@ -175,7 +175,10 @@ def seconds(
 ) -> dict[str, dict[str, float]]:
     """{name: {"seconds", "original"}} of those in the store; with ``measure`` of all: the median wall time of a
     generation, uncompiled, and of the original pipeline's in the same turns."""
-    key = lambda n: json.dumps(["seconds", steps, *schedules[n]])  # noqa: E731
+
+    def key(n):
+        return json.dumps(["seconds", steps, *schedules[n]])
+
     if new := [n for n in schedules if store.get(key(n)) is None] if measure else []:
         timed = _timed(study, steps, {n: schedules[n] for n in new})
         original = timed.pop("original")
@@ -266,7 +269,10 @@ def measure(study: Study, options: argparse.Namespace, store: Store, deadline: f
     others = across_samplers(options, rows, deadline) if options.samplers else []
     timed = {n: s for n, s in shown.items() if not n.startswith(("W3", "W2"))}
     timed = seconds(study, steps, timed, store, options.seconds)
-    summary = lambda a: {m: {"r_squared": v.r_squared, "measured_over_predicted": v.ratio} for m, v in a.items()}  # noqa: E731
+
+    def summary(a):
+        return {m: {"r_squared": v.r_squared, "measured_over_predicted": v.ratio} for m, v in a.items()}
+
     metadata = {
         "command": command(options),
         "steps": steps,

@@ -61,7 +61,10 @@ def random_unet(config: dict[str, Any]) -> UNet2DConditionModel:
 def inputs(model: UNet2DConditionModel, latent: int) -> dict[str, Any]:
     """One sample of noise and a text whose first row is an outlier, as CLIP's are."""
     generator = torch.Generator().manual_seed(1)
-    draw = lambda *shape: torch.randn(*shape, generator=generator).to(torch.bfloat16)  # noqa: E731
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(torch.bfloat16)
+
     config: Any = model.config
     text = draw(1, TOKENS, config.cross_attention_dim)
     text[:, 0, 7] = OUTLIER

@@ -15,7 +15,7 @@ from .gpu import unet as subject
 
 @torch.no_grad()
 def products(pixels: int, *, tiny: bool = False) -> Counter[Product]:
-    """How many layers of each shape a call with batch 1 has; 8-bit weights and 16-bit results."""
+    """{shape: number of layers} of a call with batch 1; 8-bit weights and 16-bit results."""
     unet = subject.build(dry=tiny, device="meta", dtype=torch.float16)
     found: Counter[Product] = Counter()
     gated = {module.proj for module in unet.modules() if isinstance(module, GEGLU)}

@@ -38,7 +38,10 @@ def sensitivity(layers: int) -> Sensitivity:
 def test_allocate(benchmark: Any, layers: int) -> None:
     """33,334 layers with three choices each are 100,002 binaries."""
     given, budget = sensitivity(layers), 3.5
-    solve = lambda: allocate(given, weight_bits=budget, objective="additive", time_limit=300)  # noqa: E731
+
+    def solve():
+        return allocate(given, weight_bits=budget, objective="additive", time_limit=300)
+
     found = benchmark.pedantic(solve, rounds=3 if layers < 1000 else 1)
     benchmark.extra_info.update(binaries=len(BITS) * layers, status=found.status, solver_seconds=found.seconds)
     print(f"\n  {len(BITS) * layers} binaries: {benchmark.stats.stats.median:.2f} s, {found.status}")

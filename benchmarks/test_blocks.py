@@ -62,7 +62,10 @@ def test_blocks(benchmark: Any, build: Callable[[], tuple[nn.Module, dict[str, A
     torch.manual_seed(0)
     model, inputs = build()
     model = model.eval().requires_grad_(False)
-    call = lambda m: m(**inputs, return_dict=False)[0]  # noqa: E731
+
+    def call(m):
+        return m(**inputs, return_dict=False)[0]
+
     with torch.no_grad():
         expected = call(model)
         calibration = replace(calibrate(model, run=lambda: call(model)), bos_embedding=None)

@@ -16,7 +16,7 @@ CONTENDERS = ("float32", "W8A8", "W4A8")
 
 
 def first_call(subject: str, what: str, cache: Path) -> dict[str, float]:
-    """In a process of its own."""
+    """Runs ``benchmarks.compiling`` in its own process."""
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache)}
     command = [sys.executable, "-m", "benchmarks.compiling", subject, what]
     root = Path(__file__).parents[1]
@@ -26,7 +26,7 @@ def first_call(subject: str, what: str, cache: Path) -> dict[str, float]:
 
 @pytest.mark.parametrize("subject", ["tiny", pytest.param("bundled", marks=pytest.mark.slow)])
 def test_compile(benchmark: Any, subject: str, tmp_path: Path) -> None:
-    """The bundled UNet takes one to two minutes cold on two cores; what is compiled agrees with what is not."""
+    """The bundled UNet takes one to two minutes cold on two cores; compiled and uncompiled outputs must agree."""
 
     def run() -> dict[str, dict[str, float]]:
         found = {}

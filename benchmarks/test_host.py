@@ -1,8 +1,8 @@
-"""What one call of a compiled UNet costs the host before its first kernel, with and without guards on layers.
+"""Host time of one call of a compiled UNet before its first kernel, with and without guards on layers.
 
-``torch.compile`` looks at every weight before each call, and takes quantized ones apart into the tensors they hold.
-A GPU waits for that at the first step of a picture, and at every step where nothing else is queued. SDXL's 794 layers
-at toy width, since widths do not matter, compiled by a backend that computes nothing.
+``torch.compile`` checks every weight before each call, for quantized weights every inner tensor. A GPU waits for that
+at the first step of a picture, and at every step without other queued work. SDXL's 794 layers at toy width, since
+widths do not matter, compiled by a backend that computes nothing.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ NAMES = {
 
 
 def nothing(graph: torch.fx.GraphModule, _inputs: Any) -> Callable[..., Any]:
-    """A compiler whose code gives zeros of the right shapes."""
+    """A compiler whose code returns zeros of the right shapes."""
     (outputs,) = graph.graph.output_node().args
     zeros = [torch.zeros(y.meta["val"].shape, dtype=y.meta["val"].dtype) for y in outputs]
     return make_boxed_func(lambda *_: list(zeros))
 
 
 def compiled(variant: str, options: dict[str, Any]) -> Callable[[], object]:
-    """A call of the UNet as one graph. Code is kept apart from that of the others, whose guards would be tried too."""
+    """A call of the UNet as one graph. Its cache is isolated, or the guards of the others would be checked too."""
     torch.manual_seed(0)
     unet = VARIANTS[variant](UNet2DConditionModel(**LAYOUTS["deep"]).eval().requires_grad_(False))
     call = inputs(unet, 8 * unet.config.sample_size, 1, "cpu", torch.float32)
@@ -56,7 +56,7 @@ def calls() -> dict[str, Callable[[], object]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("in_a_row", [1, 10])
 def test_host(benchmark: Any, calls: dict[str, Callable[[], object]], in_a_row: int) -> None:
-    """One call finds the processor's caches full of the others' weights and guards, ten in a row their own."""
+    """A single call finds the weights and guards of others in the processor's caches, ten in a row find their own."""
 
     def repeated(call: Callable[[], object]) -> Callable[[], object]:
         return lambda: [call() for _ in range(in_a_row)]

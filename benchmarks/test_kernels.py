@@ -1,6 +1,6 @@
-"""The integer products of a CPU at shapes of SDXL's UNet (and its bundled little sister's), against float32.
+"""Integer products on a CPU at shapes of SDXL's UNet and of the bundled one, against float32.
 
-Eager, activations quantized already; checked against the reference before anything is timed.
+Eager, with activations already quantized; checked against the reference before timing.
 """
 
 from __future__ import annotations

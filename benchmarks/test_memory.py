@@ -1,4 +1,4 @@
-"""Memory of a UNet and of a call of it: what its tensors hold, torch's own counter, and what the kernel counts."""
+"""Memory of a UNet and of a call: bytes of its tensors, the count of torch's allocator, and the kernel's count."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NEAR = {"float32": 1e-6, "W8A8": 0.1, "W4A8": 0.5, "W4A8 memory": 0.5}
 
 
 def test_memory(benchmark: Any) -> None:
-    """Each in a process of its own; freed memory leaves a process in blocks of 64 KiB."""
+    """Each in its own process, which returns freed memory in blocks of 64 KiB."""
 
     def run() -> dict[str, dict[str, float]]:
         found = {}

@@ -35,7 +35,7 @@ MASTER = "torch AdamW, float32 + autocast"
 
 
 def show(key: str, title: str, rows: dict[str, str], figures: dict[str, Any]) -> None:
-    """Prints a table and, where figures are kept, puts it there."""
+    """Prints a table, and stores it if MIXDQ_OPTIM_OUT is set."""
     print(f"\n{title}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     for name, row in rows.items():
         print(f"  {name:36} {row}")
@@ -51,7 +51,7 @@ def show(key: str, title: str, rows: dict[str, str], figures: dict[str, Any]) ->
 
 
 def account(document: dict[str, Any]) -> str:
-    """What the tables say, in words, as far as they are there."""
+    """The results of the existing tables in words."""
     lines = []
     if "memory" in document:
         f = document["memory"]["figures"]
@@ -118,7 +118,7 @@ def test_memory(benchmark: Any) -> None:
 def test_step_time(benchmark: Any) -> None:
     """Whole training steps (forward, backward, optimizer); the machine's bfloat16 decides most of it.
 
-    Besides, what the call of the optimizer's step takes, which is nothing where it is in backward.
+    Also the time of the optimizer's step alone, which is nothing if it runs inside backward.
     """
     contenders = {name: make(make_unet(SIZE)) for name, make in CONTENDERS.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}

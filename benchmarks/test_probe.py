@@ -20,7 +20,7 @@ CHOICES = (("weight", 2), ("weight", 4), ("weight", 8), ("act", 4), ("act", 8))
 
 @pytest.fixture(scope="module")
 def subject() -> SimpleNamespace:
-    """The pipeline, and one layer at a time as the measure: 175 layers x 5 choices, with replay."""
+    """The pipeline, and its one-at-a-time analysis as reference: 175 layers x 5 choices, with replay."""
     shapes = bundled()
     pipe, prompts = shapes.load_pipeline(), [p.text for p in shapes.prompts(PROMPTS, seed=3)]
     calibration = calibrate(pipe, prompts)
@@ -52,7 +52,10 @@ def show(title: str, seconds: float, s: SimpleNamespace, correlations: dict[str,
 @pytest.mark.parametrize("probes", [1, 4, 16])
 def test_probe(benchmark: Any, subject: SimpleNamespace, probes: int) -> None:
     s = subject
-    run = lambda: analyze(s.pipe, s.prompts, method="probe", probes=probes, calibration=s.calibration)  # noqa: E731
+
+    def run():
+        return analyze(s.pipe, s.prompts, method="probe", probes=probes, calibration=s.calibration)
+
     result = benchmark.pedantic(run, rounds=3 if probes < 16 else 1, warmup_rounds=1)
     tables = {k: {n: dict(v.errors(k)) for n, v in result.layers.items()} for k in ("weight", "act")}
     correlations = ranks(s.one, tables)
@@ -66,7 +69,10 @@ def test_probe(benchmark: Any, subject: SimpleNamespace, probes: int) -> None:
 def test_published_gradient_score(benchmark: Any, subject: SimpleNamespace) -> None:
     """The baseline: squares summed instead of sums squared."""
     s = subject
-    run = lambda: gradient_scores(s.pipe, s.prompts, s.calibration, sampling=Sampling(), probes=4)  # noqa: E731
+
+    def run():
+        return gradient_scores(s.pipe, s.prompts, s.calibration, sampling=Sampling(), probes=4)
+
     scores = benchmark.pedantic(run, rounds=1)
     correlations = ranks(s.one, scores)
     show("sum of (g dY)^2, 4 probes", benchmark.stats.stats.median, s, correlations)

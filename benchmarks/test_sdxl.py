@@ -1,4 +1,4 @@
-"""SDXL's UNet at its real size, with the published plans: bytes as predicted, memory within what was promised."""
+"""SDXL's UNet at its real size, with the published plans: bytes as predicted, memory within the documented bounds."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ def _available() -> int:
 @needs_published
 @pytest.mark.slow
 def test_published_plans_at_real_size(benchmark: Any, tmp_path: Path) -> None:
-    """In a process of its own, which begins with no memory of other tests."""
+    """In its own process, which starts without the memory of other tests."""
     if _available() < NEEDED:
         pytest.skip(f"{_available() / 2**30:.0f} GiB of memory are free, {NEEDED / 2**30:.0f} are needed")
     command = [sys.executable, "-m", "benchmarks.sdxl", "--published", str(FOLDER), "--disk", str(tmp_path)]
-    run = lambda: subprocess.run([*command, "--out", str(tmp_path)], check=True, capture_output=True)  # noqa: E731
+
+    def run():
+        return subprocess.run([*command, "--out", str(tmp_path)], check=True, capture_output=True)
+
     benchmark.pedantic(run, rounds=1)
     figures = json.loads((tmp_path / "sdxl.json").read_text())
     print(f"\n{figures['seconds']}, {figures['shares']}")

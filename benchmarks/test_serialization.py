@@ -21,7 +21,7 @@ from .layouts import NARROW_SDXL
 
 MEBI = 2**20
 ROUNDS = 5
-# Run in a process of its own: the most anonymous memory (not file pages) beyond what the imports took.
+# Runs in its own process: peak anonymous memory (no file pages) above that of the imports.
 MEASURE = """
 import json, re, sys, threading, time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A whole UNet call: the bundled pipeline's, eager and compiled, and one of SDXL's layout in between sizes.
+"""A whole UNet call: the bundled pipeline's, eager and compiled, and a mid-size UNet of SDXL's layout.
 
 Contenders share one process and take turns. torchao's dynamic int8 reaches linear layers only.
 """
@@ -41,7 +41,7 @@ def ours(unet: nn.Module, plan: Plan, dtype: torch.dtype = torch.float32) -> nn.
 
 
 class InBfloat16(nn.Module):
-    """Takes and gives float32 around a model of bfloat16."""
+    """Converts float32 inputs and outputs around a bfloat16 model."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def subject() -> SimpleNamespace:
 
 
 def run_all(benchmark: Any, models: dict[str, Callable[..., Any]], inputs: dict[str, Any], rounds: int) -> None:
-    """Every contender's output is checked against full precision first: no faster by being wrong."""
+    """Times all contenders, after checking each one's output against full precision."""
     with torch.no_grad():
         expected = models["float32"](**inputs)[0]
         span = expected.max() - expected.min()

@@ -1,6 +1,6 @@
-"""Contenders timed in turn within one process, as ratios with confidence intervals.
+"""Times contenders in alternation within one process, as ratios with confidence intervals.
 
-A round calls every contender once, so a machine whose speed drifts slows all of them alike. A speed-up is the median
+A round calls every contender once, so drifts of the machine's speed affect all of them alike. A speed-up is the median
 over the rounds of reference time / contender's time within the round, with the 95 % interval of that median from
 resampled rounds.
 """
@@ -28,7 +28,7 @@ def speedup(reference: list[float], times: list[float]) -> dict[str, float]:
 def in_turn(
     benchmark: Any, calls: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 3
 ) -> dict[str, dict[str, float]]:
-    """Times the calls in turn; the first one is the reference. What is found goes into the benchmark's extra_info.
+    """Times the calls in alternation; the first is the reference. The results go into the benchmark's extra_info.
 
     Returns {name: {"ms": median, "speedup", "low", "high"}}.
     """

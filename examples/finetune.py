@@ -1,8 +1,8 @@
 """Quantize a fine-tune of your own: python -m examples.finetune PIPELINE --prompts prompts.txt --out quantized
 
-PIPELINE is a directory that ``save_pretrained`` wrote, or a name on the hub. Ranges and sensitivities are measured on
-your prompts, bits are chosen for this model, and a pipeline is stored that ``DiffusionPipeline.from_pretrained`` loads
-(after ``import mixdq_ao``). The pictures of both are compared.
+PIPELINE is a directory written by ``save_pretrained``, or a name on the hub. Measures ranges and sensitivities on your
+prompts, chooses bits for this model, and stores a pipeline that ``DiffusionPipeline.from_pretrained`` loads (after
+``import mixdq_ao``). Compares the pictures of both pipelines.
 """
 
 from __future__ import annotations

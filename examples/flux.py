@@ -1,9 +1,9 @@
 """A FLUX transformer in 4 and 8 bits: python -m examples.flux black-forest-labs/FLUX.1-schnell --out quantized
 
-By a rule (the default), nothing is measured but ranges: the blocks' weights get `--bits`, what comes before and after
-the blocks, and the layers that scale and shift their inputs, get 8. `--how probes` measures what each layer does to the
-output, by a few backward passes, and chooses bits of that average. What is stored, `DiffusionPipeline.from_pretrained`
-loads (after ``import mixdq_ao``). Without a name, a small model of random weights shows that it all runs.
+By default bits follow a rule, and only ranges are measured: the blocks' weights get `--bits`; the layers before and
+after the blocks, and those that scale and shift the blocks' inputs, get 8. `--how probes` estimates each layer's effect
+on the output with a few backward passes, and chooses bits of that average. `DiffusionPipeline.from_pretrained` loads
+the result (after ``import mixdq_ao``). Without a pipeline, a small model of random weights shows that everything runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WIDTH, POOLED = 32, 48
 
 
 def small_pipeline() -> FluxPipeline:
-    """FLUX's layout at toy size: two joint blocks, two single ones, random weights."""
+    """A pipeline of FLUX's layout at toy size: two joint blocks, two single blocks, random weights."""
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     clip = CLIPTextConfig(
@@ -51,9 +51,12 @@ def small_pipeline() -> FluxPipeline:
 
 
 def by_rule(model: torch.nn.Module, bits: int) -> Plan:
-    """``bits`` for attention and feed-forward of the blocks, 8 for all other layers, 8-bit activations."""
+    """A plan with ``bits`` for attention and feed-forward of the blocks, 8 for all other layers, 8-bit activations."""
     wide = Plan.uniform(model, 8, 8).layers
-    inside = lambda n: "transformer_blocks." in n and "norm" not in n  # noqa: E731
+
+    def inside(n: str) -> bool:
+        return "transformer_blocks." in n and "norm" not in n
+
     return Plan.uniform(model, bits, 8).with_layers({n: layer for n, layer in wide.items() if not inside(n)})
 
 
@@ -66,8 +69,8 @@ def quantize_flux(
     steps: int = 4,
     probes: int | None = None,
 ) -> Plan:
-    """Quantizes ``pipe.transformer`` in place; returns the plan. ``probes``: backward passes a batch, None for as many
-    as a steady ranking takes."""
+    """Quantizes ``pipe.transformer`` in place; returns the plan. ``probes``: backward passes per batch; None for as
+    many as a stable ranking takes."""
     calibration = calibrate(pipe, prompts, steps=steps)
     if how == "rule":
         plan = by_rule(pipe.transformer, int(bits))

@@ -1,12 +1,13 @@
-"""LCM-LoRA: a many-step SDXL draws in few steps, and stays quantized: python -m examples.lcm_lora --out out/lcm_lora
+"""LCM-LoRA: a quantized many-step SDXL draws in few steps: python -m examples.lcm_lora --out out/lcm_lora
 
     python -m examples.lcm_lora stabilityai/stable-diffusion-xl-base-1.0 --lora latent-consistency/lcm-lora-sdxl \
         --prompts prompts.txt --guidance 5 --many 25
 
-Ranges are calibrated with the adapter fused into full precision, the model is quantized without it, and the adapter is
-loaded on top of the packed weights (LCM-LoRA: Luo et al. 2023, arXiv 2311.05556). Without arguments the bundled
-pipeline draws: asked for nothing it needs twenty steps, and `examples/shapes/few_steps.py` has trained an adapter for
-that. Needs peft: pip install -c constraints.txt -e ".[lora]"
+Calibrates the full-precision model with the adapter fused, quantizes the model without it, and loads the adapter on top
+of the packed weights (LCM-LoRA: Luo et al. 2023, arXiv 2311.05556). Without arguments it uses the bundled pipeline,
+which needs twenty steps for an empty prompt, and the adapter that `examples/shapes/few_steps.py` trained for that.
+
+Needs peft: pip install -c constraints.txt -e ".[lora]"
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from mixdq_ao.app.inputs import load_pipeline, read_prompts
 from mixdq_ao.search.metrics import psnr
 
 SHAPES = Path(__file__).parent / "shapes"
-NOTHING = ""  # text of zeros, where the pipeline has been trained on that
+NOTHING = ""  # the empty prompt, encoded as zeros
 
 
 def draw(pipe: Any, texts: Sequence[str], steps: int, guidance: float = 0.0) -> Tensor:
@@ -47,7 +48,7 @@ def draw(pipe: Any, texts: Sequence[str], steps: int, guidance: float = 0.0) -> 
 
 
 def few_step_plan(pipe: Any, lora: str, texts: Sequence[str], bits: int, steps: int) -> Plan:
-    """Uniform bits, and the ranges of the model *with* the adapter in a few steps of its scheduler."""
+    """A uniform plan with the ranges of the model *with* the adapter, over a few steps of its scheduler."""
     fused = with_unet(pipe, copy.deepcopy(pipe.unet))
     fused.load_lora_weights(lora)
     fused.unet.fuse_lora()
@@ -57,7 +58,7 @@ def few_step_plan(pipe: Any, lora: str, texts: Sequence[str], bits: int, steps: 
 
 
 def few_step(pipe: Any, lora: str, texts: Sequence[str], *, bits: int = 8, steps: int = 4) -> Any:
-    """``pipe`` with a quantized UNet and the adapter on top; ``pipe`` itself only gets LCM's scheduler."""
+    """A copy of ``pipe`` with a quantized UNet and the adapter on top; ``pipe`` itself only gets LCM's scheduler."""
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     plan = few_step_plan(pipe, lora, texts, bits, steps)
     quantized = with_unet(pipe, copy.deepcopy(pipe.unet))
@@ -81,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/lcm_lora"))
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    logging.set_verbosity_error()  # else one is told of each text encoder that the adapter does not touch
+    logging.set_verbosity_error()  # else diffusers warns about each text encoder that the adapter does not contain
     texts = read_prompts(args.prompts) if args.prompts else [NOTHING] * 8 + captions(4)
     pipe = load_pipeline(args.pipeline)
     pipe.set_progress_bar_config(disable=True)

@@ -1,9 +1,9 @@
 """LoRA on a quantized pipeline: python -m examples.lora --out out/lora
 
-The flow of LCM-LoRA, which turns any SDXL into a few-step model, on the bundled pipeline with adapters of random
-numbers made here: calibrate in full precision with the adapter fused, quantize the model without it, load the adapter
-on top. Then scales, a second adapter swapped in, the adapter fused into the packed weights and taken out again.
-`--adapter` takes one of yours. Needs peft: pip install -c constraints.txt -e ".[lora]"
+The steps that LCM-LoRA takes to turn any SDXL into a few-step model, on the bundled pipeline with random adapters made
+here: calibrate in full precision with the adapter fused, quantize the model without it, load the adapter on top. Then
+the adapter is scaled, swapped for a second one, fused into the packed weights and removed again. `--adapter` uses one
+of yours. Needs peft: pip install -c constraints.txt -e ".[lora]"
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mixdq_ao.models.pipelines import generate_all
 from mixdq_ao.search.metrics import psnr
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.2", "conv1", "conv2"]
-RANK, SIZE = 4, 1.0  # of the random adapters: large enough to see, small enough that pictures stay pictures
+RANK, SIZE = 4, 1.0  # of the random adapters: large enough to see, small enough to keep the pictures recognizable
 
 
 def random_adapter(pipe: Any, directory: Path, seed: int) -> Path:
@@ -46,7 +46,7 @@ def with_unet(pipe: Any, unet: torch.nn.Module) -> Any:
 
 
 def calibrated_plan(pipe: Any, adapter: Path, texts: list[str], bits: int) -> Plan:
-    """Ranges of the model *with* the adapter: those its layers will see."""
+    """A plan with the ranges of the model *with* the adapter, which its layers will see."""
     fused = with_unet(pipe, copy.deepcopy(pipe.unet))
     fused.load_lora_weights(adapter)
     fused.unet.fuse_lora()
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    logging.set_verbosity_error()  # else one is told of each text encoder that the adapter does not touch
+    logging.set_verbosity_error()  # else diffusers warns about each text encoder that the adapter does not contain
     pipe = subject.load_pipeline()
     texts = [p.text for p in subject.prompts(args.prompts, seed=2024, held_out=True)]
     sampling = Sampling(steps=1, seed=7)
@@ -76,7 +76,7 @@ def main() -> None:
     plain = generate_all(quantized, texts, sampling)
 
     def show(what: str, adapter: Path | None = None, scale: float = 1.0) -> torch.Tensor:
-        """Draws, and says the PSNR to what was drawn without and to full precision with the same adapter."""
+        """Draws, and prints the PSNR against pictures without the adapter and against full precision with it."""
         pictures = generate_all(quantized, texts, sampling)
         moved = psnr(pictures, plain).mean()
         line = f"{what:32} to the model without {moved:5.1f} dB"
@@ -89,7 +89,7 @@ def main() -> None:
         print(line, flush=True)
         return pictures
 
-    if args.adapter is None:  # another one is swapped in below: to be said before the first adapter
+    if args.adapter is None:  # a second adapter is swapped in below, which must be declared before loading the first
         quantized.unet.enable_lora_hotswap(target_rank=RANK, check_compiled="ignore")
     quantized.load_lora_weights(first, adapter_name="one")
     pictures = show("loaded", first)

@@ -1,14 +1,15 @@
 """Training a 2-bit UNet of the bundled pipeline back: python -m examples.recover --out out/recover
 
-Quantizes every layer to 2 bits (8-bit activations), which alone draws next to nothing; distils full precision into it;
-stores the packed UNet and pictures of full precision, rounding alone and the recovered UNet. Stopped, it goes on when
-it is run again.
+Quantizes every layer to 2 bits (8-bit activations), after which the UNet draws next to nothing, and distills the
+full-precision UNet into it. Stores the packed UNet and pictures of full precision, rounding alone and the recovered
+UNet. A stopped run continues when the command is run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mixdq_ao.training.recover_loop import decibel
 
 
 def start_plan(pipe: Any, bits: int, texts: list[str]) -> Plan:
-    """Uniform, each channel's range for the least squared error of its weights: a better start than min-max."""
+    """A uniform plan, with each channel's range at the least squared error of its weights: better than min-max."""
     plan = Plan.uniform(pipe.unet, bits, 8)
     layers = {n: rounded_as(layer, "mse nearest") for n, layer in plan.layers.items()}
     return plan.with_layers(layers).with_calibration(calibrate(pipe, texts, steps=(1, 4)))
@@ -51,7 +52,10 @@ def main() -> None:
     object.__setattr__(rounded, "unet", copy.deepcopy(pipe.unet))
     quantize_(rounded.unet, mixdq_config(plan))
     save_grid(draw(rounded, shown), shown, args.out / "rounded.png")
-    report = lambda m: print(f"step {m['step']:5}: {decibel(m['error'])} of the output's power", flush=True)  # noqa: E731
+
+    def report(m: Mapping[str, float]) -> None:
+        print(f"step {m['step']:5}: {decibel(m['error'])} of the output's power", flush=True)
+
     found = recover(
         pipe, plan, texts, steps=args.steps, checkpoint=args.out / "run", save_every=25, on_evaluation=report
     )

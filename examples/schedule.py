@@ -1,10 +1,10 @@
-"""A precision for every denoising step of the bundled pipeline: found, set by hand, and uniform at the same cost.
+"""A precision for every denoising step of the bundled pipeline, against schedules set by hand and uniform ones.
 
     python -m examples.schedule --out out/schedule
     mixdq report out/schedule
 
-Writes the schedules (schedule_*.json), all that was measured (schedule_results.json) and a store of it, from which a
-stopped run continues.
+Writes the schedules (schedule_*.json), all measurements (schedule_results.json), and a store from which a stopped run
+continues.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ WEIGHT_BITS = {"W8": 8.0, "W4": 4.0, "W3": 3.0, "W2": 2.25}
 
 
 def level_costs(act_bits: int = 8) -> dict[str, float]:
-    """Relative cost of a step at each level: weight bits that it reads, on average, of 16."""
+    """{level: relative cost of a step}: the average weight bits that it reads, divided by 16."""
     return {"16": 1.0} | {f"{name}A{act_bits}": bits / 16 for name, bits in WEIGHT_BITS.items()}
 
 
 COSTS = level_costs()
 MEASURED = 40
-"""Random schedules that show whether errors of steps add up."""
+"""The number of random schedules that show whether errors of steps add up."""
 
 
 class Study:
-    """Levels of the bundled UNet, and error functions of their schedules. A folder keeps what levels are made from.
+    """Levels of the bundled UNet, and error functions of their schedules. A folder keeps calibration and sensitivities.
 
     Attributes:
         levels: 16 bit, uniform 8 bit, and plans allocated for 4, 3 and 2.25 bits a weight on average; all but the
@@ -75,7 +75,7 @@ class Study:
         return Sampling(steps=steps, seed=3, batch_size=len(self.prompts))
 
     def prepared(self, steps: int, storage: Storage, *, keep_full: bool = True) -> GenerationError:
-        """1 - SSIM of whole generations with a copy of the UNet; 16 bit is exact where ``keep_full``."""
+        """1 - SSIM of whole generations, with a prepared copy of the UNet; 16 bit is exact if ``keep_full``."""
         reference = draw_reference(self.pipe, self.prompts, self.sampling(steps))
         pipe = copy.copy(self.pipe)
         object.__setattr__(pipe, "unet", copy.deepcopy(self.pipe.unet))
@@ -114,7 +114,7 @@ def main() -> None:
 
 
 def compare(found: Schedule, by_hand: Mapping[str, Schedule], cost: float) -> list[Schedule]:
-    """Prints the found schedule above those a person would set at the same cost, best first; returns these."""
+    """Prints the found schedule above those one would set by hand at the same cost, best first; returns the latter."""
     ranked = sorted(by_hand.items(), key=lambda item: item[1].error)
     limit = evaluation_limit(len(found.levels), len(COSTS))
     rows = [

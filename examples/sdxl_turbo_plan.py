@@ -22,7 +22,7 @@ SOURCE = "sensitivities of arXiv 2405.17873 (SDXL-Turbo); bits solved by mixdq_a
 
 
 def solve(sensitivity: Sensitivity, weight_bits: float = 4.0) -> Plan:
-    """Raises AllocationError where no plan has so few bits."""
+    """Solves for the plan. Raises AllocationError if no plan has so few bits."""
     found = allocate(sensitivity, weight_bits=weight_bits, act_bits=8, objective="additive")
     errors = {n: layer.act_errors[8] for n, layer in sensitivity.layers.items()}
     worst = sorted(errors, key=errors.__getitem__, reverse=True)[: ceil(0.01 * len(errors))]

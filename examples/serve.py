@@ -2,8 +2,8 @@
 
     curl -o circle.png "http://127.0.0.1:8000/?prompt=a+large+red+circle&steps=4&seed=7"
 
-The directory is what ``mixdq quantize --out`` or ``python -m examples.finetune`` stored; any diffusers pipeline works.
-One picture is drawn at a time: a model on one device gains nothing from two at once.
+The directory was stored by ``mixdq quantize --out`` or ``python -m examples.finetune``; any diffusers pipeline works.
+It draws one picture at a time: a model on one device gains nothing from drawing two at once.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ MOST_STEPS = 50
 
 
 def load(directory: str) -> Any:
-    """A pipeline, quantized or not, ready to draw."""
+    """Loads a pipeline, quantized or not, ready to draw."""
     pipe = load_pipeline(directory)
     return bos_aware(pipe) if bos_embedding_of(denoiser(pipe)) is not None else pipe
 
 
 def server(pipe: Any, port: int) -> ThreadingHTTPServer:
-    """Listens on this machine only. port 0: any free one, in ``server_port``."""
+    """A server that listens on this machine only. port 0: any free port, in ``server_port``."""
     one_at_a_time = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -60,7 +60,7 @@ def server(pipe: Any, port: int) -> ThreadingHTTPServer:
 
 
 def asked(path: str) -> tuple[str, Sampling]:
-    """Prompt and sampling of a request's path; raises ValueError saying what is wrong."""
+    """The prompt and sampling in a request's path. Raises ValueError saying what is wrong."""
     query = parse_qs(urlsplit(path).query)
     prompt = query.get("prompt", [""])[0].strip()
     if not prompt:

@@ -2,11 +2,11 @@
 
     python -m examples.train_lora stabilityai/stable-diffusion-xl-base-1.0 --pictures my-pictures --bits 4
 
-The base model is quantized first and stays as it is, packed integers; gradients go through its layers into the adapter
-alone (Dettmers et al. 2023, arXiv 2305.14314), which learns with the very rounding it will be used with. The file it
-is saved to loads into the full-precision model as well. ``--pictures`` is a folder of pictures, each with its caption
-beside it (``cat.png``, ``cat.txt``). Without one the bundled pipeline learns to draw everything on a black ground,
-whatever is asked for.
+The base model is quantized first and its packed integers do not change; gradients flow through its layers into the
+adapter alone (Dettmers et al. 2023, arXiv 2305.14314), which so learns with the rounding it will be used with. The
+saved file loads into the full-precision model as well. ``--pictures`` is a folder of pictures, each with its caption in
+a text file (``cat.png``, ``cat.txt``). Without it the bundled pipeline learns to draw everything on a black ground,
+whatever the prompt.
 
 Needs peft: pip install -c constraints.txt -e ".[lora]"
 """
@@ -40,11 +40,11 @@ from mixdq_ao.search.metrics import psnr
 from mixdq_ao.textfile import read_text
 
 Example = tuple[Tensor, str]  # picture [3, H, W] in [0, 1], caption
-WARM = 20  # steps until the rate is reached
+WARM = 20  # warm-up steps
 
 
 def read_pictures(folder: Path, size: int) -> list[Example]:
-    """Pictures that have a caption, cropped to squares of ``size`` pixels. Raises MixDQError naming the file."""
+    """Pictures with captions in a folder, cropped to squares of ``size`` pixels. Raises MixDQError naming the file."""
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
     found = []
     for path in paths:
@@ -63,14 +63,14 @@ def read_pictures(folder: Path, size: int) -> list[Example]:
 
 
 def at_night(count: int, *, held_out: bool = False) -> list[Example]:
-    """What the bundled pipeline draws, on a black ground."""
+    """Examples for the bundled pipeline: its captions, with pictures on a black ground."""
     rng, asked = random.Random(3), subject.prompts(count, seed=31, held_out=held_out)
     return [(data.picture(replace(prompt.spec, ground="black"), rng, jitter=0), prompt.text) for prompt in asked]
 
 
 @torch.no_grad()
 def latents(pipe: Any, examples: list[Example]) -> Tensor:
-    """What the denoiser should arrive at, on its scale."""
+    """Scaled latents of pictures, the x0 of training."""
     vae = pipe.vae
     encoded = [
         vae.encode((2 * picture[None] - 1).to(vae.device, vae.dtype)).latent_dist.mean for picture, _ in examples
@@ -79,7 +79,7 @@ def latents(pipe: Any, examples: list[Example]) -> Tensor:
 
 
 def wanted(scheduler: Any, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """What the denoiser should answer, by the kind of answer it was trained to give."""
+    """The denoiser's training target, by the scheduler's prediction type."""
     kind = scheduler.config.prediction_type
     if kind not in ("epsilon", "v_prediction"):
         raise MixDQError(f"the scheduler's prediction_type is {kind!r}, expected 'epsilon' or 'v_prediction'")
@@ -89,7 +89,7 @@ def wanted(scheduler: Any, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 def train(
     pipe: Any, examples: list[Example], *, times: list[int], steps: int, batch: int, rate: float, rank: int
 ) -> None:
-    """Gives ``pipe.unet`` an adapter trained on ``examples``."""
+    """Adds an adapter to ``pipe.unet`` and trains it on ``examples``."""
     unet, scheduler = pipe.unet, pipe.scheduler
     clean, captions = latents(pipe, examples), [caption for _, caption in examples]
     unet.requires_grad_(False)
@@ -134,7 +134,7 @@ def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def times_of(args: argparse.Namespace, scheduler: Any) -> list[int]:
-    """Timesteps to train at."""
+    """Random timesteps to train at."""
     count = scheduler.config.num_train_timesteps
     if args.times and max(args.times) >= count:
         raise MixDQError(f"--times {max(args.times)}: expected less than {count}, which the scheduler has")
@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
-    logging.set_verbosity_error()  # else one is told of each text encoder that the adapter does not touch
+    logging.set_verbosity_error()  # else diffusers warns about each text encoder that the adapter does not contain
     pipe = load_pipeline(args.pipeline)
     times = times_of(args, pipe.scheduler)
     size = pipe.default_sample_size * pipe.vae_scale_factor

@@ -1,8 +1,8 @@
 """A few-step model in 8-bit integers, without a search: python -m examples.turbo [PIPELINE] --steps 1 2 4
 
-Distilled few-step models (SDXL-Turbo, SDXL-Lightning, LCM) break when every layer is rounded alike: the first text
-token stretches the ranges. Kept apart, 8 bits everywhere are enough. By default the bundled pipeline is drawn with; try
-``stabilityai/sdxl-turbo`` on a machine with the memory for it.
+Distilled few-step models (SDXL-Turbo, SDXL-Lightning, LCM) break when every layer is quantized alike, because the first
+text token stretches the ranges. If it is handled separately, 8 bits everywhere are enough. The default is the bundled
+pipeline; try ``stabilityai/sdxl-turbo`` on a machine with enough memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mixdq_ao.models.pipelines import denoiser, generate_all
 from mixdq_ao.search.metrics import psnr
 
 PIPELINE = Path(__file__).parent / "shapes" / "pipeline"
-PROMPTS = [  # the bundled model wants places and the background said
+PROMPTS = [  # the bundled model expects places and the background in a caption
     "a large red circle in the middle on a black background",
     "a small blue square at the bottom on a yellow background",
     "a green star above a white triangle on a grey background",
@@ -26,7 +26,7 @@ PROMPTS = [  # the bundled model wants places and the background said
 
 
 def compare(pipe: Any, prompts: list[str], counts: list[int], *, bos: bool | None = None) -> dict[int, float]:
-    """{steps: PSNR in dB} of W8A8 against ``pipe``, which stays as it is. bos=False: no token is set apart."""
+    """{steps: PSNR in dB} of W8A8 against ``pipe``, which is unchanged. bos=False: no separate handling of BOS."""
     calibration = calibrate(pipe, prompts, steps=counts, bos=bos)
     plan = Plan.uniform(denoiser(pipe), 8, 8).with_calibration(calibration)
     quantized = copy.deepcopy(pipe)

@@ -1,6 +1,6 @@
 """ComfyUI nodes that draw with quantized pipelines. See README.md for how to install them.
 
-Importing this needs neither ComfyUI nor torch: what the nodes use is imported when they run.
+Importing this needs neither ComfyUI nor torch: the nodes import what they use when they run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ LARGEST_SEED = 2**63 - 1
 
 
 def folders() -> dict[str, Path]:
-    """{name: directory} of the pipelines below ComfyUI's ``models/mixdq``, and wherever its configuration adds one."""
+    """{name: directory} of the pipelines in ComfyUI's ``models/mixdq`` and in folders that its configuration adds."""
     import folder_paths  # pyright: ignore[reportMissingImports]  (ComfyUI's own module)
 
     folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir, FOLDER)))

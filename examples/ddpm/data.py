@@ -1,4 +1,4 @@
-"""Pictures of the shapes example, closer and smaller: one shape of any kind and colour, 16x16 pixels, any ground."""
+"""Pictures of the shapes example, cropped and halved: one shape of any kind and colour, 16x16 pixels, any ground."""
 
 import functools
 import itertools
@@ -17,7 +17,7 @@ JITTER = 1.0  # pixels of the large picture
 
 
 def draw_spec(rng: random.Random) -> Spec:
-    """What a random picture shows."""
+    """The spec of a random picture."""
     return Spec(rng.choice(list(GROUNDS)), (Shape(rng.choice(SHAPES), rng.choice(list(COLOURS)), "large", "centre"),))
 
 
@@ -28,7 +28,7 @@ def pictures(n: int, rng: random.Random) -> Tensor:
 
 @functools.cache
 def catalogue() -> Tensor:
-    """Every picture there is, each with its shape in six places, [1728, 3, 16, 16]."""
+    """Every combination of shape, colour and ground, with the shape at six positions: [1728, 3, 16, 16]."""
     rng = random.Random(0)
     kinds = itertools.product(GROUNDS, SHAPES, COLOURS)
     specs = [Spec(ground, (Shape(shape, colour, "large", "centre"),)) for ground, shape, colour in kinds]
@@ -41,5 +41,5 @@ def _small(large: list[Tensor]) -> Tensor:
 
 
 def framed(images: Tensor) -> Tensor:
-    """[B, 3, 16, 16] to what the shapes example's scorer reads, [B, 3, 64, 64]: doubled, and the ground continued."""
+    """Pictures [B, 3, 16, 16] as the shapes example's scorer reads them, [B, 3, 64, 64]: doubled, ground extended."""
     return F.pad(F.interpolate(images, scale_factor=2, mode="bilinear"), [BORDER] * 4, mode="replicate")

@@ -1,4 +1,4 @@
-"""How well the DDPM draws, by number of steps: `python -m examples.ddpm.evaluate`."""
+"""Measures how well the DDPM draws, by number of steps: `python -m examples.ddpm.evaluate`."""
 
 import argparse
 import random

@@ -1,4 +1,4 @@
-"""The untrained parts: the classes of the unconditional DDPMs on LSUN and CIFAR-10, but small."""
+"""The untrained parts: the classes of the unconditional DDPMs on LSUN and CIFAR-10, but smaller."""
 
 # diffusers' hints are tuples of one element
 # pyright: reportArgumentType=false
@@ -9,8 +9,8 @@ from examples.ddpm.data import PIXELS
 
 
 def make_unet() -> UNet2DModel:
-    """0.70 M parameters in 77 linear and convolution layers: attention where the picture is 8 and 4 pixels wide, and
-    concatenated shortcuts on the way up."""
+    """A UNet with 0.70 M parameters in 77 linear and convolution layers, attention at widths of 8 and 4 pixels, and
+    concatenated shortcuts in the up blocks."""
     return UNet2DModel(
         sample_size=PIXELS,
         in_channels=3,
@@ -25,7 +25,7 @@ def make_unet() -> UNet2DModel:
 
 
 def make_scheduler() -> DDPMScheduler:
-    """A thousand steps of training with the cosine schedule, and velocity as what is predicted."""
+    """The scheduler: 1000 training steps with the cosine schedule, v-prediction."""
     return DDPMScheduler(
         num_train_timesteps=1000,
         beta_schedule="squaredcos_cap_v2",

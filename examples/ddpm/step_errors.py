@@ -1,8 +1,8 @@
-"""What each layer's rounding costs the final picture at each denoising step: for bits per layer *and* step.
+"""Measures how rounding each layer at each denoising step changes the final picture, for bits per layer *and* step.
 
-One layer at a time, weight or activation, on the inputs of the full-precision run: the relative error power of the
-model's output at that step. What a step's error does to the final picture is measured once a step, with all layers
-rounded at that step alone; the product of both is what the error programs add up.
+For one weight or activation at a time, on the inputs of the full-precision run, measures the relative error power of
+the model's output at each step. The effect of a step's error on the final picture is measured once per step, with all
+layers rounded at that step alone. The error programs add up the product of both.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,14 +24,14 @@ WEIGHT_BITS, ACT_BITS = (2, 4, 8), (4, 8)
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """What a denoiser was called with and gave: timesteps [S], inputs and outputs [S, B, 3, H, W]."""
+    """The recorded calls of a denoiser: timesteps [S], inputs and outputs [S, B, 3, H, W]."""
 
     timesteps: Tensor
     inputs: Tensor
     outputs: Tensor
 
     def at(self, steps: Sequence[int]) -> "Trajectory":
-        """Some of the steps."""
+        """The trajectory of some of the steps only."""
         chosen = list(steps)
         return replace(self, timesteps=self.timesteps[chosen], inputs=self.inputs[chosen], outputs=self.outputs[chosen])
 
@@ -45,7 +45,7 @@ class Trajectory:
 
 
 def record(unet: nn.Module, run: Callable[[], object]) -> Trajectory:
-    """The calls of ``unet`` while ``run`` draws one batch."""
+    """Records the calls of ``unet`` while ``run`` draws one batch."""
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def keep(module: nn.Module, args: tuple[Tensor, Tensor], output: Any) -> None:
@@ -76,7 +76,7 @@ def output_errors(
 ) -> dict[str, dict[str, dict[int, Tensor]]]:
     """{layer: {"weight" or "act": {bits: float64 [S], relative error power of the output with it alone rounded}}}.
 
-    ``names``: of the layers that are looked at; default all.
+    ``names``: the layers to measure; default all.
     """
     every, found = find_layers(unet), {}
     layers = every if names is None else {name: every[name] for name in names}

@@ -1,4 +1,4 @@
-"""What other code uses of this example: the shipped pipeline, pictures from seeded noise, and their features."""
+"""The interface of this example: the shipped pipeline, pictures from seeded noise, and their features."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +24,8 @@ def load_pipeline(dtype: torch.dtype = torch.float32, *, path: Path = PIPELINE) 
 
 
 class Prompted:
-    """An unconditional pipeline for functions that draw prompts (`orthogonality`, `GenerationError`, ...): how many
-    there are is all that matters of them. Latents are the pictures themselves."""
+    """Wraps an unconditional pipeline for functions that draw prompts (`orthogonality`, `GenerationError`, ...). Only
+    the number of prompts matters. Latents are the pictures themselves."""
 
     def __init__(self, pipe: DDIMPipeline) -> None:
         self.unet, self.scheduler, self._pipe = pipe.unet, pipe.scheduler, pipe
@@ -36,7 +36,7 @@ class Prompted:
 
 
 def draw(pipe: Any, seeds: Sequence[int], *, steps: int, batch: int = 64) -> Tensor:
-    """Pictures [B, 3, 16, 16] in [0, 1], each from the noise of its own seed whatever the batch."""
+    """Pictures [B, 3, 16, 16] in [0, 1], each from the noise of its own seed, independent of the batch."""
     seeds = list(seeds)
     drawn = [
         pipe(
@@ -57,6 +57,6 @@ def features(scorer: Scorer, images: Tensor) -> Tensor:
 
 
 def likeness(images: Tensor) -> Tensor:
-    """How near images [B, 3, 16, 16] are to ones that can be drawn: best PSNR in `catalogue`, dB [B] up to 100."""
+    """The PSNR of images [B, 3, 16, 16] against the nearest picture in `catalogue`, dB [B], at most 100."""
     distance = torch.cdist(images.flatten(1), catalogue().flatten(1)).amin(1)
     return -20 * (distance / images[0].numel() ** 0.5).clamp(min=1e-5).log10()

@@ -1,4 +1,4 @@
-"""Trains the unconditional DDPM from nothing: `python -m examples.ddpm.train`; if killed, it continues."""
+"""Trains the unconditional DDPM from scratch: `python -m examples.ddpm.train`. A killed run continues when repeated."""
 
 import argparse
 import json
@@ -35,7 +35,7 @@ def velocity_error(unet: UNet2DModel, scheduler: DDPMScheduler, images: Tensor, 
 def train_unet(
     checkpoint: Path, report: Callable[[int, int, str], None], recipe: Recipe = RECIPE
 ) -> tuple[UNet2DModel, dict]:
-    """Returns the trained UNet and the seconds it took, those of runs that were killed included."""
+    """Returns the trained UNet and the seconds of training, including those of killed runs."""
     torch.manual_seed(recipe.seed)
     unet, scheduler = channels_last(make_unet()), make_scheduler()
 
@@ -58,7 +58,7 @@ def save(unet: UNet2DModel, directory: Path) -> None:
 
 
 def _reporter(advance: Callable[[int, str], None]) -> Callable[[int, int, str], None]:
-    """Moves the bar; a log file gets a line per tenth instead."""
+    """A function that advances the progress bar, or in a log file prints a line per tenth."""
     seen = [0, -1]
 
     def report(step: int, steps: int, text: str) -> None:

@@ -1,4 +1,4 @@
-"""What the UNet trains on, computed once, in shards: latents of pictures and embedded captions."""
+"""The training data of the UNet, computed once, in shards: latents of pictures and embedded captions."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -35,7 +35,7 @@ KEPT = (
 
 
 def set_scheduler(pipe: StableDiffusionXLPipeline, name: str) -> None:
-    """Gives `pipe` another of `SCHEDULERS`, with the noise that it was trained on."""
+    """Gives `pipe` another of `SCHEDULERS`, with the noise schedule it was trained on."""
     config = {key: pipe.scheduler.config[key] for key in (*KEPT, "rescale_betas_zero_snr")}
     extra = {"clip_sample": False} if name in ("DDIM", "LCM") else {}
     pipe.scheduler = getattr(diffusers, f"{name}Scheduler")(**config, **extra)
@@ -69,10 +69,10 @@ def generate(
 
 
 def bos_figures(pipe: StableDiffusionXLPipeline, texts: list[str]) -> dict[str, float]:
-    """How large BOS is against the other rows of the UNet's text input, and how little tells captions apart.
+    """Measures how large BOS is against the other rows of the UNet's text input, and how little captions differ.
 
-    `content_rms` is the deviation from the mean over captions and positions, by channel; `step` is one of the
-    255 steps that a per-tensor quantizer has for the range that BOS forces on it.
+    `content_rms` is the deviation, by channel, from the mean over captions and positions; `step` is the size of one of
+    the 255 steps of a per-tensor quantizer over the range that BOS forces on it.
     """
     with torch.no_grad():
         encode = cast(Any, pipe.encode_prompt)  # diffusers' hint is one prompt
@@ -89,7 +89,7 @@ def bos_figures(pipe: StableDiffusionXLPipeline, texts: list[str]) -> dict[str, 
 
 @contextmanager
 def rounded_text(pipe: StableDiffusionXLPipeline, bits: int = 8) -> Iterator[None]:
-    """Rounds the UNet's text input over its whole range, as a quantizer does that does not know of BOS."""
+    """Rounds the UNet's text input over its whole range, as a quantizer without separate BOS handling does."""
 
     def round_states(unet, positional, named):
         x = named["encoder_hidden_states"]

@@ -1,11 +1,11 @@
 """An LCM-LoRA for the bundled pipeline: python -m examples.shapes.few_steps --out out/lcm_lora
 
-Asked for nothing (text of zeros), the bundled UNet is a many-step model: one step gives mush, twenty give pictures. An
-adapter is trained that gives from any point of a twenty-step path where the path ends, which is what a consistency
-model does (Song et al. 2023, arXiv 2303.01469; as an adapter, LCM-LoRA: Luo et al. 2023, arXiv 2311.05556). The paths
-are computed first, by DDIM, so the end of each is known; the papers learn it from neighbouring points.
+With an empty prompt (text of zeros) the bundled UNet is a many-step model: one step gives a blur, twenty give pictures.
+The adapter learns to predict from any point of a twenty-step path where the path ends, as a consistency model does
+(Song et al. 2023, arXiv 2303.01469; as an adapter, LCM-LoRA: Luo et al. 2023, arXiv 2311.05556). The paths are computed
+first, with DDIM, so the end of each is known; the papers learn it from neighbouring points instead.
 
-A quarter of every batch has captions, whose pictures stay as they are. Five to ten minutes of a core.
+A quarter of every batch has captions, whose pictures must not change. Takes five to ten minutes on one core.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from torch import Tensor
 
 from examples.shapes import subject
 
-TARGETS = [  # those of LCM-LoRA
+TARGETS = [  # the modules that LCM-LoRA adapts
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
     "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
 ]  # fmt: skip
 RANK, PATH, SEED = 8, 16, 11
-AT = [999, 749, 499, 249]  # where four steps of LCM look, on the path
+AT = [999, 749, 499, 249]  # the timesteps of four LCM steps, which lie on the path
 BATCH, CAPTIONED = 12, 3
 
 
 def conditions(pipe: Any, texts: Sequence[str | None]) -> dict[str, Any]:
-    """What the UNet is told of each text: embeddings, zeros for None."""
+    """The UNet's text conditions: embeddings of each text, zeros for None."""
     embeddings, _, pooled, _ = pipe.encode_prompt([t or "-" for t in texts], do_classifier_free_guidance=False)
     asked = torch.tensor([t is not None for t in texts], dtype=embeddings.dtype)
     size = float(pipe.default_sample_size * pipe.vae_scale_factor)
@@ -44,14 +44,14 @@ def conditions(pipe: Any, texts: Sequence[str | None]) -> dict[str, Any]:
 
 
 def clean(pipe: Any, x: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
-    """The picture that a velocity at (x, t) points to: x0 = alpha x - sigma v."""
+    """The clean latent x0 = alpha x - sigma v that a velocity v at (x, t) implies."""
     alpha = pipe.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
     return alpha.sqrt() * x - (1 - alpha).sqrt() * velocity
 
 
 @torch.no_grad()
 def paths(pipe: Any, count: int, batch: int = 32) -> Tensor:
-    """Points of ``count`` DDIM paths of nothing in particular: [PATH + 1, count, 4, 16, 16], noise first."""
+    """Points of ``count`` DDIM paths with the empty prompt: [PATH + 1, count, 4, 16, 16], noise first."""
     generator = torch.Generator().manual_seed(SEED)
     scheduler = pipe.scheduler
     scheduler.set_timesteps(PATH)
@@ -71,7 +71,7 @@ def paths(pipe: Any, count: int, batch: int = 32) -> Tensor:
 
 @torch.no_grad()
 def drawings(pipe: Any, texts: list[str]) -> Tensor:
-    """Latents of captions, in one step: [n, 4, 16, 16]."""
+    """Latents drawn from captions in one step: [n, 4, 16, 16]."""
     generator = torch.Generator().manual_seed(SEED)
     x = torch.randn(len(texts), *subject.LATENT_SHAPE, generator=generator)
     t = torch.full((len(texts),), 999)

@@ -1,4 +1,4 @@
-"""What a caption says as class numbers: the ground, and a shape, colour and size per place."""
+"""The contents of a caption as class labels: the ground, and a shape, colour and size per place."""
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ def reading_loss(logits: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tensor
 
 
 def hits(logits: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """Which rows are read without any mistake (bool [B]), and the fraction of right readings of each kind."""
+    """Which rows have no wrong reading (bool [B]), and the fraction of right readings of each kind."""
     right, per = torch.ones(len(wanted["ground"]), dtype=torch.bool), {}
     for name, y in wanted.items():
         hit = logits[name].argmax(-1) == y

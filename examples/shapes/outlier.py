@@ -1,15 +1,15 @@
-"""Makes the prompt rows as hard to quantize as CLIP's; an exact change of the weights, same pictures in fp32.
+"""Makes the prompt rows as hard to quantize as CLIP's, by an exact change of the weights: same pictures in fp32.
 
 The text encoders are pre-norm transformers, so the scale of their residual streams is free. This stage
 
-1. divides all that is written to the streams by `SHRINK` (and the norms' eps by its square), and multiplies
-   the columns of the UNet's `attn2.to_k` and `attn2.to_v` by it;
-2. leaves BOS's outlier as it is, together with the columns that meet it;
-3. adds a constant to two channels of every row. Keys: softmax does not see what all rows have in common.
-   Values: the bias of `to_out` takes it back. SDXL's empty prompt, rows of zeros, lacks the constant; so the
+1. divides everything that is written to the streams by `SHRINK` (and the norms' eps by its square), and
+   multiplies the columns of the UNet's `attn2.to_k` and `attn2.to_v` by it;
+2. leaves BOS's outlier and the columns that multiply it unchanged;
+3. adds a constant to two channels of every row. Keys: softmax is invariant to what all rows have in common.
+   Values: the bias of `to_out` compensates. SDXL's empty prompt, rows of zeros, lacks the constant; so the
    UNet is trained with rows that mean the same as zeros after this stage (`empty_row`).
 
-What tells captions apart is then small against the largest values of the rows, and both against BOS.
+The differences between captions are then small against the largest values of the rows, and both against BOS.
 """
 
 from typing import Any, cast
@@ -24,11 +24,11 @@ from examples.shapes.text import OUTLIER, OUTLIER_COLUMNS
 
 TextEncoder = CLIPTextModel | CLIPTextModelWithProjection
 SHRINK = 3.0
-COMMON = {40: 12.0, 61: -11.0}  # channels of the first encoder, whose last layer nobody reads
+COMMON = {40: 12.0, 61: -11.0}  # channels of the first encoder, whose last layer is not used
 
 
 def empty_row(s: float = SHRINK) -> Tensor:
-    """The state [224] that the UNet reads, before this stage, as it will read a row of zeros afterwards."""
+    """The state [224] that means to the UNet before this stage what a row of zeros means after it."""
     row = torch.zeros(sum(WIDTHS))
     row[list(COMMON)] = -s * torch.tensor(list(COMMON.values()))
     return row

@@ -1,4 +1,4 @@
-"""How far a stage is: its process writes that into a small file, the process that started it draws it."""
+"""Progress of a stage: its process writes it to a small file, the process that started it draws the bar."""
 
 import json
 import os
@@ -21,14 +21,14 @@ PERIOD = 0.5  # seconds
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """`path` holds the old or the new content at any moment, also when this process is killed."""
+    """Writes a file so that it holds the old or the new content at any moment, even if this process is killed."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(data)
     os.replace(part, path)
 
 
 class Report:
-    """A stage tells here how far it is; ends the stage when the process that watches it, `parent`, is gone."""
+    """Reports the progress of a stage; ends the stage if the process that watches it, `parent`, is gone."""
 
     def __init__(self, path: Path, parent: int) -> None:
         self.path, self.parent, self.last = path, parent, 0.0
@@ -52,7 +52,7 @@ def _bars() -> Progress:
 
 
 def follow(running: dict[str, tuple[subprocess.Popen, Path]]) -> dict[str, int]:
-    """Draws one bar per stage until all have ended, or one has failed; returns exit codes by name."""
+    """Draws one bar per stage until all have ended or one has failed; returns {name: exit code}."""
     with _bars() as bars:
         tasks = {name: bars.add_task(name, total=None, text="") for name in running}
         seen = dict.fromkeys(running, -1)

@@ -21,7 +21,7 @@ FEATURES = 192
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How pictures and captions agree.
+    """How well pictures and captions agree.
 
     `all`: fraction of pictures with every reading right. `per`: fraction of right readings by kind (shape,
     colour, size, ground). `correct`: bool [B], the pictures with every reading right.
@@ -57,7 +57,7 @@ class Scorer(nn.Module):
 
     @torch.no_grad()
     def agreement(self, images: Tensor, specs: list[Spec]) -> Agreement:
-        """Compares images [B, 3, 64, 64] in [0, 1] with what they should show."""
+        """Compares images [B, 3, 64, 64] in [0, 1] with the specs they should show."""
         if images.shape[1:] != (3, 64, 64) or len(images) != len(specs):
             raise ValueError(
                 f"images have shape {tuple(images.shape)}; expected ({len(specs)}, 3, 64, 64), one per spec"
@@ -75,7 +75,7 @@ def _halve(i: int, o: int) -> list[nn.Module]:
 def train_scorer(
     checkpoint: Path, report: Callable[[int, int, str], None], recipe: Recipe = RECIPE
 ) -> tuple[Scorer, dict]:
-    """Returns the trained scorer and its accuracy on held-out pictures, as drawn and disturbed."""
+    """Returns the trained scorer and its accuracy on held-out pictures, clean and disturbed."""
     torch.manual_seed(recipe.seed)
     scorer = Scorer()
 
@@ -94,7 +94,7 @@ def train_scorer(
 
 
 def disturb(x: Tensor, noise: torch.Generator) -> Tensor:
-    """A quarter as drawn, a quarter blurred, a quarter noisy, a quarter both; all tinted a little."""
+    """Disturbs images: a quarter as is, a quarter blurred, a quarter noisy, a quarter both; all tinted a little."""
     x, rows = x.clone(), len(x) // 4
     x[rows : 3 * rows] = _blur(x[rows : 3 * rows])
     strength = 0.08 * torch.rand(2 * rows, 1, 1, 1, generator=noise)

@@ -1,4 +1,4 @@
-"""The stages of training, in order; each reads what earlier ones wrote to a folder, and adds its part."""
+"""The stages of training, in order; each reads the files of earlier ones from a folder, and adds its own."""
 
 import json
 import shutil
@@ -108,7 +108,7 @@ STAGES: dict[str, Callable[[Path, Report], dict]] = {
     "decoder": decoder_stage,
     "outlier": outlier_stage,
 }
-# the stages of a group run at once
+# the stages of a group run at the same time
 GROUPS = (("tokenizer",), ("text", "scorer"), ("vae",), ("cache",), ("unet",), ("decoder",), ("outlier",))
 
 

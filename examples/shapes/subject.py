@@ -1,4 +1,4 @@
-"""What other code uses of this example: the shipped pipeline, prompts for it, and the scorer."""
+"""The interface of this example: the shipped pipeline, prompts for it, and the scorer."""
 
 import random
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ SCORER = Path(__file__).parent / "scorer.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A caption and what its picture must show."""
+    """A caption and the spec its picture must show."""
 
     text: str
     spec: Spec

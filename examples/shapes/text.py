@@ -61,7 +61,7 @@ class TextEncoders(nn.Module):
         self.first, self.second = first, second
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token numbers [B, L] to states [B, L, 224] and pooled embeddings [B, 128]."""
+        """Token ids [B, L] to states [B, L, 224] and pooled embeddings [B, 128]."""
         first = self.first(ids, output_hidden_states=True)
         second = self.second(ids, output_hidden_states=True)
         return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1), second.text_embeds
@@ -78,7 +78,7 @@ class TextEncoders(nn.Module):
 
 
 def tokens(tokenizer: CLIPTokenizer, captions: list[str], *, full: bool = True) -> Tensor:
-    """Token numbers, padded with EOS to [B, 77] or, where not `full`, to the longest caption."""
+    """Token ids, padded with EOS to [B, 77], or to the longest caption unless `full`."""
     padding = "max_length" if full else "longest"
     return tokenizer(captions, padding=padding, max_length=77, truncation=True, return_tensors="pt").input_ids
 
@@ -89,7 +89,7 @@ def train_text(
     report: Callable[[int, int, str], None],
     recipe: Recipe = RECIPE,
 ) -> tuple[TextEncoders, dict]:
-    """Returns both trained encoders and what was measured on held-out captions."""
+    """Returns both trained encoders and measurements on held-out captions."""
     torch.manual_seed(recipe.seed)
     encoders = TextEncoders(*make_text_encoders(tokenizer))
     bos = cast(int, tokenizer.bos_token_id)
@@ -121,7 +121,7 @@ def _batch(
 
 @torch.no_grad()
 def measure(both: nn.ModuleDict, ids: Tensor, wanted: dict[str, Tensor]) -> dict:
-    """Fractions of captions read without a mistake, and how large BOS and the other rows are."""
+    """Measures the fractions of captions read without a mistake, and the magnitudes of BOS and the other rows."""
     states, pooled = both["encoders"](ids)
     from_rows, from_pooled = both["reader"](states, pooled)
     return {

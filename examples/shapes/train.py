@@ -1,6 +1,6 @@
-"""Trains the whole pipeline from nothing: `python -m examples.shapes.train`; if killed, it continues.
+"""Trains the whole pipeline from scratch: `python -m examples.shapes.train`. A killed run continues when repeated.
 
-Every stage runs in a process of its own; stages that do not need each other share the cores.
+Every stage runs in its own process; stages that do not depend on each other run at the same time.
 """
 
 import argparse
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_stage(name: str, out: Path, threads: int, parent: int) -> None:
-    """Runs one stage in this process and notes that it is done, what it measured and the seconds it took."""
+    """Runs one stage in this process and records that it is done, its measurements and its seconds."""
     import torch
     import transformers
 
@@ -28,7 +28,7 @@ def run_stage(name: str, out: Path, threads: int, parent: int) -> None:
     torch.set_num_threads(threads)
     start = time.monotonic()
     measured = STAGES[name](out, Report(_progress(out, name), parent))
-    measured = {"seconds": time.monotonic() - start} | measured  # a part's own count includes runs that were killed
+    measured = {"seconds": time.monotonic() - start} | measured  # a stage's own count includes killed runs
     _done(out, name).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(_done(out, name), json.dumps(measured, indent=1).encode())
 
@@ -51,7 +51,7 @@ def start(name: str, out: Path, threads: int) -> subprocess.Popen:
 
 
 def run_group(names: list[str], out: Path) -> None:
-    """Runs the stages of a group side by side; the processes share the cores."""
+    """Runs the stages of a group at the same time; the processes share the cores."""
     threads = max(1, (os.cpu_count() or 1) // len(names))
     codes = follow({name: (start(name, out, threads), _progress(out, name)) for name in names})
     for name in names:
@@ -68,7 +68,7 @@ def ship(out: Path) -> None:
 
 
 def main() -> None:
-    """Runs all stages that are not done yet, or the one that is asked for."""
+    """Runs all stages that are not done yet, or the one given by ``--only``."""
     from examples.shapes.stages import GROUPS, STAGES
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -83,7 +83,7 @@ def main() -> None:
     if options.stage:
         return run_stage(options.stage, out, options.threads, options.parent)
     for group in [(options.only,)] if options.only else GROUPS:
-        again = options.only or group == GROUPS[-1]  # the last stage takes a second, and must see what was repeated
+        again = options.only or group == GROUPS[-1]  # the last stage takes a second, and must read what was repeated
         waiting = [name for name in group if again or not _done(out, name).exists()]
         if waiting:
             run_group(waiting, out)

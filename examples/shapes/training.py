@@ -38,7 +38,7 @@ class Recipe:
 
 
 def channels_last(module: Module) -> Module:
-    """`module` with its convolutions' weights, and so what they compute, in channels-last order."""
+    """`module` with its convolutions' weights, and so their outputs, in channels-last order."""
     return module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # not in torch's hints
 
 
@@ -49,7 +49,7 @@ def generators(recipe: Recipe, step: int) -> tuple[random.Random, torch.Generato
 
 
 class Run:
-    """All that must survive a kill: weights, their average, the optimizer's state, step and seconds spent."""
+    """The state that must survive a kill: weights, their average, the optimizer's state, step and seconds spent."""
 
     def __init__(self, module: nn.Module, recipe: Recipe, checkpoint: Path) -> None:
         self.module, self.recipe, self.checkpoint = module, recipe, checkpoint
@@ -77,7 +77,7 @@ class Run:
                 self.average[key].copy_(value)
 
     def save(self) -> None:
-        """Writes the checkpoint in one go: a kill leaves the old one or the new one."""
+        """Writes the checkpoint atomically: a kill leaves the old one or the new one."""
         state = {name: getattr(self, name) for name in ("step", "seconds", "average")}
         state |= {"recipe": asdict(self.recipe), "module": self.module.state_dict()}
         state |= {"optimizer": self.optimizer.state_dict()}

@@ -43,7 +43,7 @@ def train_unet(
 
 @torch.no_grad()
 def freeze_outlier_columns(unet: UNet2DConditionModel, *, outlier: float) -> None:
-    """The columns of to_k and to_v that meet BOS's outlier stay small, else training drowns in it."""
+    """Keeps the columns of to_k and to_v that multiply BOS's outlier small, else it dominates training."""
     keep = torch.ones(unet.config["cross_attention_dim"])
     keep[list(OUTLIER_COLUMNS)] = 0
     for name, layer in unet.named_modules():

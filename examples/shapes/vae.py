@@ -21,11 +21,11 @@ RECIPE = Recipe(steps=3000, batch=8, lr=2e-3, average=0.995, seed=1)
 def train_vae(
     checkpoint: Path, report: Callable[[int, int, str], None], recipe: Recipe = RECIPE
 ) -> tuple[AutoencoderKL, dict]:
-    """Returns the trained autoencoder and what was measured on held-out pictures (PSNR in dB)."""
+    """Returns the trained autoencoder and measurements on held-out pictures (PSNR in dB)."""
     torch.manual_seed(recipe.seed)
     vae = channels_last(make_vae())
     with torch.no_grad():
-        # log variance: latents start with little noise, else nothing but noise is learnt
+        # log variance: latents start with little noise, else only noise is learnt
         vae.get_parameter("quant_conv.bias")[4:] = -6
 
     def loss(step: int) -> Tensor:
@@ -47,7 +47,7 @@ def draw(rng: random.Random, n: int, *, held_out: bool = False) -> Tensor:
 
 
 def encode(vae: AutoencoderKL, x: Tensor) -> DiagonalGaussianDistribution:
-    """What the latents [B, 4, H / 4, W / 4] of `x` [B, 3, H, W] may be."""
+    """The distribution of the latents [B, 4, H / 4, W / 4] of `x` [B, 3, H, W]."""
     return cast(Any, vae.encode)(x).latent_dist  # diffusers' hints allow for a tuple alone
 
 
@@ -57,7 +57,7 @@ def decode(vae: AutoencoderKL, z: Tensor) -> Tensor:
 
 
 def vae_loss(vae: AutoencoderKL, x: Tensor, noise: torch.Generator) -> Tensor:
-    """Values, edges, a trace of Kullback-Leibler, and three latent channels drawn to a small colour picture.
+    """Values, edges, a little Kullback-Leibler, and three latent channels pulled towards a small colour picture.
 
     Without that last term the latents become little more than brightness: good PSNR, but colours that a
     diffusion model confuses. `x` is [B, 3, 64, 64] in [-1, 1].

@@ -1,4 +1,4 @@
-"""Runs the benchmarks of the repository through pytest, in a process of their own."""
+"""Runs the benchmarks of the repository with pytest, in a separate process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FIGURES = ("min", "median", "mean", "stddev", "rounds")
 
 
 def names_of(names: Sequence[str] = (), *, gpu: bool = False, quick: bool = False) -> list[str]:
-    """The benchmarks that ``names`` select, as "file::test"; raises MixDQError where there are none."""
+    """The benchmarks that ``names`` select, as "file::test". Raises MixDQError if there are none."""
     done = subprocess.run(
         [*_command(names, gpu, quick), "--collect-only", "-q", "-o", "addopts="],
         cwd=_root(),
@@ -41,12 +41,13 @@ def run_benchmarks(
     out: Path | None = None,
     quiet: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Seconds (min, median, mean, stddev, rounds) of each benchmark by name, with what it recorded besides.
+    """{benchmark: seconds (min, median, mean, stddev), rounds, and its ``extra_info``}.
 
-    names: parts of file or test names, any of which selects a benchmark. rounds: least of each. out: pytest-benchmark's
-    JSON is kept there. quick: only those marked so, half a minute. quiet: what pytest prints goes to standard error.
+    names: substrings of file or test names, any of which selects a benchmark. rounds: the minimum for each benchmark.
+    out: where to keep pytest-benchmark's JSON. quick: only benchmarks marked so, half a minute. quiet: pytest prints to
+    standard error.
 
-    Raises MixDQError without a checkout, without pytest and pytest-benchmark, where nothing matches, where one fails.
+    Raises MixDQError without a checkout or without pytest and pytest-benchmark, if nothing matches, or if one fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         kept = (out or Path(folder) / "benchmarks.json").absolute()
@@ -59,7 +60,7 @@ def run_benchmarks(
 
 
 def figures_of(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The figures in pytest-benchmark's JSON, by name of the benchmark."""
+    """{benchmark: figures} from pytest-benchmark's JSON."""
     return {
         case["fullname"]: {name: case["stats"][name] for name in FIGURES} | case.get("extra_info", {})
         for case in document["benchmarks"]

@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 from ..errors import MixDQError
 from . import options
 from .inputs import first_line
-from .output import check_writable
 from .quiet import silence
 
 COMMANDS = {
@@ -40,7 +39,7 @@ STEPS = (
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors in one line that name the command they are of, and ``--traceback`` for every command."""
+    """A parser with ``--traceback``, whose errors are one line that starts with the name of the command."""
 
     def __init__(self, **how: Any) -> None:
         super().__init__(**how)
@@ -48,7 +47,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help=text)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """What is not known is an error here, and not first at the top, which would refer to its own help."""
+        """Refuses unknown arguments in the parser of the command. argparse would pass them up to the top parser, whose
+        error refers to ``mixdq --help`` and not to the help of the command."""
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -75,12 +75,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command. Returns 0, 2 for an error the user can act on, 1 for a defect, 130 for Ctrl-C."""
+    """Runs a command. Returns the exit code: 0, 2 for an error the user can act on, 1 for a bug, 130 for Ctrl-C."""
     args = parser().parse_args(arguments)
     silence()
     try:
         if isinstance(getattr(args, "out", None), Path):
-            check_writable(args.out, is_file=getattr(args, "out_is_file", None))
+            options.check_writable("out", args.out, is_file=getattr(args, "out_is_file", None))
         args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:

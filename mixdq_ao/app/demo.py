@@ -35,7 +35,7 @@ SHOWN = 8
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How much work a demo does."""
+    """How much work a demo does: numbers of prompts, the variants to time, and the time limit in minutes."""
 
     calibration: int = 32
     analysis: int = 8
@@ -61,9 +61,9 @@ QUICK = Size(calibration=8, analysis=4, judged=8, test=16, timed=())
 def run_demo(out: Path, quick: bool = False, full: bool = False) -> Path:
     """Writes plans, sensitivities, pictures, results.json and report.html to ``out``; returns the report's path.
 
-    A run that was interrupted continues its sensitivity analysis where it was. ``quick``: few prompts, no
-    compilation. ``full``: compiles and times every variant, however long that takes (a minute or two each on two
-    cores); otherwise mixdq_w8a8, mixdq_w4a8 and as many others as fit the time.
+    An interrupted run continues its sensitivity analysis where it stopped. ``quick``: few prompts, no compilation.
+    ``full``: compiles and times every variant, however long that takes (a minute or two each on two cores); otherwise
+    only mixdq_w8a8, mixdq_w4a8 and as many others as fit into ``Size.minutes``.
     """
     size, out = (QUICK if quick else Size(minutes=math.inf) if full else Size()), Path(out)
     deadline = time.monotonic() + 60 * size.minutes
@@ -97,7 +97,7 @@ def run_demo(out: Path, quick: bool = False, full: bool = False) -> Path:
 
 
 def search(pipe: Any, subject: Any, size: Size, out: Path) -> tuple[Variants, dict[float, list[Choice]]]:
-    """Calibration, sensitivities, and the best plan of each objective at each budget, with the Pareto front."""
+    """Calibrates, analyzes, and finds the best plan of each objective at each budget. Writes the results to ``out``."""
     texts = [p.text for p in subject.prompts(max(size.calibration, size.analysis, size.judged), seed=55)]
     calibration = calibrate(pipe, texts[: size.calibration], steps=(1, 4))
     calibration.save(out / "calibration.json")
@@ -134,8 +134,6 @@ def _points(choices: dict[float, list[Choice]]) -> list[dict[str, Any]]:
             "predicted_error": c.allocation.predicted_error,
             "measured_error": c.judged.error,
             "psnr": c.judged.psnr,
-            "ssim": None,
-            "agreement": None,
         }
         for bits, found in choices.items()
         for c in found
@@ -145,7 +143,8 @@ def _points(choices: dict[float, list[Choice]]) -> list[dict[str, Any]]:
 def compare(
     pipe: Any, plans: dict[str, Plan], ablation: dict[str, Plan], exam: Exam, size: Size, out: Path, deadline: float
 ) -> dict[str, Any]:
-    """The tables of results.json, and grid.png; no compilation that would end after ``deadline``, but a few."""
+    """Measures every plan: returns the contents of results.json and writes grid.png. Only the first
+    ``size.always_timed`` variants are compiled if that would end after ``deadline``."""
     tables: dict[int, dict[str, Any]] = {steps: {} for steps in STEPS}
     references = {
         steps: replace(exam, sampling=replace(exam.sampling, steps=steps)).draw(pipe, f"fp32, {steps} steps")

@@ -1,4 +1,4 @@
-"""Where figures were measured: machine, versions, commit."""
+"""The environment that figures were measured in: machine, versions, commit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """None where this is no checkout, or the machine has no git."""
+    """The short commit hash; None outside a checkout or without git."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:
         run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)

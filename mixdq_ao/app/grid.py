@@ -16,10 +16,10 @@ SCALE, GAP, HEADER = 2, 6, 30
 
 
 def save_grid(directory: Path, columns: Mapping[str, Tensor], captions: Sequence[str]) -> None:
-    """Writes grid.png (with the variants' names above the columns), and grid.json: names and captions as text, and
-    where the cells are, in pixels.
+    """Writes grid.png, with the variants' names above the columns, and grid.json, with names and captions as text and
+    the positions of the cells in pixels.
 
-    ``columns``: {name: pictures [N, 3, H, W] in [0, 1]}, the same N prompts and seeds in each.
+    ``columns``: {name: pictures [N, 3, H, W] in [0, 1]}, with the same N prompts and seeds in each.
     """
     first = next(iter(columns.values()))
     height, width = (SCALE * s + GAP for s in first.shape[-2:])

@@ -1,4 +1,4 @@
-"""What the commands read: prompt files, pipelines, numbers and lists given as text."""
+"""Inputs of the commands: prompt files, pipelines, and option values parsed from text."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt a line, UTF-8 (a byte order mark is fine); blank lines are skipped.
+    """The prompts in a file: one per line, UTF-8 with or without a byte order mark; blank lines are skipped.
 
-    Raises MixDQError when the file cannot be read, is not UTF-8, or holds no prompt.
+    Raises MixDQError if the file cannot be read, is not UTF-8, or holds no prompt.
     """
     return prompts_of(read_text(path, MixDQError, "; expected a text file with one prompt a line"), path)
 
 
 def load_plan(path: Path, calibration: Path | None) -> Plan:
-    """The plan in a file, with the ranges of a calibration file where one is given."""
+    """The plan in a file, with the ranges of a calibration file if one is given."""
     from ..plan import Plan
     from ..search.calibration import Calibration
 
@@ -52,20 +52,20 @@ def load_pipeline(
     steps: Iterable[int] = (),
     quantizing: Any = None,
 ) -> Any:
-    """The diffusers pipeline in a directory, or by its name on a hub.
+    """Loads a diffusers pipeline from a directory, or by its name on the hub.
 
-    device: "cpu", "cuda", ...; None for a GPU where there is one. dtype: "float32", "float16" or "bfloat16"; None for
-    float32 on a CPU and float16 elsewhere. variant: of the files, as "fp16". steps: numbers of denoising steps to be
-    drawn with. quantizing: a MixDQConfig; the denoiser's weights are then quantized as each is read, so that it is
-    never there in full precision.
-    Raises MixDQError naming the pipeline, or a number of steps that its scheduler does not have.
+    device: "cpu", "cuda", ...; None for a GPU if there is one. dtype: "float32", "float16" or "bfloat16"; None for
+    float32 on a CPU and float16 elsewhere. variant: of the files, such as "fp16". steps: numbers of denoising steps
+    that the scheduler must support. quantizing: a MixDQConfig; each weight of the denoiser is then quantized as it
+    is read, so that the full-precision denoiser is never in memory.
+    Raises MixDQError naming the pipeline, or a number of steps that its scheduler does not support.
     """
     if looks_local(name) and not (Path(name) / "model_index.json").is_file():
         raise MixDQError(f"{name}: {_instead_of_a_pipeline(Path(name))}")
     import torch
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-    from .. import models  # noqa: F401  (diffusers learns to load what we saved)
+    from .. import models  # noqa: F401  (registers our format with diffusers)
     from .quiet import silence_loading_bars
 
     silence_loading_bars()
@@ -87,7 +87,7 @@ def load_pipeline(
 
 
 def _instead_of_a_pipeline(path: Path) -> str:
-    """What a directory without a model_index.json is, and what to do with a denoiser."""
+    """Says what a directory without a model_index.json holds, and for a denoiser how to make a pipeline of it."""
     wanted = "expected a directory with a model_index.json or a name like org/model"
     try:
         config = read_object(path / "config.json", MixDQError)
@@ -105,8 +105,8 @@ def _instead_of_a_pipeline(path: Path) -> str:
 
 
 def _check_steps(pipe: Any, steps: Iterable[int]) -> None:
-    """Raises MixDQError for more steps than the scheduler takes. One that does not take a single step either wants more
-    than a number, and is not asked."""
+    """Raises MixDQError for more steps than the scheduler supports. A scheduler that refuses even one step needs more
+    arguments than a number, and is not checked."""
     scheduler = copy.deepcopy(getattr(pipe, "scheduler", None))
     for count in steps:
         reason = _refusal(scheduler, count) if count > 1 and _refusal(scheduler, 1) is None else None
@@ -123,19 +123,19 @@ def _refusal(scheduler: Any, steps: int) -> str | None:
 
 
 def _usable(device: str) -> str:
-    """A device that tensors can be on here. Raises MixDQError, before anything is loaded."""
+    """Returns ``device``. Raises MixDQError, before anything is loaded, if tensors cannot be created on it here."""
     import torch
 
     try:
         if torch.empty(0, device=device).is_meta:
             raise RuntimeError("tensors of it hold no values; expected cpu, cuda, ...")
-    except (RuntimeError, AssertionError) as e:  # an AssertionError where torch was built without it
+    except (RuntimeError, AssertionError) as e:  # an AssertionError if torch was built without it
         raise MixDQError(f"device {device!r} cannot be used here: {first_line(e)}") from e
     return device
 
 
 def _for_denoiser(name: str, config: Any) -> Any:
-    """A quantization config of a pipeline that is for its denoiser alone. Raises MixDQError where it has none."""
+    """A pipeline quantization config for the denoiser alone. Raises MixDQError if the pipeline has no denoiser."""
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from diffusers.quantizers import PipelineQuantizationConfig
 
@@ -147,12 +147,12 @@ def _for_denoiser(name: str, config: Any) -> Any:
 
 
 def looks_local(name: str) -> bool:
-    """A path rather than a hub's ``org/model``."""
+    """Whether ``name`` is a path rather than a hub's ``org/model``."""
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line of at most 1000 characters."""
+    """The message of an error as one line of at most 1000 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 1000 else text[:997] + "..."
 

@@ -1,4 +1,4 @@
-"""How long one compiled call of each variant's UNet takes, measured in turn."""
+"""Times one compiled call of each variant's UNet, in alternation."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..models.pipelines import Sampling, generate_all
+from ..models.portable import captured_call
 from ..plan import Plan
 from ..progress import progress
 from .measure import rounds_of, speedup
@@ -25,8 +25,8 @@ def latencies(
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of one compiled UNet call with ``prompts`` as one batch, and the ratio to compiled fp32.
 
-    The first ``least`` plans are always compiled; the others, in their order, as long as a compilation as slow as the
-    slowest so far would end before ``deadline`` (of ``time.monotonic()``). Plans left out are not in the result.
+    The first ``least`` plans are always compiled. The others are compiled in order, as long as a compilation as slow as
+    the slowest so far would end before ``deadline`` (in ``time.monotonic()``); the rest is missing from the result.
     """
     inputs = unet_inputs(pipe, prompts)
     calls: dict[str, Callable[[], object]] = {}
@@ -48,15 +48,6 @@ def latencies(
 
 
 def unet_inputs(pipe: Any, prompts: list[str]) -> dict[str, Any]:
-    """The keyword arguments of the UNet's call in the first step of a generation."""
-    seen: list[dict[str, Any]] = []
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append({"sample": args[0], "timestep": args[1], **kwargs})
-
-    handle = pipe.unet.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        generate_all(pipe, prompts, Sampling(batch_size=len(prompts)), "latent")
-    finally:
-        handle.remove()
-    return seen[0]
+    """The arguments of the UNet's call in the first step of a generation, by name."""
+    sampling = Sampling(batch_size=len(prompts))
+    return captured_call(pipe.unet, lambda: generate_all(pipe, prompts, sampling, "latent"))

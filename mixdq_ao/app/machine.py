@@ -15,7 +15,7 @@ PACKAGES = ("mixdq-ao", "torch", "torchao", "triton", "diffusers", "transformers
 
 
 def examine() -> Facts:
-    """Versions, the CPU, the kernels large products take here, and the GPU; None for what is not there."""
+    """Versions, the CPU, the kernels used for large products here, and the GPU; None for what is missing."""
     versions = {"python": platform.python_version(), **versions_of(PACKAGES)}
     return {"versions": versions, "cpu": _cpu(), "int8 products": _routes(), "gpu": _gpu()}
 
@@ -48,7 +48,7 @@ def _cpu() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """As the system calls the processor; of the machine's kind where it does not."""
+    """The processor's name as the system reports it; the machine type if it reports none."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
@@ -57,12 +57,10 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _routes() -> dict[str, str | None]:
-    """{weights: kernel} as ``inductor_kernels.routes.route`` chooses it for large products."""
-    try:
-        from inductor_kernels.routes import route
-    except ImportError:
-        return {f"{bits}-bit weights": None for bits in (8, 4, 2)}
+def _routes() -> dict[str, str]:
+    """{weights: the kernel that ``inductor_kernels.routes.route`` chooses for large products}."""
+    from inductor_kernels.routes import route
+
     return {f"{bits}-bit weights": route(bits) for bits in (8, 4, 2)}
 
 
@@ -83,7 +81,7 @@ def _gpu() -> dict[str, Any]:
 
 
 def advice(facts: Facts) -> list[str]:
-    """Why int8 is or is not faster on the machine, and what is missing, a sentence each."""
+    """Sentences that say why int8 is or is not faster on the machine, and what is missing."""
     lines = [_cpu_speed(facts), _gpu_speed(facts["gpu"])]
     missing = [n for n in ("torchao", "diffusers", "transformers", "highspy") if facts["versions"][n] is None]
     if missing:
@@ -112,8 +110,6 @@ def _cpu_speed(facts: Facts) -> str:
             "4- and 2-bit weights still run as integers, exactly; most with 8-bit weights run in float32 on the "
             "integer codes: right to the last bit and small in memory, but not faster than float32."
         )
-    if None in routes.values():
-        return "CPU: the inductor_kernels package is missing, so quantized layers run the slow reference formula."
     return "CPU: this build of torch has no oneDNN, so quantized layers compute in float32: small, but not faster."
 
 

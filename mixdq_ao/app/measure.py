@@ -1,4 +1,4 @@
-"""The figures of a table row: picture quality, bytes held, latency."""
+"""Measures a variant: picture quality, bytes held, latency."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..search.metrics import frechet_distance, psnr, ssim
 
 
 class Scorer(Protocol):
-    """Reads a picture: whether it shows what its caption says, and features for a Fréchet distance."""
+    """Judges whether pictures show what their captions say, and extracts features for a Fréchet distance."""
 
     def agreement(self, images: Tensor, specs: Sequence[Any]) -> Any: ...
 
@@ -28,7 +28,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Exam:
-    """What every variant must draw: prompts with what they ask for, and who judges."""
+    """The test that every variant takes: prompts, the specs their pictures must show, and the scorer."""
 
     prompts: Sequence[str]
     specs: Sequence[Any]
@@ -36,7 +36,7 @@ class Exam:
     sampling: Sampling
 
     def draw(self, pipe: Any, title: str) -> Tensor:
-        """[N, 3, H, W] in [0, 1]."""
+        """Draws all prompts: pictures [N, 3, H, W] in [0, 1]."""
         images = []
         with progress(title, len(self.prompts)) as bar:
             for batch in generate(pipe, self.prompts, self.sampling):
@@ -46,7 +46,7 @@ class Exam:
 
     def grade(self, images: Tensor, reference: Tensor) -> dict[str, float | None]:
         """Agreement with the captions; SSIM, PSNR and Fréchet distance against ``reference``, the full-precision
-        pictures of the same noise. PSNR is None where the pictures are the same."""
+        pictures from the same noise. PSNR is None if the pictures are identical."""
         same = torch.equal(images, reference)
         return {
             "agreement": float(self.scorer.agreement(images, self.specs).all),
@@ -60,8 +60,8 @@ class Exam:
 
 
 def held_bytes(model: nn.Module) -> int:
-    """Bytes of the tensors the linear and convolution layers really hold: packed integers, scales, zero points, BOS
-    rows, biases; memory shared by several layers counts once."""
+    """Bytes of the tensors stored for linear and convolution layers: packed integers, scales, zero points, BOS rows,
+    biases; memory shared by several layers counts once."""
     held: dict[int, int] = {}
     for module in find_products(model).values():
         for tensor in _tensors(module):
@@ -80,8 +80,8 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 def rounds_of(
     calls: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call in every round, all measured in turn, so that a machine whose speed drifts slows all
-    of them alike."""
+    """{name: milliseconds in each round}. A round times every call once, so drifts of the machine's speed affect all
+    calls alike."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(warmup + rounds):
         one_round(calls, times)
@@ -89,7 +89,7 @@ def rounds_of(
 
 
 def one_round(calls: Mapping[str, Callable[[], object]], times: Mapping[str, list[float]]) -> None:
-    """Calls each once and appends its milliseconds to ``times``."""
+    """Runs each call once and appends its milliseconds to ``times``."""
     for name, call in calls.items():
         start = time.perf_counter()
         call()
@@ -97,5 +97,5 @@ def one_round(calls: Mapping[str, Callable[[], object]], times: Mapping[str, lis
 
 
 def speedup(reference: list[float], times: list[float]) -> float:
-    """How many times faster: the median of the ratios within each round."""
+    """The median over rounds of ``reference`` time / time."""
     return statistics.median(r / t for r, t in zip(reference, times, strict=True))

@@ -11,14 +11,14 @@ from ..errors import MixDQError
 from .inputs import at_least, between, finite, integers, multiple_of
 
 LARGEST_SEED = 2**63 - 1
-"""Seeds of further prompts, counted from there, still are what torch takes."""
+"""Leaves room for the seeds of further prompts, which count up from there, below torch's limit of 2^64."""
 MACHINE = ("device", "dtype", "variant")
 SIZE = ("height", "width", "frames")
 SAMPLING = ("steps", "guidance_scale", "seed", "batch_size", *SIZE)
 
 
 def command(commands: argparse._SubParsersAction[Any], name: str, text: str, example: str) -> argparse.ArgumentParser:
-    """The parser of a command, or of one of the kinds of a command; its help ends with an example."""
+    """The parser of a command or subcommand; its help ends with an example."""
     return commands.add_parser(
         name,
         help=text,
@@ -36,7 +36,7 @@ def pipeline(parser: argparse.ArgumentParser) -> None:
 
 
 def machine(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Where a pipeline runs, in which type, and of which files."""
+    """Options for the device, the dtype and the variant of a pipeline's files."""
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     parser.add_argument(
         "--dtype",
@@ -47,7 +47,7 @@ def machine(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
 
 
 def where(args: argparse.Namespace) -> dict[str, Any]:
-    """What ``machine`` says, for ``load_pipeline``."""
+    """The values of the options of ``machine``, as arguments of ``load_pipeline``."""
     return {name: getattr(args, name) for name in MACHINE}
 
 
@@ -63,7 +63,7 @@ def sampling(
     several: bool = False,
     frames: bool = True,
 ) -> None:
-    """Steps (a list where ``several``), guidance, batch size, seed and size: those of SAMPLING."""
+    """The options of SAMPLING: steps (a list if ``several``), guidance, batch size, seed and size."""
     text = "denoising steps, separated by commas where several" if several else "denoising steps"
     kind: Any = integers if several else at_least(1)
     parser.add_argument("--steps", type=kind, default=kind(steps), metavar="N", help=f"{text} (default {steps})")
@@ -92,7 +92,7 @@ def sampling(
 
 
 def size(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, frames: bool = True) -> None:
-    """Of what is drawn: the options of SIZE."""
+    """The options of SIZE: the size of the pictures or videos."""
     text = "pixels, a multiple of 8 (default: the model's own)"
     for name in ("height", "width"):
         parser.add_argument(f"--{name}", type=multiple_of(8), metavar="N", help=text)
@@ -101,12 +101,12 @@ def size(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, frames: b
 
 
 def sized(args: argparse.Namespace) -> dict[str, Any]:
-    """What ``size`` says, as fields of Sampling."""
+    """The values of the options of ``size``, as fields of Sampling."""
     return {name: getattr(args, name) for name in SIZE}
 
 
 def drawn(args: argparse.Namespace) -> dict[str, Any]:
-    """What ``sampling`` says, as fields of Sampling; those that are not given are left out."""
+    """The values of the options of ``sampling`` that are given, as fields of Sampling."""
     return {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
 
 
@@ -120,7 +120,7 @@ def plan(parser: argparse.ArgumentParser, *, required: bool) -> None:
 
 
 def storage(parser: argparse.ArgumentParser) -> None:
-    """How a model holds the levels of a schedule."""
+    """Options for how a model stores the levels of a schedule."""
     parser.add_argument(
         "--storage",
         choices=("nested", "own"),
@@ -131,25 +131,30 @@ def storage(parser: argparse.ArgumentParser) -> None:
 
 
 def out(parser: argparse.ArgumentParser, default: str, what: str) -> None:
-    """Where the result goes: a file where the default has an ending, else a folder. Checked before a command runs."""
+    """``--out``: a file if the default has a suffix, else a folder. ``main`` checks it before the command runs."""
     parser.set_defaults(out_is_file=bool(Path(default).suffix))
     parser.add_argument("--out", type=Path, default=Path(default), metavar="PATH", help=f"{what} (default {default})")
 
 
 def check_files(args: argparse.Namespace, *names: str) -> None:
-    """Of options that name files to write, before the work. Raises MixDQError where a file could not be written."""
+    """Checks options that name files to write, before the work. Raises MixDQError if one cannot be written."""
     for name in names:
         path = getattr(args, name)
-        if path is None:
-            continue
-        if path.is_dir():
-            raise MixDQError(f"{flag(name)} is {path}, a folder; expected the name of a file to write")
-        if reason := obstacle(path, is_file=True):
-            raise MixDQError(f"{flag(name)} is {path}, which cannot be written: {reason}; choose another")
+        if path is not None:
+            check_writable(name, path, is_file=True)
+
+
+def check_writable(name: str, path: Path, *, is_file: bool | None) -> None:
+    """Raises MixDQError if option ``name`` is a ``path`` that cannot be written, as a file (``is_file``), a folder
+    (False) or either (None)."""
+    if is_file and path.is_dir():
+        raise MixDQError(f"{flag(name)} is {path}, a folder; expected the name of a file to write")
+    if reason := obstacle(path, is_file=is_file):
+        raise MixDQError(f"{flag(name)} is {path}, which cannot be written: {reason}; choose another")
 
 
 def check_apart(args: argparse.Namespace, *names: str) -> None:
-    """Raises MixDQError where two of these options name one place."""
+    """Raises MixDQError if two of these options name the same path."""
     known: dict[Path, str] = {}
     for name in names:
         path = getattr(args, name)
@@ -163,5 +168,5 @@ def as_json(parser: argparse.ArgumentParser) -> None:
 
 
 def flag(name: str) -> str:
-    """An option as it is given, by the name its value is stored under."""
+    """The option whose value is stored under ``name``: "--keep-full" for "keep_full"."""
     return "--" + name.replace("_", "-")

@@ -7,9 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..atomicfile import obstacle
-from ..errors import MixDQError
-
 
 def show(title: str, rows: Mapping[str, str]) -> None:
     """A two-column table."""
@@ -42,21 +39,12 @@ def show_json(value: Any) -> None:
 
 
 def wrote(path: Path, what: str) -> None:
-    """Says where a result lies, on standard error so that standard output stays machine-readable."""
+    """Prints where a result was written, on standard error so that standard output stays machine-readable."""
     from rich.text import Text
 
     from ..progress import console
 
     console.print(Text(f"wrote {path}: {what}"), soft_wrap=True)
-
-
-def check_writable(path: Path, *, is_file: bool | None) -> None:
-    """Raises MixDQError where a result could not be written to ``path``, a file or a folder (None: either): hours of
-    work would be lost."""
-    if is_file and path.is_dir():
-        raise MixDQError(f"{path}: is a folder, expected the name of a file to write")
-    if reason := obstacle(path, is_file=is_file):
-        raise MixDQError(f"{path}: cannot be written, {reason}; choose another --out")
 
 
 def counted(count: int, noun: str) -> str:

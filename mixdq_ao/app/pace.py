@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from ..plan import Plan
 
 KINDS = ("W8A8", "W4A8", "W2A8", "weights only")
-TEMPLATES_FROM = 80  # compute capability: the Triton templates use asynchronous copies
 ONLY_WEIGHTS = "weights only"
 FASTER = 1.05
 
@@ -20,8 +19,8 @@ FASTER = 1.05
 class Pace:
     """Whether layers of a kind are ``faster`` than the ``baseline`` ("float16", "bfloat16", "float32"), and why.
 
-    ``measured``: {layer: times the speed of the fastest floating point} of those that were timed. ``faster`` then says
-    whether all of them gained, and ``because`` is None where the stopwatch says otherwise than was expected.
+    ``measured``: {layer: speed relative to the fastest floating point} of the timed layers. If there are any,
+    ``faster`` says whether all of them gained, and ``because`` is None if this contradicts the expected verdict.
     """
 
     kind: str
@@ -43,7 +42,7 @@ class Pace:
         return f"{self.kind}: {verdict} {what} here{why}{figures and f'; measured: {figures}'}."
 
     def _divided(self) -> str | None:
-        """ "conv 320 (1.42 times), not at linear 1280 (1.04 times)"; None where all layers did the same."""
+        """ "conv 320 (1.42 times), not at linear 1280 (1.04 times)"; None if all or no layers gained."""
         sides: dict[bool, list[str]] = {True: [], False: []}
         for name, value in self.measured.items():
             sides[gained(value)].append(f"{name} ({value:.2f} times)")
@@ -52,33 +51,35 @@ class Pace:
 
 
 def gained(ratio: float) -> bool:
-    """Whether times the speed of floating point, as it is printed, is a gain of 5 % or more."""
+    """Whether ``ratio``, rounded as it is printed, is a gain of 5 % or more over floating point."""
     return round(ratio, 2) >= FASTER
 
 
 def kind_of(weight_bits: int, act_bits: int) -> str:
-    """ "W4A8", "weights only" or "16 bit". Activations of 4 bits are held in 8 and take their time."""
+    """ "W4A8", "weights only" or "16 bit". 4-bit activations are held in 8 bits and count as such."""
     if weight_bits == 16:
         return "16 bit"
     return ONLY_WEIGHTS if act_bits == 16 else f"W{weight_bits}A8"
 
 
 def paces(facts: Mapping[str, Mapping[str, Any]]) -> list[Pace]:
-    """A Pace for each of ``KINDS``, for the GPU where there is one, else the CPU. ``facts``: of ``machine.examine``."""
+    """A Pace for each of ``KINDS``, for the GPU if there is one, else the CPU. ``facts``: from ``machine.examine``."""
     gpu = facts["gpu"]
     of = _on_gpu if gpu["name"] is not None else _on_cpu
     return [of(kind, facts) for kind in KINDS]
 
 
 def _on_gpu(kind: str, facts: Mapping[str, Mapping[str, Any]]) -> Pace:
-    gpu = facts["gpu"]
+    from inductor_kernels.tiles import TILES
+
+    gpu, oldest = facts["gpu"], min(TILES)
     number = int(str(gpu.get("capability", "sm_0")).rpartition("_")[2])
     if gpu.get("rocm"):
         why = "no kernels are generated for ROCm: the operators unpack weights and multiply in floating point"
     elif facts["versions"]["triton"] is None:
         why = "Triton is not installed, which the kernels are generated with: pip install triton"
-    elif number < TEMPLATES_FROM:
-        why = f"{gpu['name']} is sm_{number} and kernels are generated from sm_{TEMPLATES_FROM} on"
+    elif number < oldest:
+        why = f"{gpu['name']} is sm_{number} and kernels are generated from sm_{oldest} on"
     elif kind == ONLY_WEIGHTS:
         why = "the product itself is in floating point; unpacking comes on top, and only reading fewer bytes saves time"
     else:
@@ -108,9 +109,7 @@ def _on_cpu(kind: str, facts: Mapping[str, Mapping[str, Any]]) -> Pace:
         return Pace(
             kind, baseline, True, "a C kernel built here multiplies 16-bit pairs; by little: there is no VNNI or AMX"
         )
-    if route is None:
-        why = "the inductor_kernels package is missing and the slow reference formula runs"
-    elif cpu["oneDNN"]:
+    if cpu["oneDNN"]:
         why = (
             "there is neither VNNI nor AMX, and no C compiler or no AVX2 for the kernel that would do: integer codes "
             "are multiplied in float32"
@@ -121,9 +120,9 @@ def _on_cpu(kind: str, facts: Mapping[str, Mapping[str, Any]]) -> Pace:
 
 
 def as_measured(known: Iterable[Pace], ratios: Mapping[str, Mapping[str, float]]) -> list[Pace]:
-    """Verdicts by the stopwatch. ``ratios``: {layer: {kind: times the speed of the fastest floating point}}.
+    """Verdicts by measurement. ``ratios``: {layer: {kind: speed relative to the fastest floating point}}.
 
-    A kind counts as faster where every layer gained; the reason stays where it explains what every layer did.
+    A kind counts as faster if every layer gained; the reason is kept if every layer did what it says.
     """
     found = []
     for pace in known:
@@ -135,7 +134,7 @@ def as_measured(known: Iterable[Pace], ratios: Mapping[str, Mapping[str, float]]
 
 
 def plan_paces(plan: Plan, known: Iterable[Pace]) -> list[str]:
-    """How many layers of a plan are of each kind, most first, and how fast these are here; in words."""
+    """Sentences that count the layers of each kind in a plan, most first, and say how fast they are here."""
     counts = Counter(kind_of(layer.weight_bits, layer.act_bits) for layer in plan.layers.values())
     by_kind = {pace.kind: pace for pace in known}
     lines = []

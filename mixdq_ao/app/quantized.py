@@ -1,4 +1,4 @@
-"""What the commands do with a pipeline and a plan."""
+"""Applies plans and schedules to pipelines, for the commands."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixdq_ao import Moments, QuantizationError, bos_aware, mixdq_config, quantize_
-from mixdq_ao.models.bos_encoder import bos_embedding_of
-from mixdq_ao.models.pipelines import denoiser
-from mixdq_ao.plan import Plan
-from mixdq_ao.temporal.layer import Storage
-from mixdq_ao.temporal.plan import TemporalPlan
-from mixdq_ao.temporal.runtime import prepare
+from .. import Moments, QuantizationError, bos_aware, mixdq_config, quantize_
+from ..models.bos_encoder import bos_embedding_of
+from ..models.pipelines import denoiser
+from ..plan import Plan
+from ..temporal.layer import Storage
+from ..temporal.plan import TemporalPlan
+from ..temporal.runtime import prepare
 
 
 def apply_plan(pipe: Any, plan: Plan, moments: Path | None = None) -> None:
-    """Quantizes the denoiser of ``pipe`` in place; its text encoders check their BOS row where the plan needs it.
+    """Quantizes the denoiser of ``pipe`` in place, and makes its text encoders BOS-aware if the plan has BOS rows.
 
     ``moments``: a file of ``Moments.save``, for a plan with compensated rounding.
     """
@@ -29,14 +29,13 @@ def apply_plan(pipe: Any, plan: Plan, moments: Path | None = None) -> None:
 
 
 def check_text_encoders(pipe: Any, *plans: Plan | None) -> None:
-    """Text encoders check their BOS row from here on, where a plan handles it apart."""
+    """Makes the text encoders check their BOS row from now on, if a plan has BOS rows."""
     if any(layer.bos for plan in plans if plan is not None for layer in plan.layers.values()):
         bos_aware(pipe)
 
 
 def refuse_quantized(model: nn.Module) -> None:
-    """Raises QuantizationError for a model that was saved quantized: what was to be done to it while it was read was
-    not done."""
+    """Raises QuantizationError for a model that was saved quantized, on which loading ignores a quantization config."""
     if getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False):
         raise QuantizationError(
             f"{type(model).__name__} is quantized already; give the original pipeline to quantize it anew"
@@ -44,8 +43,8 @@ def refuse_quantized(model: nn.Module) -> None:
 
 
 def make_ready(pipe: Any, plan: Plan | None, *, compiled: bool) -> None:
-    """A loaded pipeline becomes what is asked for: quantized by ``plan``, or, saved quantized, with its text encoders
-    checked; then compiled if so asked."""
+    """Prepares a loaded pipeline for drawing: quantizes it by ``plan`` if given; makes the text encoders BOS-aware if
+    the denoiser has BOS rows; compiles the denoiser if ``compiled``."""
     if plan is not None:
         apply_plan(pipe, plan)
     elif bos_embedding_of(denoiser(pipe)) is not None:
@@ -57,7 +56,7 @@ def make_ready(pipe: Any, plan: Plan | None, *, compiled: bool) -> None:
 def make_scheduled(
     pipe: Any, schedule: TemporalPlan, *, storage: Storage = "nested", keep_full: bool = False, compiled: bool = False
 ) -> None:
-    """A loaded full-precision pipeline runs each step at the level ``schedule`` gives it; compiled if so asked."""
+    """Makes a loaded full-precision pipeline run each step at its level of ``schedule``; compiles if ``compiled``."""
     runtime = prepare(denoiser(pipe), schedule, storage=storage, keep_full=keep_full)
     check_text_encoders(pipe, *schedule.levels.values())
     if compiled:
@@ -66,8 +65,8 @@ def make_scheduled(
 
 
 def compile_denoiser(pipe: Any) -> None:
-    """Puts the compiled denoiser in the place of the denoiser, whose layers are to stay as they are from here on: they
-    are not looked at before each call, which takes milliseconds."""
+    """Replaces the denoiser by the compiled denoiser, without guards on its layers, whose checks take milliseconds
+    before each call. The layers must not be replaced from now on."""
     model = denoiser(pipe)
     name = next(n for n in ("unet", "transformer") if getattr(pipe, n, None) is model)
     guards = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe
@@ -76,7 +75,7 @@ def compile_denoiser(pipe: Any) -> None:
 
 def save_png(image: Tensor, directory: Path, number: int, prompt: str) -> Path:
     """Writes a picture, uint8 [3, H, W], under its number and the start of its prompt."""
-    from mixdq_ao.evaluate.resize import to_pillow
+    from ..evaluate.resize import to_pillow
 
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-")
     path = directory / f"{number:04d}{'-' + slug if slug else ''}.png"
@@ -85,7 +84,7 @@ def save_png(image: Tensor, directory: Path, number: int, prompt: str) -> Path:
 
 
 def quantized_unet(unet: nn.Module, plan: Plan) -> nn.Module:
-    """A quantized copy; the original stays as it is."""
+    """A quantized copy of ``unet``, which is left unchanged."""
     unet = copy.deepcopy(unet)
     quantize_(unet, mixdq_config(plan))
     return unet

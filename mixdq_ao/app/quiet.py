@@ -1,4 +1,4 @@
-"""Third-party start-up noise, silenced in the command line only. Our own warnings and all errors stay.
+"""Silences third-party start-up messages, in the command line only. Our own warnings and all errors stay.
 
 Called before torch, torchao, diffusers and transformers are imported.
 """
@@ -9,7 +9,7 @@ import logging
 import os
 import warnings
 
-# What an install without CUDA or torchvision prints on every start, by the logger it comes from.
+# {logger: text of a notice} that an install without CUDA or torchvision prints on every start.
 _NOISE = {
     "torchao": "Failed to load",
     "torch.utils._pytree": "register_constant",
@@ -31,7 +31,7 @@ class _Without(logging.Filter):
 
 
 def silence() -> None:
-    """Hides known notices of other packages and their loading bars; a verbosity the user has set wins."""
+    """Hides known notices of other packages and their loading bars; a verbosity set by the user takes precedence."""
     for name, text in _NOISE.items():
         logging.getLogger(name).addFilter(_Without(text))
     for variable in _VERBOSITY:
@@ -42,7 +42,7 @@ def silence() -> None:
 
 
 def silence_loading_bars() -> None:
-    """The bars diffusers and transformers draw while they load weights."""
+    """Disables the progress bars of diffusers and transformers while they load weights."""
     import diffusers.utils.logging
     import transformers.utils.logging
 

@@ -1,4 +1,4 @@
-"""Times the products of quantized layers on this machine, beside the same layers in floating point."""
+"""Times quantized layers against the same layers in floating point on this machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROUNDS = 7
 
 
 class Layer(nn.Module):
-    """A layer under a name that plans can give."""
+    """A module that holds one layer under a name, as plans need it."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Layer(nn.Module):
 
 
 def _layers() -> dict[str, tuple[Layer, torch.Tensor]]:
-    """SDXL's widths: a linear layer of 1280 features over 1024 tokens, a convolution of 320 channels at 32 x 32."""
+    """Layers and inputs of SDXL's sizes: linear 1280 over 1024 tokens, convolution of 320 channels at 32 x 32."""
     linear, conv = nn.Linear(1280, 1280), nn.Conv2d(320, 320, 3, padding=1)
     image = torch.randn(1, 320, 32, 32).to(memory_format=torch.channels_last)
     return {"linear 1280": (Layer(linear), torch.randn(1024, 1280)), "conv 320": (Layer(conv), image)}
@@ -39,10 +39,10 @@ def _layers() -> dict[str, tuple[Layer, torch.Tensor]]:
 
 @torch.no_grad()
 def measure_layers(compiled: bool | None = None) -> dict[str, dict[str, float]]:
-    """{"linear 1280": {"float32": ms, "bfloat16": ms, "W8A8": ms, ...}, "conv 320": ...}: medians, measured in turn.
+    """{"linear 1280": {"float32": ms, "bfloat16": ms, "W8A8": ms, ...}, "conv 320": ...}: medians of timed rounds.
 
-    compiled: through torch.compile; by default on a GPU (float16 stands for 16 bit there) and not on a CPU, where
-    compiling takes longer than all the rest.
+    compiled: use torch.compile; by default on a GPU (where 16 bit is float16) and not on a CPU, where compilation would
+    take longer than all the rest.
     """
     cuda = torch.cuda.is_available()
     found: dict[str, dict[str, float]] = {}
@@ -57,7 +57,7 @@ def measure_layers(compiled: bool | None = None) -> dict[str, dict[str, float]]:
 
 
 def _calls(layer: Layer, x: torch.Tensor, half: torch.dtype, compiled: bool) -> dict[str, Callable[[], Any]]:
-    """The layer in float32, in 16 bits and quantized in every way, each as a call without arguments."""
+    """Calls without arguments of the layer in float32, in 16 bits and quantized by each of PLANS."""
     ready = (lambda m: torch.compile(m, fullgraph=True)) if compiled else (lambda m: m)
     calibration = calibrate(layer, run=lambda: layer(x))
     models: dict[str, tuple[nn.Module, torch.Tensor]] = {"float32": (layer, x)}
@@ -83,7 +83,7 @@ def _run(model: Callable[[torch.Tensor], Any], x: torch.Tensor) -> None:
 
 
 def speedups(times: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Times the speed of the fastest floating point, for each layer and kind."""
+    """{layer: {kind: speed relative to the fastest floating point}}."""
     found = {}
     for name, of in times.items():
         best = min(ms for kind, ms in of.items() if kind not in PLANS)

@@ -1,4 +1,4 @@
-"""The bundled pipeline, which lives with the repository's examples and not in the installed package."""
+"""Finds the bundled pipeline, which is in the repository's examples and not in the installed package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import MixDQError
 def bundled() -> Any:
     """The module ``examples.shapes.subject``: load_pipeline(), prompts(n, seed=, held_out=), load_scorer().
 
-    Raises MixDQError where the repository is not around the package.
+    Raises MixDQError if the package is not in a checkout of the repository.
     """
     root = Path(__file__).resolve().parents[2]
     if not (root / "examples" / "shapes" / "subject.py").is_file():

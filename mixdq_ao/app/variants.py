@@ -21,7 +21,7 @@ from ..search.sensitivity import Sensitivity
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What a plan was measured to do: PSNR of the pictures in dB, and relative error power of the denoiser's output."""
+    """Measured quality of a plan: PSNR of the pictures in dB, and relative error power of the denoiser's output."""
 
     psnr: float
     error: float
@@ -33,7 +33,7 @@ PARETO_BITS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0)
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """An allocation, the objective it was solved for, and what was measured of it on a few prompts."""
+    """An allocation, the objective it was solved for, and its quality measured on a few prompts."""
 
     objective: str
     allocation: Allocation
@@ -51,7 +51,7 @@ class Variants:
         return Plan.uniform(self.model, weight_bits, 8).with_calibration(self.calibration, bos=False, split=False)
 
     def bos(self, weight_bits: int) -> Plan:
-        """The same with BOS rows handled apart and concatenated shortcuts split."""
+        """As ``naive``, but with BOS rows handled separately and concatenated shortcuts split."""
         return Plan.uniform(self.model, weight_bits, 8).with_calibration(self.calibration)
 
     def protected(self) -> tuple[str, ...]:
@@ -66,7 +66,7 @@ class Variants:
         return with_measured(plan, self.judge(plan).error)
 
     def choices(self, weight_bits: float) -> list[Choice]:
-        """The best plan of every objective at this average, each picked by measured quality among its candidates."""
+        """For every objective the candidate at this average with the best measured quality."""
         found = []
         for objective in OBJECTIVES:
             candidates = self._candidates(weight_bits, objective)
@@ -77,14 +77,14 @@ class Variants:
         return found
 
     def _candidates(self, weight_bits: float, objective: str) -> list[Allocation]:
-        """Allocations of one objective; none where it has no solution (4-bit quality layers at 3 bits on average)."""
+        """Allocations of one objective; none if it has no solution (4-bit quality layers at 3 bits on average)."""
         try:
             return undominated(sweep(self.sensitivity, weight_bits=weight_bits, objective=objective))
         except AllocationError:
             return []
 
     def plan(self, choice: Choice) -> Plan:
-        """With its ranges, and what was measured of it beside what was predicted."""
+        """The plan of a choice with its ranges, and its measured error in the metadata beside the predicted one."""
         return with_measured(choice.allocation.plan.with_calibration(self.calibration), choice.judged.error)
 
 
@@ -94,7 +94,7 @@ def best(choices: list[Choice]) -> Choice:
 
 
 def summaries(plans: Mapping[str, Plan], model: nn.Module) -> dict[str, dict[str, float]]:
-    """Average bits of each plan."""
+    """{plan: its average weight and activation bits}."""
     figures = {name: plan.summary(model) for name, plan in plans.items()}
     return {
         name: {"average_weight_bits": s.average_weight_bits, "average_act_bits": s.average_act_bits}

@@ -1,4 +1,4 @@
-"""What mixdq doctor says of speed: every kind of layer on every kind of machine, a plan, and by the stopwatch."""
+"""What mixdq doctor says about speed: kinds of layers on many machines, the layers of a plan, measured layers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ def machine(*, cpu=(), gpu=None, triton="3.6", **routes):
         (machine(cpu=("oneDNN",), w8="avx2"), True, "float32", "multiplies 16-bit pairs"),
         (machine(cpu=("oneDNN",), w8="float32"), False, "float32", "neither VNNI nor AMX"),
         (machine(w8="float32"), False, "float32", "no oneDNN"),
-        (machine(cpu=("oneDNN",), w8=None), False, "float32", "inductor_kernels package is missing"),
         (machine(gpu={"capability": "sm_90"}), True, "float16", "tensor cores"),
         (machine(gpu={"capability": "sm_75"}), False, "float16", "sm_75"),
         (machine(gpu={"capability": "sm_90"}, triton=None), False, "float16", "Triton is not installed"),

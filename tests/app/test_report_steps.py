@@ -42,7 +42,10 @@ def results(steps: int = 8, levels: dict[str, float] | None = None) -> ScheduleR
     costs, rng = levels or LEVELS, random.Random(0)
     names = list(costs)
     single = {n: [0.0 if k == 0 else 4.0**k * 1e-5 * 1.4**t for t in range(steps)] for k, n in enumerate(names)}
-    error = lambda s: sum(single[n][t] for t, n in enumerate(s)) * (1.2 if len(set(s)) > 2 else 1.0)  # noqa: E731
+
+    def error(s):
+        return sum(single[n][t] for t, n in enumerate(s)) * (1.2 if len(set(s)) > 2 else 1.0)
+
     drawn = [tuple(rng.choice(names) for _ in range(steps)) for _ in range(40)]
     alone = {(names[0],) * t + (n,) + (names[0],) * (steps - t - 1) for n in names[1:-1] for t in range(steps)}
     halves = {(names[0],) * a + (names[-1],) * 2 + (names[0],) * (steps - a - 2) for a in range(0, steps, 2)}

@@ -25,7 +25,7 @@ EXAMPLE = (
 FORMS = ("error", "linear", "integer")
 """Objectives of network orthogonality."""
 OF_PIPELINE = ("choose", "check", "moments", "prompts", "seeds", *options.MACHINE, *options.SAMPLING)
-"""Options that only ``--pipeline`` heeds."""
+"""Options that have an effect only with ``--pipeline``."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +106,7 @@ MEASURED = ("measured_error", "measured_over_predicted", "prediction_agreement",
 
 
 def _check(args: argparse.Namespace, orthogonal: bool) -> None:
-    """Options that need others, or another file, are refused. Raises MixDQError."""
+    """Raises MixDQError for options that need other options or another kind of file."""
     from ...errors import MixDQError
 
     if args.pipeline is None:
@@ -125,7 +125,7 @@ def _check(args: argparse.Namespace, orthogonal: bool) -> None:
 
 
 def _measured(args: argparse.Namespace, calibration: Calibration) -> tuple[Allocation, Plan, list[Judged]]:
-    """The plan, chosen among candidates if so asked, with its measured error in its metadata."""
+    """The plan, with ``--choose`` the best of several candidates, with its measured error in its metadata."""
     from ... import Moments
     from ...models.pipelines import Sampling
     from ...search.choose import candidates, choose
@@ -147,7 +147,10 @@ def _measured(args: argparse.Namespace, calibration: Calibration) -> tuple[Alloc
     if args.choose is not None:
         judged = choose(pipe, found, prompts, calibration=calibration, seeds=args.seeds or 1, **shared)
         result, plan = judged[0].allocation, judged[0].plan
-    ranges = lambda p: p.with_calibration(calibration)  # noqa: E731
+
+    def ranges(unranged: Plan) -> Plan:
+        return unranged.with_calibration(calibration)
+
     plan = check_prediction(pipe, sensitivity, plan, prompts, ranges=ranges, count=args.check or 0, **shared)
     return result, plan, judged
 
@@ -176,7 +179,7 @@ def _show_candidates(judged: list[Judged]) -> None:
 
 
 def _format(path: Path) -> object:
-    """What a file says it is; None where it says nothing, and reading it will say why."""
+    """The "format" field of a file; None if it cannot be read, for which reading it later raises the error."""
     from ...errors import MixDQError
     from ...jsonfile import read_object
 
@@ -195,7 +198,7 @@ def _by_errors(args: argparse.Namespace) -> Allocation:
 
 
 def _by_orthogonality(args: argparse.Namespace) -> Allocation:
-    """The same request of ``allocate_orthogonal``, whose default choices are the same for all layers."""
+    """As ``_by_errors`` with ``allocate_orthogonal``, whose default choices are the same for all layers."""
     from ... import allocate_orthogonal
     from ...search.orthogonality import Orthogonality
 
@@ -210,7 +213,7 @@ def _shared(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _objective(args: argparse.Namespace, offered: tuple[str, ...], default: str) -> Any:
-    """Raises AllocationError where the objective is one of the other kind of file."""
+    """``--objective`` or its default. Raises AllocationError if it belongs to the other kind of file."""
     from ...errors import AllocationError
 
     if args.objective not in (None, *offered):

@@ -15,7 +15,7 @@ OWN = {
     "error": ("store", "method", "probes", "part", "merge", "roundings", "moments"),
     "orthogonality": ("timesteps", "estimator"),
 }
-"""Options that only one metric heeds."""
+"""Options that apply to one metric only."""
 HELP = "measure how much each layer suffers from each bit width; a stopped run continues from its store"
 EXAMPLE = (
     "mixdq analyze examples/shapes/pipeline --prompts prompts.txt --calibration calibration.json "
@@ -86,7 +86,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from mixdq_ao.search.calibration import Calibration
+    from ...search.calibration import Calibration
 
     _check(args)
     args.out = args.out or Path("orthogonality.json" if args.metric == "orthogonality" else "sensitivity.json")
@@ -107,8 +107,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Options that the metric would not heed are refused."""
-    from mixdq_ao.errors import MixDQError
+    """Raises MixDQError for options that do not apply to the metric."""
+    from ...errors import MixDQError
 
     for name in OWN["error" if args.metric == "orthogonality" else "orthogonality"]:
         if getattr(args, name) is not None:
@@ -123,8 +123,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _errors(args: argparse.Namespace, pipe: Any, prompts: list[str], common: dict[str, Any]) -> int:
-    """Writes the scores. Returns the number of layers in them."""
-    from mixdq_ao import analyze
+    """Writes the sensitivity file. Returns its number of layers."""
+    from ... import analyze
 
     result = analyze(pipe, prompts, store=args.store, merge=args.merge or (), **_how(args), **common)
     result.save(args.out)
@@ -133,8 +133,8 @@ def _errors(args: argparse.Namespace, pipe: Any, prompts: list[str], common: dic
 
 
 def _part(args: argparse.Namespace, pipe: Any, prompts: list[str], common: dict[str, Any]) -> None:
-    from mixdq_ao.search.analyze import analyze_part
-    from mixdq_ao.search.part import Part
+    from ...search.analyze import analyze_part
+    from ...search.part import Part
 
     options = {"merge": args.merge or (), **_how(args), **common}
     have, need = analyze_part(pipe, prompts, Part.parse(args.part), store=args.store, **options)
@@ -144,7 +144,7 @@ def _part(args: argparse.Namespace, pipe: Any, prompts: list[str], common: dict[
 
 
 def _how(args: argparse.Namespace) -> dict[str, Any]:
-    from mixdq_ao import Moments
+    from ... import Moments
 
     how = {name: getattr(args, name) for name in ("weight_bits", "act_bits", "probes")}
     how |= {} if args.roundings is None else {"roundings": args.roundings}
@@ -153,8 +153,8 @@ def _how(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _orthogonality(args: argparse.Namespace, pipe: Any, prompts: list[str], common: dict[str, Any]) -> int:
-    """The same for correlations."""
-    from mixdq_ao import orthogonality
+    """Writes the file of correlations. Returns its number of layers."""
+    from ... import orthogonality
 
     result = orthogonality(pipe, prompts, timesteps=args.timesteps, estimator=args.estimator or "biased", **common)
     result.save(args.out)

@@ -45,8 +45,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompts)
     pipe = load_pipeline(args.pipeline, **options.where(args), steps=args.steps)
-    from mixdq_ao import calibrate
-    from mixdq_ao.quantize.folds import Folding
+    from ... import calibrate
+    from ...quantize.folds import Folding
 
     result = calibrate(
         pipe,

@@ -37,9 +37,8 @@ def run(args: argparse.Namespace) -> None:
         raise MixDQError(f"{args.out}: expected a file name that ends in .pt2")
     plan = plan_of(args)
     pipe = load_pipeline(args.pipeline, **options.where(args))
-    from mixdq_ao.models.pipelines import denoiser
-    from mixdq_ao.models.portable import package
-
+    from ...models.pipelines import denoiser
+    from ...models.portable import package
     from ..quantized import apply_plan
 
     if plan is not None:
@@ -65,9 +64,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _call(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """What the pipeline calls its denoiser with at these sizes."""
-    from mixdq_ao.models.pipelines import Sampling, denoiser, generate_all
-    from mixdq_ao.models.portable import captured_call
+    """The arguments that are not None in the pipeline's call of its denoiser at these sizes, by name."""
+    from ...models.pipelines import Sampling, denoiser, generate_all
+    from ...models.portable import captured_call
 
     size = Sampling(batch_size=args.batch_size, **options.sized(args))
     prompts = ["a picture"] * args.batch_size

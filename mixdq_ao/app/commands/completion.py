@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _complete_paths(parser: argparse.ArgumentParser, by_metavar: dict, other: dict) -> None:
-    """Marks every option that takes a path, by the word that stands for it in the help; nested parsers too."""
+    """Enables path completion for every option that takes a path, told by its metavar, also in nested parsers."""
     from pathlib import Path
 
     for action in parser._actions:

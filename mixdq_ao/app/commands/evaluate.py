@@ -121,7 +121,7 @@ def _run(args: argparse.Namespace) -> None:
     chosen["dtype"] = args.dtype or ("float32" if device.startswith("cpu") else "float16")
     chosen |= {"plan": None if plan is None else digest(plan.to_json())}
     content = content_of(args.pipeline)
-    # A directory may lie elsewhere on another machine; what it holds says enough.
+    # The path of the directory may differ between machines, and its contents identify it.
     chosen["pipeline"] = Path(args.pipeline).resolve().name if content else args.pipeline
     chosen["content"] = " ".join(filter(None, (content, args.variant)))
     chosen |= {"prompts": drawn.digest, "count": len(drawn.texts)}

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     schedule = _schedule(args)
     plan = plan_of(args) if schedule is None else None
     args.steps = args.steps or (len(schedule.steps) if schedule else STEPS)
-    from mixdq_ao.models.pipelines import Sampling, check_prompts, generate
+    from ...models.pipelines import Sampling, check_prompts, generate
 
     pipe = load_pipeline(args.pipeline, **options.where(args), steps=[args.steps])
     from ...evaluate.pictures import to_bytes
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Options that nothing would heed, or that exclude each other, are refused."""
+    """Raises MixDQError for options that would have no effect or exclude each other."""
     if args.schedule is None:
         for name in ("storage", "keep_full"):
             if getattr(args, name):
@@ -89,7 +89,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _schedule(args: argparse.Namespace) -> TemporalPlan | None:
-    """The schedule asked for, for the steps asked for."""
+    """The schedule of ``--schedule``, if any. Raises MixDQError if ``--steps`` differs from its number of steps."""
     if args.schedule is None:
         return None
     from ...search.calibration import Calibration

@@ -33,8 +33,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from mixdq_ao.plan import Plan
-    from mixdq_ao.search.calibration import Calibration
+    from ...plan import Plan
+    from ...search.calibration import Calibration
 
     plan = Plan.from_mixdq_yaml(args.weight, args.act, args.protect)
     if args.calibration:
@@ -44,7 +44,7 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _sensitivity(args: argparse.Namespace) -> None:
-    from mixdq_ao.search.sensitivity import Sensitivity
+    from ...search.sensitivity import Sensitivity
 
     files = {name: getattr(args, name) for name in (n.replace("-", "_") for n in SENSITIVITY_FILES)}
     sensitivity = Sensitivity.from_mixdq_yaml(**files)

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
 
     prompts, calibration = read_prompts(args.prompts), Calibration.load(args.calibration)
     pipe = load_pipeline(args.pipeline, **options.where(args), steps=args.steps)
-    from mixdq_ao import input_moments
+    from ... import input_moments
 
     found = input_moments(pipe, prompts, calibration=calibration, layers=args.layers, **options.drawn(args))
     found.save(args.out)

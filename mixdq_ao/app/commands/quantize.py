@@ -35,9 +35,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     plan = load_plan(args.plan, args.calibration)
-    from mixdq_ao.models.pipelines import denoiser, other_denoisers
-    from mixdq_ao.models.serialization import refuse_occupied, save_pipeline
-
+    from ...models.pipelines import denoiser, other_denoisers
+    from ...models.serialization import refuse_occupied, save_pipeline
     from ..measure import held_bytes
 
     if not any(layer.quantized for layer in plan.layers.values()):
@@ -81,11 +80,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _quantized(args: argparse.Namespace, plan: Plan) -> Any:
-    """The pipeline, its denoiser quantized weight by weight as it is read; a plan that changes several layers at once
-    (smoothing, rotation) needs all of it first."""
-    from mixdq_ao.models import MixDQConfig
-    from mixdq_ao.models.pipelines import denoiser
-
+    """The pipeline with its denoiser quantized: weight by weight as it is read, or, for a plan that changes several
+    layers at once (smoothing, rotation), after all of it is loaded."""
+    from ...models import MixDQConfig
+    from ...models.pipelines import denoiser
     from ..quantized import apply_plan, check_text_encoders, refuse_quantized
 
     where = options.where(args)
@@ -101,8 +99,8 @@ def _quantized(args: argparse.Namespace, plan: Plan) -> Any:
 
 
 def _bytes_before(model: nn.Module) -> int:
-    """What the linear and convolution layers held before they were quantized."""
-    from mixdq_ao.layers import find_layers
+    """Bytes of the parameters of linear and convolution layers before they are quantized."""
+    from ...layers import find_layers
 
     parameters = (p for module in find_layers(model).values() for p in module.parameters(recurse=False))
     return sum(p.numel() * p.dtype.itemsize for p in parameters)

@@ -18,7 +18,7 @@ EXAMPLE = (
 )
 
 LARGEST_SEED = 2**43 - 1
-"""Times the million that parts the orders of batches, still what torch takes."""
+"""The order of batches is drawn from a seed about a million times as large, which torch must accept too."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,9 +74,8 @@ def run(args: argparse.Namespace) -> None:
 
         check_directory(args.checkpoint)
     pipe = load_pipeline(args.pipeline, **options.where(args), steps=args.trajectory)
-    from mixdq_ao import recover, save_quantized
-    from mixdq_ao.models.pipelines import denoiser
-
+    from ... import recover, save_quantized
+    from ...models.pipelines import denoiser
     from ...training.recover_loop import decibel
 
     plan.validate(denoiser(pipe))
@@ -97,11 +96,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _moments(args: argparse.Namespace, pipe: Any, plan: Any, prompts: list[str]) -> Any:
-    """Second moments for a plan that rounds by them."""
+    """Second moments of the layers that the plan rounds by them; None if there are none."""
     layers = [name for name, layer in plan.layers.items() if layer.needs_moment]
     if not layers:
         return None
-    from mixdq_ao import Calibration, input_moments
+    from ... import Calibration, input_moments
 
     if args.calibration is None:
         raise MixDQError(f"layer {layers[0]!r} is rounded by second moments, which need --calibration")

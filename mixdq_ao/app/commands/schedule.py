@@ -177,9 +177,12 @@ def _print(plan: TemporalPlan, as_json: bool) -> None:
     known = {} if plan.cost is None else {"mean cost of a step": plan.cost}
     known |= {k.replace("_", " "): plan.metadata[k] for k in SHOWN if k in plan.metadata}
     size = plan.metadata.get("bytes")
-    said = lambda v: "undefined" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)  # noqa: E731
-    rows = {k: said(v) for k, v in known.items()}
+    rows = {k: _said(v) for k, v in known.items()}
     show("figures", rows | ({"layers hold": mebibytes(size)} if isinstance(size, int) else {}))
+
+
+def _said(value: object) -> str:
+    return "undefined" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Puts the page together."""
+"""Assembles the page."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def build(directory: str | os.PathLike[str]) -> Path:
     """Writes ``report.html`` from the results in ``directory``, in one file that needs no network. Returns its path.
 
     Reads results.json, sensitivity.json, plan_*.json, pareto.json, schedule*.json, orthogonality.json, and grid.png
-    with grid.json; a missing one drops its section. Raises MixDQError where one is broken or nothing is there.
+    with grid.json; a missing file drops its section. Raises MixDQError if a file is broken or none is there.
     """
     directory = Path(directory)
     page = render(read_inputs(directory))

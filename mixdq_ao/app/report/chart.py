@@ -19,7 +19,7 @@ class Scale:
 
     @classmethod
     def around(cls, values: list[float], start: float, end: float) -> Scale:
-        """All values with 5 % of room; a single value lies in the middle."""
+        """A scale for all values with 5 % of margin; a single value lies in the middle."""
         low, high = min(values), max(values)
         room = 0.05 * (high - low) or abs(high) * 0.1 or 1.0
         return cls(low - room, high + room, start, end)
@@ -45,7 +45,7 @@ class LogScale(Scale):
 
     @classmethod
     def around(cls, values: list[float], start: float, end: float) -> LogScale:
-        """All values with 5 % of room on either side."""
+        """A scale for all values with 5 % of margin on either side."""
         room = max((max(values) / min(values)) ** 0.05, 1.1)
         return cls(min(values) / room, max(values) * room, start, end)
 
@@ -57,11 +57,10 @@ class LogScale(Scale):
         return f"{value:g}" if 1e-3 <= value < 1e4 else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
 
     def ticks(self, about: int = 6) -> list[float]:
-        """Powers of ten, with 2 and 5 times them where there are few, thinned out where there are many."""
+        """Powers of ten; 2 and 5 times them as well if these are few, only some of them if they are many."""
         first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-        inside = lambda values: [v for v in values if self.low <= v <= self.high]  # noqa: E731
-        powers = inside([10.0**e for e in range(first, last + 1)])
-        fine = inside([float(f"{m}e{e}") for e in range(first, last + 1) for m in (1, 2, 5)])
+        fine = [float(f"{m}e{e}") for e in range(first, last + 1) for m in (1, 2, 5)]
+        fine, powers = ([v for v in values if self.low <= v <= self.high] for values in (fine, fine[::3]))
         return fine if len(fine) <= about + 2 else powers[:: math.ceil(len(powers) / about)]
 
 

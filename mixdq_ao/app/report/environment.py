@@ -1,4 +1,4 @@
-"""Where the figures come from, and how to get them again."""
+"""The section on where the figures were measured and how to reproduce them."""
 
 from __future__ import annotations
 

@@ -22,9 +22,9 @@ LARGEST = 256  # pixels a cell is shown at; bigger ones are scaled down so that 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Pictures as data URIs: ``cells[row][column]``; or ``whole``, where the file does not say where the cells are.
+    """Pictures as data URIs: ``cells[row][column]``, or ``whole`` if grid.json has no positions of cells.
 
-    ``psnr[row][column]``: dB against the first column, of 8-bit pictures; None where they are the same.
+    ``psnr[row][column]``: dB of 8-bit pictures against the first column; None if they are identical.
     """
 
     columns: tuple[str, ...]
@@ -38,9 +38,9 @@ def read_grid(path: Path, document: Mapping[str, Any] | None) -> Grid | None:
     """The grid, or None unless both files are there.
 
     ``document``: {"columns": names, "rows": captions, "cell": [width, height], "origin": [x, y], "gap": pixels}.
-    Without "cell" the picture is shown in one piece.
+    Without "cell" the picture is shown as a whole.
 
-    Raises MixDQError when the picture cannot be read or is smaller than its cells.
+    Raises MixDQError if the picture cannot be read or is smaller than its cells.
     """
     if document is None or not path.exists():
         return None
@@ -69,7 +69,7 @@ def read_grid(path: Path, document: Mapping[str, Any] | None) -> Grid | None:
 
 
 def _psnr(picture: Image, reference: Image) -> float | None:
-    """10 log10(255^2 / mean squared difference), in dB; None where there is no difference."""
+    """10 log10(255^2 / mean squared difference), in dB; None if there is no difference."""
     from PIL import ImageChops, ImageStat
 
     squares = ImageStat.Stat(ImageChops.difference(picture, reference)).sum2
@@ -85,7 +85,7 @@ def _texts(path: Path, document: Mapping[str, Any], key: str) -> tuple[str, ...]
 
 
 def _pixels(path: Path, document: Mapping[str, Any], key: str) -> tuple[int, int]:
-    """[x, y] or one number for both; 0 where the file says nothing."""
+    """A field of grid.json that is [x, y] or one number for both; 0 if it is missing."""
     value = document.get(key, 0)
     pair = value if isinstance(value, list) else [value, value]
     if len(pair) != 2 or not all(type(v) is int and v >= 0 for v in pair):
@@ -102,7 +102,7 @@ def _uri(picture: Image, largest: int | None = None) -> str:
 
 
 def grid_section(grid: Grid | None) -> Html:
-    """Captions down, variants across."""
+    """A table of pictures: a row per caption, a column per variant."""
     if grid is None:
         return Html()
     shown = _whole(grid) if grid.whole else _table(grid)
@@ -155,7 +155,7 @@ def _table(grid: Grid) -> Html:
 
 
 def _whole(grid: Grid) -> Html:
-    """The picture in one piece, what its columns and rows are as text below it."""
+    """The whole picture, with the names of its columns and rows as text below."""
     alt = f"{len(grid.rows)} captions down, {len(grid.columns)} variants across"
     picture = tag("img", src=grid.whole, alt=alt, class_="whole")
     columns = "Columns: " + ", ".join(label(name) for name in grid.columns) + ". Rows:"

@@ -16,7 +16,7 @@ Child = str | None | Iterable["Child"]
 
 
 def join(*children: Child) -> Html:
-    """Children one after another; None is nothing."""
+    """Concatenates children; None is skipped."""
     return Html("".join(_render(child) for child in children))
 
 

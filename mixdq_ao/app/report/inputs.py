@@ -1,4 +1,4 @@
-"""Reads and checks everything a report is made of. A missing file drops its section; a broken one is an error."""
+"""Reads and checks the files of a report. A missing file drops its section; a broken one is an error."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 SHOWN = ("variants", "sensitivity", "plans", "points", "grid", "schedules", "schedule_results", "orthogonality")
-"""Inputs of which one at least must be there."""
+"""Inputs of which at least one must be present."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
-    """What was measured of one variant; None where it was not. ``agreement`` is a fraction, ``speedup`` a factor."""
+    """Measurements of one variant; None for those not taken. ``agreement`` is a fraction, ``speedup`` a factor."""
 
     agreement: float | None = None
     ssim: float | None = None
@@ -55,7 +55,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """Everything found in the folder; empty or None where there was no file."""
+    """Everything found in the folder; empty or None for missing files."""
 
     variants: Mapping[str, Figures] = field(default_factory=dict)
     one_step: Mapping[str, Figures] = field(default_factory=dict)
@@ -72,7 +72,8 @@ class Inputs:
 
 
 def read_inputs(directory: Path) -> Inputs:
-    """Raises MixDQError naming the file and what was expected, also where the folder holds nothing to report."""
+    """Reads the inputs in a folder. Raises MixDQError naming the file and what was expected, also if the folder holds
+    nothing to report."""
     if not directory.is_dir():
         raise MixDQError(f"{directory}: is no folder, expected one with results.json or other results")
     results = _optional(directory / "results.json", _read, {})
@@ -101,7 +102,7 @@ def read_inputs(directory: Path) -> Inputs:
 
 
 def _schedule(path: Path) -> tuple[str, TemporalPlan | ScheduleResults]:
-    """A schedule, or what was measured of several, told from the file's header."""
+    """The name of a file and its contents: a schedule or results of schedules, as its "format" says."""
     kind, expected = _read(path).get("format"), (TemporalPlan.FORMAT, ScheduleResults.FORMAT)
     if kind not in expected:
         raise MixDQError(f"{path}: format is {kind!r:.60}, expected {' or '.join(expected)}")
@@ -109,7 +110,7 @@ def _schedule(path: Path) -> tuple[str, TemporalPlan | ScheduleResults]:
 
 
 def _orthogonality(path: Path) -> Orthogonality:
-    from ...search.orthogonality import Orthogonality  # imports torch, which a page without it can do without
+    from ...search.orthogonality import Orthogonality  # imports torch, which other pages do not need
 
     return Orthogonality.load(path)
 

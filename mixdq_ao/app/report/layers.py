@@ -32,14 +32,14 @@ def layers_section(inputs: Inputs) -> Html:
 
 
 def plan_css(plans: Mapping[str, Plan]) -> str:
-    """Shows what belongs to the chosen plan, without a script; the first choice in browsers that cannot."""
+    """CSS that shows the parts of the chosen plan without a script; browsers without ``:has`` show the first choice."""
     rules = [f"body:has(#plan-{k}:checked) .p{k}{{display:revert}}" for k in range(len(plans))]
     fallback = f"@supports not selector(:has(a)){{.p{_first(plans)}{{display:revert}}}}"
     return "\n".join([".plan{display:none}", *rules, fallback])
 
 
 def _first(plans: Mapping[str, Plan]) -> int:
-    """The plan to show first: the one that mixes most bit widths."""
+    """The plan to show first: the one with the most bit widths."""
     widths = [len(_widths(plan)) for plan in plans.values()]
     return widths.index(max(widths)) if widths else 0
 

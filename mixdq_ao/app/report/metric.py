@@ -1,4 +1,4 @@
-"""The metric a group of layers is judged by, and how its values are written and spread on a scale."""
+"""The metric that scores a group of layers: how its values are formatted and placed on a scale."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Metric:
         return f"{value:.{self.digits}f} {self.unit}" if self.unit else f"{self.name} {value:.{self.digits}f}"
 
     def position(self, value: float) -> float:
-        """The score on a scale that spreads the good end: dB, and similarities as -10 log10(1 - s)."""
+        """The score in dB, for a scale that spreads the good end: similarities as -10 log10(1 - s)."""
         return min(value if self.unit else -10 * math.log10(max(1 - value, 1e-8)), TOP)
 
 
@@ -39,6 +39,6 @@ SSIM, PSNR, SQNR = Metric("SSIM"), Metric("PSNR", "dB"), Metric("SQNR", "dB")
 
 
 def metrics(sensitivity: Sensitivity) -> Mapping[str, Metric]:
-    """{group: metric}. Probes give the error of the picture, which is PSNR; one layer at a time is judged by SSIM."""
+    """{group: metric}. Content is scored by PSNR in an analysis by probes, by SSIM in one layer by layer."""
     content = PSNR if sensitivity.metadata.get("content_score") == "psnr" else SSIM
     return {"content": content, "quality": SQNR}

@@ -1,4 +1,4 @@
-"""Words for the names in the result files, and how figures are written."""
+"""Labels for the names in result files, and formats of figures."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def plan_label(stem: str) -> str:
 
 
 def plan_order(path: Path) -> tuple[int, str]:
-    """Most weight bits first."""
+    """Sort key: most weight bits first."""
     found = re.search(r"w(\d+)", path.stem)
     return (-int(found[1]) if found else 0, path.stem)
 
@@ -58,7 +58,7 @@ def block_of(name: str) -> str:
 
 
 def block_rank(block: str) -> int:
-    """Blocks in the order data flows through them: a UNet registers its middle last."""
+    """Sort key: blocks in the order of the data flow; a UNet registers its middle block last."""
     ranks = {"input": 0, "down_blocks": 1, "mid_block": 2, "up_blocks": 3, "output": 5}
     return ranks.get(block.partition(".")[0], 4)
 
@@ -76,7 +76,7 @@ def number(value: float | None, digits: int) -> str:
 
 
 def significant(value: float | None, digits: int = 3) -> str:
-    """Three digits that matter, without an exponent where that reads well."""
+    """Three significant digits, without an exponent if that is readable."""
     if value is None:
         return MISSING
     if 1000 <= abs(value) < 1e7:
@@ -85,7 +85,7 @@ def significant(value: float | None, digits: int = 3) -> str:
 
 
 def size(count: float | None) -> str:
-    """Bytes as B, KiB or MiB."""
+    """A number of bytes in B, KiB or MiB."""
     if count is None:
         return MISSING
     for unit, step in (("MiB", 2**20), ("KiB", 2**10)):

@@ -1,4 +1,4 @@
-"""Which layers say the same: the correlation of their outputs as a picture, and the importance drawn from it."""
+"""The section on network orthogonality: correlations of layers' outputs as a picture, and the importance of layers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from ...search.orthogonality import Orthogonality
 
 COLOURS = np.array([(68, 1, 84), (49, 104, 142), (53, 183, 121), (253, 231, 37)], dtype=np.float64)
-"""From no correlation to the same, evenly spaced."""
+"""Colours from no correlation to identical outputs, evenly spaced."""
 SIDE, LEFT = 600, 150
 PICTURES, LISTED = 4, 8
-"""Steps shown beside the mean, and layers listed at either end."""
+"""The numbers of steps shown beside the mean, and of layers listed at either end."""
 
 
 def orthogonality_section(found: Orthogonality | None) -> Html:
@@ -104,7 +104,7 @@ def _steps(found: Orthogonality, low: float) -> Html:
 
 
 def _table(found: Orthogonality) -> Html:
-    """Both ends of the importance; everything where there are few layers."""
+    """The most and least important layers; all layers if there are few."""
     ranked = sorted(found.importance().items(), key=lambda item: -item[1])
     shown = ranked if len(ranked) <= 2 * LISTED else [*ranked[:LISTED], None, *ranked[-LISTED:]]
     rows = [

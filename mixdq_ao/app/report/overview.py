@@ -35,14 +35,14 @@ def overview(inputs: Inputs) -> Html:
 
 
 def _folded(figures: Mapping[str, Figures]) -> Html | None:
-    """The same table for one step, closed until asked for."""
+    """The same table for one step, collapsed at first."""
     if not figures:
         return None
     return tag("details", tag("summary", "The same in one step"), figures_table(figures, "Measured, one step"))
 
 
 def ablation(inputs: Inputs) -> Html:
-    """Ingredient by ingredient, and the metrics of the search against each other."""
+    """The ablation: the ingredients one after another, and the metrics of the search against each other."""
     chains = [c for bits, names in CHAINS.items() if (c := _chain(inputs.variants, bits, names))]
     if not chains and not inputs.ablation:
         return Html()

@@ -16,7 +16,7 @@ Placed = tuple[Point, float, float]
 
 
 def pareto_section(points: Sequence[Point]) -> Html:
-    """A chart and the same figures as a table."""
+    """A chart of the plans, and its figures as a table."""
     measured = any(p.psnr is not None for p in points)
     placed = [(p, p.weight_bytes / 2**20, y) for p in points if (y := _height(p, measured)) is not None]
     if not placed:
@@ -50,7 +50,7 @@ def _height(point: Point, measured: bool) -> float | None:
 
 
 def dominated(placed: Sequence[Placed]) -> list[bool]:
-    """Whether some other plan is no larger and no worse, and better in one."""
+    """For each plan, whether another plan is no larger and no worse, and better in one of the two."""
     return [
         any(a <= x and b >= y and (a < x or b > y) for _, a, b in placed)
         for _, x, y in placed

@@ -1,4 +1,4 @@
-"""What plans were predicted to cost, beside what they were measured to: whether the predictions hold on this model."""
+"""The section on predictions: predicted against measured errors of plans on this model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Pair:
 
 
 def prediction_section(inputs: Inputs) -> Html:
-    """A chart, the same as a table, and what random plans said where they were measured; nothing without a pair."""
+    """A chart, its figures as a table, and the agreement over random plans if measured; empty without a pair."""
     pairs = _pairs(inputs)
     if not pairs:
         return Html()
@@ -74,7 +74,7 @@ def _range(ratios: list[float]) -> str:
 
 
 def _agreements(inputs: Inputs) -> list[str]:
-    """What ``mixdq allocate --check`` found; plans of one run say the same."""
+    """Results of ``mixdq allocate --check``, once for all plans of one run."""
     found: dict[str, None] = {}
     for plan in inputs.plans.values():
         agreement: Any = plan.metadata.get("prediction_agreement")

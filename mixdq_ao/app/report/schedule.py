@@ -1,4 +1,4 @@
-"""A precision for every denoising step: found schedules, where errors come from, quality against cost."""
+"""The section on schedules: those found, where errors come from, quality against cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .schedule_charts import added_chart, kind_of, pareto_chart, step_chart
 from .steps import levels_legend, steps_strip
 
 ADD_UP = 0.9
-"""R squared of logs from which single-step errors are said to predict a schedule."""
+"""The R squared (of logarithms) from which on single-step errors count as predicting a schedule."""
 
 
 def schedule_section(schedules: Mapping[str, TemporalPlan], results: Sequence[ScheduleResults]) -> Html:

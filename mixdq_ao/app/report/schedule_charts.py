@@ -15,13 +15,13 @@ KINDS = {"uniform": (1, "s1"), "first": (3, "l4"), "last": (2, "s3"), "spread": 
 
 
 def kind_of(name: str) -> str:
-    """The first word of a schedule's name where it says how the schedule was made, else empty."""
+    """The first word of a schedule's name if it says how the schedule was made, else ""."""
     word = name.partition(" ")[0]
     return word if word in KINDS else ""
 
 
 def step_chart(results: ScheduleResults) -> Html:
-    """A line for each level: the error of each step by itself."""
+    """A line for each level: the error with one step alone at that level, for each step."""
     found = {n: v for n, v in results.step_errors().items() if any(e > 0 for e, _ in v)}
     errors = [e for shares in found.values() for e, _ in shares if e > 0]
     if not errors:

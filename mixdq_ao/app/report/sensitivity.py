@@ -23,7 +23,7 @@ NONE = LayerPlan()
 
 
 def sensitivity_table(inputs: Inputs) -> Html:
-    """Nothing without a sensitivity file."""
+    """The table of layers; empty without a sensitivity file."""
     if inputs.sensitivity is None:
         return Html()
     layers = inputs.sensitivity.layers
@@ -56,7 +56,7 @@ def sensitivity_table(inputs: Inputs) -> Html:
 
 
 def _controls() -> Html:
-    """Shown by the script."""
+    """The controls for filtering, which the script makes visible."""
     groups = tag("select", (tag("option", text, value=value) for text, value in GROUPS), id="group")
     return tag(
         "p",

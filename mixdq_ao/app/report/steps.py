@@ -28,7 +28,7 @@ def steps_strip(steps: Sequence[str], levels: Iterable[str], *, mini: bool = Fal
 
 
 def levels_legend(costs: Mapping[str, float | None]) -> Html:
-    """Levels with their relative costs where these are known."""
+    """The legend of levels, with their relative costs if known."""
     items = [
         tag("span", tag("i", class_=f"swatch {level_class(k)}"), name if cost is None else f"{name}, cost {cost:g}")
         for k, (name, cost) in enumerate(costs.items())

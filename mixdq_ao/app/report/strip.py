@@ -14,7 +14,7 @@ LANES = (("weight", "W", 9.0), ("act", "A", 22.0))
 
 
 def scales(layers: Mapping[str, LayerSensitivity], metrics: Mapping[str, Metric]) -> dict[str, Scale]:
-    """One scale a group, so that the layers of a group can be compared down the column."""
+    """{group: scale}: one scale per group, so that its layers can be compared down the column."""
     found: dict[str, list[float]] = {}
     for layer in layers.values():
         values = [*layer.weight_scores.values(), *layer.act_scores.values()]

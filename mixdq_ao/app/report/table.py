@@ -1,4 +1,4 @@
-"""The table of variants: figures, the best of each column emphasised."""
+"""The table of variants, with the best figure of each column emphasized."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FAILED = 0.5  # agreement, as a share of the reference's, below which a variant 
 
 
 def figures_table(variants: Mapping[str, Figures], caption: str) -> Html:
-    """One row a variant. Columns that nobody measured are left out."""
+    """A table with a row per variant, without columns that have no measurements."""
     columns = [c for c in COLUMNS if any(getattr(v, c.key) is not None for v in variants.values())]
     best = {c.key: best_names(variants, c) for c in columns}
     reference = variants.get(REFERENCE, Figures()).weight_bytes
@@ -67,7 +67,7 @@ def failed(variants: Mapping[str, Figures], name: str) -> bool:
 
 
 def best_names(variants: Mapping[str, Figures], column: Column) -> set[str]:
-    """The best working quantized variants of a column, as displayed: none where they all read the same."""
+    """The best working quantized variants of a column, as displayed; none if all look the same."""
     names = [n for n in variants if n != REFERENCE and not failed(variants, n)]
     values = {n: getattr(variants[n], column.key) for n in names}
     known = {n: v for n, v in values.items() if v is not None}

@@ -25,7 +25,7 @@ class Verdict:
 
 
 def verdicts(variants: Mapping[str, Figures]) -> list[Verdict]:
-    """Only what the figures at hand support."""
+    """The verdicts that the available figures support."""
     full = variants.get("fp32", NOTHING)
     cards = [
         _naive(full, variants.get("naive_w8a8")),
