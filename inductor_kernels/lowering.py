@@ -14,12 +14,12 @@ from .compat import Node, Operator, Size, V, ir, log
 from .packing import run_length
 from .roofline import Product
 from .templates import conv2d, gemm
-from .tiles import Tile
+from .tiles import TILES, Tile
 
 OPS = torch.ops.inductor_kernels
 ARGUMENTS = ("A", "B", "SCALE", "WSUM", "ZP", "WZP", "ROW", "BIAS")  # in the order of templates/signature.jinja
 GROUP_M = 8  # rows of tiles whose programs run next to each other, to share operands in the cache
-MIN_CAPABILITY = 80  # the first architecture with asynchronous copies and bfloat16
+MIN_CAPABILITY = min(TILES)  # sm_80: the first architecture with asynchronous copies and bfloat16
 
 
 @functools.cache

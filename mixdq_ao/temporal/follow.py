@@ -37,7 +37,6 @@ class Steps:
 
     def __init__(self) -> None:
         self.scale: int | None = None
-        self.by_position = False
 
     def step_of(
         self, timesteps: Tensor, timestep: Tensor | float, steps: int, order: int = 1, position: int | None = None
@@ -45,17 +44,17 @@ class Steps:
         """The step, in [0, steps), of a call with ``timestep`` (a number, or a tensor that repeats one).
 
         Pipelines usually pass an element of ``timesteps`` itself: its storage offset is its index, known without a
-        device synchronization. Otherwise the nearest value is searched. A run that begins late (img2img) has its steps
-        at the end.
-
-        Models that are called with another function of the timestep (1 - t / 1000, or an angle) are at ``position``,
-        the scheduler's own index of the coming step.
+        device synchronization. Otherwise it is ``position``, the scheduler's own index of the coming step, where that
+        is known: some models are called with another function of the timestep (1 - t / 1000, or an angle). Otherwise
+        the nearest value is searched. A run that begins late (img2img) has its steps at the end.
 
         Raises:
             ScheduleError: the scheduler does not run ``steps`` steps, or ``timestep`` is not in its list.
         """
         place = _place_in_memory(timesteps, timestep)
-        place = self._nearest(timesteps, timestep, position) if place is None else place
+        if place is None:
+            known = position is not None and 0 <= position < len(timesteps)
+            place = position if known else self._nearest(timesteps, timestep)
         if len(timesteps) == steps:
             return place
         if step_count(timesteps, order) != steps:
@@ -66,15 +65,12 @@ class Steps:
         distinct, rank = torch.unique_consecutive(timesteps, return_inverse=True)
         return int(rank[place]) if len(distinct) == steps else place // order
 
-    def _nearest(self, timesteps: Tensor, timestep: Tensor | float, position: int | None) -> int:
+    def _nearest(self, timesteps: Tensor, timestep: Tensor | float) -> int:
         value = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
         listed = timesteps.detach().double().cpu()
         distances = torch.stack([(listed - value * s).abs() / listed.abs().clamp(min=1.0) for s in SCALES])
         least, nearest = (found.tolist() for found in distances.min(1))
         close = [scale for scale, distance in enumerate(least) if distance <= CLOSE]
-        if (self.by_position or not close) and position is not None and 0 <= position < len(listed):
-            self.by_position = True  # of all calls to come, some of which may be near by chance
-            return position
         if not close:
             raise ScheduleError(
                 f"timestep {value:g} is none of the scheduler's {len(listed)} ({listed[0]:g} to {listed[-1]:g}); "
@@ -95,14 +91,12 @@ def timesteps_of(scheduler: Any) -> Tensor:
 
 
 def position(scheduler: Any) -> int | None:
-    """The index of the coming step in ``scheduler.timesteps``; None where the scheduler does not say.
+    """The index of the coming step in ``scheduler.timesteps``; None if the scheduler does not know.
 
-    Schedulers of diffusers know no index before their first step of a run.
+    Schedulers of diffusers learn it at their first step of a run, unless the pipeline tells them where it begins.
     """
-    if not hasattr(scheduler, "step_index"):
-        return None
-    index = scheduler.step_index
-    return getattr(scheduler, "begin_index", None) or 0 if index is None else int(index)
+    index = getattr(scheduler, "step_index", None)
+    return getattr(scheduler, "begin_index", None) if index is None else index
 
 
 def _place_in_memory(timesteps: Tensor, timestep: Tensor | float) -> int | None:

@@ -11,6 +11,7 @@ from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers.hooks import apply_group_offloading
 
 from mixdq_ao import BOSAwareTextEncoder, Plan, TextEncoderError, bos_aware, mixdq_config, quantize_
+from mixdq_ao.models.bos_encoder import _rows
 
 
 def quantized_pipe(bundled):
@@ -134,6 +135,28 @@ def test_none_is_changed_where_one_is_foreign(bundled):
     assert type(pipe.text_encoder).__name__ == "CLIPTextModel" and not isinstance(
         pipe.text_encoder, BOSAwareTextEncoder
     )
+
+
+def test_encoders_side_by_side_padded_to_the_width_of_a_later_one():
+    """SD3: [CLIP | CLIP | zeros], and T5's rows after these."""
+    embedding = torch.cat([torch.ones(3), torch.full((2,), 2.0), torch.zeros(4)])
+    rows = _rows({"text_encoder": 3, "text_encoder_2": 2, "text_encoder_3": 9}, embedding)
+    assert {n: row.tolist() for n, row in rows.items()} == {"text_encoder": [1, 1, 1], "text_encoder_2": [2, 2]}
+    alone = _rows({"text_encoder": 3, "text_encoder_2": 6}, torch.ones(9))
+    assert [len(row) for row in alone.values()] == [3, 6]
+    for widths in ({"text_encoder": 3}, {"text_encoder": 12}, {}):  # three hidden states in a row; another encoder
+        with pytest.raises(TextEncoderError, match="do not make up the 9 of the BOS embedding"):
+            _rows(widths, torch.ones(9))
+
+
+@pytest.mark.parametrize("token", ["bos_token_id", "eos_token_id"])
+def test_an_encoder_without_a_first_token(bundled, token):
+    pipe = bundled.pipe
+    quantize_(pipe.unet, mixdq_config(Plan.uniform(pipe.unet, 8, 8).with_calibration(bundled.calibration)))
+    encoder = copy.deepcopy(pipe.text_encoder)
+    setattr(encoder.config, token, None)
+    with pytest.raises(TextEncoderError, match="an encoder .* has no token that begins every text"):
+        BOSAwareTextEncoder.wrap(encoder, torch.ones(encoder.config.hidden_size), None, "an encoder")
 
 
 def test_without_a_quantized_unet(bundled):

@@ -235,6 +235,14 @@ def test_padding_is_no_row():
     assert "no row set apart: the highest peak" in note
 
 
+def test_a_second_denoiser_is_named():
+    """Wan 2.2 draws the last steps with another transformer."""
+    pipe = text_pipeline(Unnamed, plain)
+    pipe.transformer_2 = Unnamed()
+    with pytest.warns(UserWarning, match=r"also denoises with transformer_2.*calibrate\(pipe.transformer_2, run="):
+        calibrate(pipe, PROMPTS)
+
+
 class Unguided(ToyPipeline):
     def __call__(self, prompt, num_inference_steps, generator, output_type):  # type: ignore[override]
         return super().__call__(prompt, generator)

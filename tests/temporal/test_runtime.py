@@ -19,6 +19,7 @@ from diffusers.schedulers import (
     KDPM2DiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    SCMScheduler,
 )
 from torch import nn
 
@@ -36,7 +37,7 @@ from mixdq_ao import (
 )
 from mixdq_ao import quantize_ as quantize
 from mixdq_ao.compat import uncompiled
-from mixdq_ao.temporal.follow import Steps, step_count
+from mixdq_ao.temporal.follow import Steps, step_count, timesteps_of
 
 from ..conftest import unet_inputs
 from ..quantize.reference import assert_close
@@ -69,6 +70,20 @@ class Pipe:
             for _ in range(2 if self.guided else 1):
                 self.unet(x, transform(t), return_dict=False)
                 self.seen.append(uncompiled(self.unet).conv.level)
+
+
+class Stepping(Pipe):
+    """Also takes the steps, by which the scheduler knows where it is."""
+
+    def __call__(self, steps: int, begin: int = 0, transform=lambda t: t):
+        self.scheduler.set_timesteps(steps)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(begin)
+        x = torch.zeros(2, 4, 8, 8)
+        for t in timesteps_of(self.scheduler)[begin:]:
+            y = self.unet(x, transform(t), return_dict=False)[0]
+            self.seen.append(self.unet.conv.level)
+            x = self.scheduler.step(y, t, x, return_dict=False)[0]
 
 
 def small_plan(steps: str, names: str = "abcd") -> TemporalPlan:
@@ -338,6 +353,46 @@ def test_a_timestep_of_another_pipeline_is_an_error():
         Steps().step_of(scheduler.timesteps, torch.tensor(432), 4)
     assert step_count(torch.tensor([9.0, 5.0, 5.0, 1.0, 1.0]), 2) == 3
     assert step_count(torch.tensor([9.0, 7.0, 5.0, 3.0, 1.0]), 2) == 3
+
+
+ANOTHER_SCALE = {"Z-Image": lambda t: (1000 - t) / 1000, "Lumina2": lambda t: 1 - t / 1000, "an angle": torch.arctan}
+
+
+@pytest.mark.parametrize("transform", ANOTHER_SCALE.values(), ids=ANOTHER_SCALE)
+@pytest.mark.parametrize("begin", [0, 2])
+def test_models_given_another_function_of_the_timestep(transform, begin):
+    """Of a step some of these values are near another timestep's: (1000 - 750) / 1000 is 250 thousandths."""
+    runtime = prepare(Small(), small_plan("abcd"))
+    pipe = Stepping(runtime.model, FlowMatchEulerDiscreteScheduler())
+    runtime.follow(pipe)
+    pipe(4, begin, transform)
+    pipe(4, begin, transform)
+    assert pipe.seen == list("abcd"[begin:]) * 2
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler,
+     FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler, LCMScheduler],
+)  # fmt: skip
+def test_the_schedulers_index_is_the_place_of_its_timestep(kind):
+    """Calls with a copy of the timestep run at the levels of calls with the timestep itself."""
+    seen = []
+    for transform in (lambda t: t, lambda t: t.clone()):
+        runtime = prepare(Small(), small_plan("abcd"))
+        pipe = Stepping(runtime.model, kind())
+        runtime.follow(pipe)
+        pipe(4, transform=transform)
+        seen.append("".join(pipe.seen))
+    assert seen[0] == seen[1] and set(seen[0]) == set("abcd")
+
+
+def test_a_scheduler_that_lists_the_end_as_a_timestep():
+    runtime = prepare(Small(), small_plan("ab"))
+    pipe = Stepping(runtime.model, SCMScheduler())
+    runtime.follow(pipe)
+    pipe(2, transform=lambda t: torch.sin(t) / (torch.cos(t) + torch.sin(t)))
+    assert len(pipe.scheduler.timesteps) == 3 and pipe.seen == list("ab")
 
 
 def test_a_prepared_model_is_not_calibrated():
