@@ -187,7 +187,7 @@ class _Follower:
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        timestep = _timestep(args, kwargs)
         if self.runtime.followed is None:
             raise ScheduleError(
                 "the model followed a pipeline, which was not stored with it; store the runtime of prepare(), and "
@@ -200,6 +200,14 @@ class _Follower:
             plan = self.runtime.plan_for(step_count(timesteps, order))
         step = self.steps.step_of(timesteps, timestep, len(plan.steps), order, position(scheduler))
         self.runtime.level = plan.steps[step]
+
+
+def _timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The timestep a denoiser is called with. Raises ScheduleError if there is none."""
+    named = next((kwargs[name] for name in ("timestep", "timesteps", "t") if name in kwargs), None)
+    if named is None and len(args) < 2:
+        raise ScheduleError("the model was called without a timestep, expected it second, or as timestep=")
+    return args[1] if named is None else named
 
 
 class _Heir:

@@ -387,6 +387,24 @@ def test_the_schedulers_index_is_the_place_of_its_timestep(kind):
     assert seen[0] == seen[1] and set(seen[0]) == set("abcd")
 
 
+@pytest.mark.parametrize("name", ["timestep", "timesteps", "t"])
+def test_the_timesteps_names(name):
+    """HiDream calls it timesteps."""
+
+    class Named(Small):
+        def forward(self, sample, **kwargs):
+            return super().forward(sample, kwargs[name])
+
+    runtime = prepare(Named(), small_plan("ab"))
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(2)
+    runtime.follow(SimpleNamespace(unet=runtime.model, scheduler=scheduler))
+    runtime.model(torch.zeros(1, 4, 8, 8), **{name: scheduler.timesteps[1]})
+    assert runtime.level == "b"
+    with pytest.raises(ScheduleError, match="called without a timestep"):
+        runtime.model(torch.zeros(1, 4, 8, 8))
+
+
 def test_a_scheduler_that_lists_the_end_as_a_timestep():
     runtime = prepare(Small(), small_plan("ab"))
     pipe = Stepping(runtime.model, SCMScheduler())
