@@ -92,9 +92,9 @@ class Recorder:
                 # where a module returns its kept output, the modules inside it are not called.
                 nonlocal position
                 call = next((c for c in calls if c.start > position), None)
-                if call is not None and call.kept and call.end < stop:
+                if call is not None and call.kept and call.end < stop and _unchanged(call):
                     position = call.end
-                    return _unchanged(name, call)
+                    return call.output
                 position = position if call is None else call.start
                 return forward(*args, **kwargs)
 
@@ -110,12 +110,9 @@ def _tensors(output: Any) -> list[Tensor]:
     return [t for t in leaves if isinstance(t, Tensor)]
 
 
-def _unchanged(name: str, call: Call) -> Any:
-    if tuple(t._version for t in _tensors(call.output)) != call.versions:
-        raise SensitivityError(
-            f"the kept output of {name!r} was changed in place by the model; analyze with replay=False"
-        )
-    return call.output
+def _unchanged(call: Call) -> bool:
+    """Whether the model has not changed the kept output in place since; otherwise the module has to run again."""
+    return tuple(t._version for t in _tensors(call.output)) == call.versions
 
 
 @contextmanager

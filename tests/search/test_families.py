@@ -140,6 +140,23 @@ def test_layers_out_of_a_gradients_reach_are_not_taken_for_dead(kind, says):
         analyze(pipe, PROMPTS, method="probe", probes=1, calibration=calibration, rule=lambda _: "quality")
 
 
+class InPlace(Experts):
+    """As HiDream's, whose experts' outputs are weighted in place."""
+
+    def forward(self, sample: Tensor, encoder_hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor]:
+        x = self.first(sample)
+        return (self.last(x + self.expert(x).mul_(0.5)),)
+
+
+def test_outputs_changed_in_place_are_computed_again():
+    entry = Entry(InPlace, (16, 4), lambda x, t: {"sample": x, "encoder_hidden_states": t}, "")
+    pipe = ToyPipeline(entry, plain)
+    common: dict[str, Any] = {"calibration": calibrate(pipe, PROMPTS), "weight_bits": (4,), "act_bits": ()}
+    common |= {"method": "one_at_a_time", "rule": lambda _: "quality"}
+    replayed, whole = (analyze(pipe, PROMPTS, replay=replay, **common) for replay in (True, False))
+    assert replayed.layers == whole.layers
+
+
 class Sound(nn.Module):
     """As LTX-2: a large output and a small one."""
 
