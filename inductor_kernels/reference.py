@@ -52,7 +52,11 @@ def _exact(device: torch.device) -> torch.dtype:
 
 
 def _rounding(device: torch.device) -> torch.dtype:
-    """The type that sums of floating-point products are accumulated in."""
+    """The type that sums of floating-point products are accumulated in.
+
+    On a GPU cuDNN may multiply float32 images in TF32, as it does in torch's own convolutions
+    (``torch.backends.cudnn.allow_tf32``); 16-bit images are exact in TF32, and so are the weights.
+    """
     return torch.float64 if device.type == "cpu" else torch.float32
 
 

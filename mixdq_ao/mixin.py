@@ -30,7 +30,7 @@ def restore(value: Any) -> None:
 
 def own_class(value: object) -> type[Any]:
     """The class of an object; of a mixed one the class it had before."""
-    return getattr(value, "own_class", type(value))
+    return getattr(type(value), "own_class", type(value))
 
 
 @cache

@@ -103,8 +103,9 @@ def _matching_output(encoder: nn.Module, row: Tensor, bos_token_id: int | None, 
     """The output of the encoder that begins with ``row``, or None. Any prompt will do: attention is causal, so that row
     depends on the BOS token alone. Raises TextEncoderError for an encoder without one."""
     config: Any = encoder.config
-    bos = config.bos_token_id if bos_token_id is None else bos_token_id
-    eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    bos = getattr(config, "bos_token_id", None) if bos_token_id is None else bos_token_id
+    eos = getattr(config, "eos_token_id", None)
+    eos = eos[0] if isinstance(eos, list) else eos
     if bos is None or eos is None:
         raise TextEncoderError(
             f"{name} ({type(encoder).__name__}) has no token that begins every text, whose row could be checked; "
@@ -186,7 +187,7 @@ def bos_aware(pipe: Any) -> Any:
             "bos_aware(pipe) first, offload then"
         )
     encoders = text_encoders(pipe)
-    rows = _rows({n: int(cast(Any, e).config.hidden_size) for n, e in encoders.items()}, embedding)
+    rows = _rows({n: int(cast(Any, e).config.get_text_config().hidden_size) for n, e in encoders.items()}, embedding)
     places = []
     for name, row in rows.items():
         encoder = encoders[name]

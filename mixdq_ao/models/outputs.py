@@ -56,6 +56,9 @@ def _predictions(output: Any) -> Iterator[tuple[Any, Tensor]]:
     """The floating-point tensors of an output, lists of samples stacked."""
     for key, item in _items(output):
         if isinstance(item, list) and item and all(isinstance(t, Tensor) for t in item):
+            if len({t.shape for t in item}) > 1:
+                shapes = [list(t.shape) for t in item]
+                raise MixDQError(f"the model gave samples of shapes {shapes}, expected the same for all")
             item = torch.stack(item)
         if isinstance(item, Tensor) and item.is_floating_point():
             yield key, item

@@ -67,15 +67,15 @@ def _check_seed(seed: int) -> None:
 
 def denoiser(pipe: Any) -> nn.Module:
     """The model of ``pipe`` to quantize: ``pipe.unet``, or ``pipe.transformer`` (the first, if there are two)."""
-    return getattr(pipe, name_of_denoiser(pipe))
+    name = _name_of_denoiser(pipe)
+    if name is None:
+        raise MixDQError(f"{type(pipe).__name__} has neither a unet nor a transformer; pass the model itself")
+    return getattr(pipe, name)
 
 
-def name_of_denoiser(pipe: Any) -> str:
-    """The attribute that holds ``denoiser(pipe)``. Raises MixDQError where there is none."""
-    for name in ("unet", "transformer"):
-        if isinstance(getattr(pipe, name, None), nn.Module):
-            return name
-    raise MixDQError(f"{type(pipe).__name__} has neither a unet nor a transformer; pass the model itself")
+def _name_of_denoiser(pipe: Any) -> str | None:
+    """The attribute of a pipeline that holds its denoiser."""
+    return next((n for n in ("unet", "transformer") if isinstance(getattr(pipe, n, None), nn.Module)), None)
 
 
 def inner_denoiser(pipe: Any) -> nn.Module:
@@ -136,8 +136,9 @@ def generate(
 
 
 def _guidance(pipe: Any, sampling: Sampling) -> dict[str, float]:
-    """The argument of a pipeline's call, which some have not (HunyuanImage, whose guidance is a model of its own)."""
-    if "guidance_scale" in inspect.signature(pipe).parameters:
+    """The keyword argument for guidance; none for pipelines that take none (HunyuanImage's guider is part of it)."""
+    parameters = inspect.signature(pipe).parameters.values()
+    if any(p.name == "guidance_scale" or p.kind is p.VAR_KEYWORD for p in parameters):
         return {"guidance_scale": sampling.guidance_scale}
     if sampling.guidance_scale != 0:
         raise MixDQError(
@@ -151,13 +152,15 @@ def of_prompts_alone(pipe: Any) -> Iterator[None]:
     """Explains the errors of pipelines that require a picture besides the prompt, such as inpainting or ControlNet."""
     try:
         yield
+    except MixDQError:
+        raise
     except (TypeError, ValueError, AttributeError) as e:
         wanted = [name for name in PICTURES if name in inspect.signature(type(pipe).__call__).parameters]
         if not wanted:
             raise
         raise MixDQError(
             f"{type(pipe).__name__} takes {' and '.join(wanted)} besides prompts, and drew nothing without ({e}); use "
-            f"its text-to-image pipeline, or calibrate(pipe.{name_of_denoiser(pipe)}, run=lambda: "
+            f"its text-to-image pipeline, or calibrate(pipe.{_name_of_denoiser(pipe) or 'unet'}, run=lambda: "
             "pipe(prompt, image=...))"
         ) from e
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -98,7 +99,8 @@ class Calibrator:
 
     def _take_text(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What the denoisers of diffusers call the text encoders' output; layers that are given it itself read it."""
-        text = kwargs.get("encoder_hidden_states")
+        named = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+        text = named.get("encoder_hidden_states")
         self.text = text if isinstance(text, Tensor) and text.dim() == 3 else None
         self.saw_text |= self.text is not None
 
@@ -135,10 +137,7 @@ class Calibrator:
     def _embedding(self) -> tuple[float, ...] | None:
         prompts = [w.prompt for w in self.watches.values() if w.prompt is not None and not w.prompt.empty]
         if self.bos is True and not prompts:
-            raise CalibrationError(
-                f"bos=True, but no linear layer of {type(self.model).__name__} is known to read the text embedding: "
-                "none has the name of one, and none was given the model's encoder_hidden_states"
-            )
+            raise CalibrationError(f"bos=True, but {self._no_rows()}")
         if self.candidate is None or not prompts or self.bos is False:
             return None
         others = max(max(abs(p.lo), abs(p.hi)) for p in prompts)
@@ -146,6 +145,14 @@ class Calibrator:
         if self.bos is True and not self.candidate_holds:
             raise CalibrationError("bos=True, but the first row of the text embedding differs between prompts")
         return tuple(self.candidate.tolist()) if stands_out or self.bos is True else None
+
+    def _no_rows(self) -> str:
+        if any(w.prompt is not None for w in self.watches.values()):
+            return "the text embedding has no rows besides the first; give longer prompts"
+        return (
+            f"no linear layer of {type(self.model).__name__} is known to read the text embedding: none has the name of "
+            "one, and none was given the model's encoder_hidden_states"
+        )
 
     def _note(self, apart: bool) -> str | None:
         """A note for metadata on the rows of the text embedding; None if the model reads no text, or ``bos=False``."""
@@ -228,7 +235,9 @@ def _check_original(model: nn.Module) -> None:
 
 def _same_memory(x: Tensor, y: Tensor | None) -> bool:
     """Whether two tensors are the same values at the same place, as a tensor and a view of all of it are."""
-    return y is not None and (x.data_ptr(), x.shape, x.stride()) == (y.data_ptr(), y.shape, y.stride())
+    if y is None or not y.data_ptr():  # some wrapper subclasses have no memory of their own
+        return False
+    return (x.data_ptr(), x.shape, x.stride()) == (y.data_ptr(), y.shape, y.stride())
 
 
 def calibrate_as_drawn(pipe: Any, prompts: Sequence[str], sampling: Sampling) -> Calibration:

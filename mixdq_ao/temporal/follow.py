@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,27 @@ def step_count(timesteps: Tensor, order: int = 1) -> int:
     return distinct if order == 1 or distinct * 2 <= len(timesteps) + 1 else math.ceil(len(timesteps) / order)
 
 
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a scheduler says it is.
+
+    Attributes:
+        index: of the coming step in its ``timesteps``. Schedulers of diffusers learn it at their first step of a run,
+            unless the pipeline tells them where it begins; None until then, and if they do not count.
+        fresh: whether it counts steps and has taken none of this run.
+    """
+
+    index: int | None = None
+    fresh: bool = False
+
+    @classmethod
+    def of(cls, scheduler: Any) -> Position:
+        """The position of ``scheduler``."""
+        index = getattr(scheduler, "step_index", None)
+        fresh = hasattr(scheduler, "step_index") and index is None
+        return cls(getattr(scheduler, "begin_index", None) if index is None else index, fresh)
+
+
 class Steps:
     """Finds the steps of one pipeline, whose model is called with its scheduler's timesteps or with these / 1000.
 
@@ -39,22 +61,29 @@ class Steps:
         self.scale: int | None = None
 
     def step_of(
-        self, timesteps: Tensor, timestep: Tensor | float, steps: int, order: int = 1, position: int | None = None
+        self,
+        timesteps: Tensor,
+        timestep: Tensor | float,
+        steps: int,
+        order: int = 1,
+        position: Position = Position(),  # noqa: B008  (frozen)
     ) -> int:
         """The step, in [0, steps), of a call with ``timestep`` (a number, or a tensor that repeats one).
 
         Pipelines usually pass an element of ``timesteps`` itself: its storage offset is its index, known without a
-        device synchronization. Otherwise it is ``position``, the scheduler's own index of the coming step, where that
-        is known: some models are called with another function of the timestep (1 - t / 1000, or an angle). Otherwise
-        the nearest value is searched. A run that begins late (img2img) has its steps at the end.
+        device synchronization. Otherwise the scheduler's ``position`` says it, if known: some models are called with
+        another function of the timestep (1 - t / 1000, or an angle). Otherwise the nearest value is searched; a run
+        whose first value is near none begins at the first step. A run that begins late (img2img) has its steps at the
+        end.
 
         Raises:
             ScheduleError: the scheduler does not run ``steps`` steps, or ``timestep`` is not in its list.
         """
         place = _place_in_memory(timesteps, timestep)
         if place is None:
-            known = position is not None and 0 <= position < len(timesteps)
-            place = position if known else self._nearest(timesteps, timestep)
+            place = position.index
+        if place is None or place >= len(timesteps):
+            place = self._nearest(timesteps, timestep, position.fresh)
         if len(timesteps) == steps:
             return place
         if step_count(timesteps, order) != steps:
@@ -65,12 +94,14 @@ class Steps:
         distinct, rank = torch.unique_consecutive(timesteps, return_inverse=True)
         return int(rank[place]) if len(distinct) == steps else place // order
 
-    def _nearest(self, timesteps: Tensor, timestep: Tensor | float) -> int:
+    def _nearest(self, timesteps: Tensor, timestep: Tensor | float, fresh: bool) -> int:
         value = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
         listed = timesteps.detach().double().cpu()
         distances = torch.stack([(listed - value * s).abs() / listed.abs().clamp(min=1.0) for s in SCALES])
         least, nearest = (found.tolist() for found in distances.min(1))
         close = [scale for scale, distance in enumerate(least) if distance <= CLOSE]
+        if not close and fresh:
+            return 0
         if not close:
             raise ScheduleError(
                 f"timestep {value:g} is none of the scheduler's {len(listed)} ({listed[0]:g} to {listed[-1]:g}); "
@@ -87,16 +118,7 @@ class Steps:
 def timesteps_of(scheduler: Any) -> Tensor:
     """``scheduler.timesteps``, one for each step: SCMScheduler (Sana Sprint) lists the end of the last step as well."""
     timesteps = scheduler.timesteps
-    return timesteps[:-1] if type(scheduler).__name__ == "SCMScheduler" else timesteps
-
-
-def position(scheduler: Any) -> int | None:
-    """The index of the coming step in ``scheduler.timesteps``; None if the scheduler does not know.
-
-    Schedulers of diffusers learn it at their first step of a run, unless the pipeline tells them where it begins.
-    """
-    index = getattr(scheduler, "step_index", None)
-    return getattr(scheduler, "begin_index", None) if index is None else index
+    return timesteps[:-1] if "SCMScheduler" in (kind.__name__ for kind in type(scheduler).__mro__) else timesteps
 
 
 def _place_in_memory(timesteps: Tensor, timestep: Tensor | float) -> int | None:

@@ -20,7 +20,7 @@ from ..quantize.quantizer import refuse_unusable
 from ..quantize.tensor import is_quantized
 from ..registration import PREPARED
 from ..search.calibration import Calibration
-from .follow import Steps, position, step_count, timesteps_of
+from .follow import Position, Steps, step_count, timesteps_of
 from .layer import LevelLayer, Storage, Switch
 from .plan import TemporalPlan
 
@@ -198,7 +198,7 @@ class _Follower:
         as_found = order == 1 and len(timesteps) == len(plan.steps)  # even if timesteps repeat
         if self.resample and not as_found:
             plan = self.runtime.plan_for(step_count(timesteps, order))
-        step = self.steps.step_of(timesteps, timestep, len(plan.steps), order, position(scheduler))
+        step = self.steps.step_of(timesteps, timestep, len(plan.steps), order, Position.of(scheduler))
         self.runtime.level = plan.steps[step]
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers.hooks import apply_group_offloading
+from transformers import T5Config, T5EncoderModel
 
 from mixdq_ao import BOSAwareTextEncoder, Plan, TextEncoderError, bos_aware, mixdq_config, quantize_
 from mixdq_ao.models.bos_encoder import _rows
@@ -157,6 +158,12 @@ def test_an_encoder_without_a_first_token(bundled, token):
     setattr(encoder.config, token, None)
     with pytest.raises(TextEncoderError, match="an encoder .* has no token that begins every text"):
         BOSAwareTextEncoder.wrap(encoder, torch.ones(encoder.config.hidden_size), None, "an encoder")
+
+
+def test_t5_has_no_first_token():
+    encoder = T5EncoderModel(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=10))
+    with pytest.raises(TextEncoderError, match="has no token that begins every text"):
+        BOSAwareTextEncoder.wrap(encoder, torch.ones(8))
 
 
 def test_without_a_quantized_unet(bundled):

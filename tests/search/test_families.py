@@ -260,6 +260,48 @@ def test_a_second_denoiser_is_named():
         calibrate(pipe, PROMPTS)
 
 
+def test_text_given_by_place():
+    class ByPlace(Unnamed):
+        pass
+
+    pipe = text_pipeline(ByPlace, with_bos)
+    forward = pipe.transformer.__call__
+    run = lambda: forward(torch.randn(3, 16, 4), torch.stack([with_bos(i) for i in range(3)]))  # noqa: E731
+    assert calibrate(pipe.transformer, run=run).layers["look_here"].prompt_range is not None
+
+
+def test_a_text_of_one_token():
+    with pytest.raises(CalibrationError, match="has no rows besides the first"):
+        calibrate(text_pipeline(Unnamed, lambda i: with_bos(0)[:1]), PROMPTS, bos=True)
+
+
+def test_samples_of_different_shapes():
+    with pytest.raises(MixDQError, match=r"samples of shapes \[\[2\], \[3\]\]"):
+        denoised(([torch.ones(2), torch.ones(3)],))
+
+
+class Passing(ToyPipeline):
+    def __call__(self, *args, **kwargs):
+        self.guidance = kwargs["guidance_scale"]
+        return super().__call__(*args, **kwargs)
+
+
+def test_guidance_goes_through_a_call_of_any_arguments():
+    pipe = Passing(Entry(Unnamed, (16, 4), lambda x, t: {"sample": x, "encoder_hidden_states": t}, ""), plain)
+    generate_all(pipe, PROMPTS, Sampling(guidance_scale=3.0))
+    assert pipe.guidance == 3.0
+
+
+def test_errors_of_ours_are_not_taken_for_missing_pictures():
+    class Optional(ToyPipeline):
+        def __call__(self, prompt, generator, image=None, **kwargs):  # type: ignore[override]
+            raise SensitivityError("layer 'a' is not in the calibration")
+
+    pipe = Optional(Entry(Unnamed, (16, 4), lambda x, t: {"sample": x, "encoder_hidden_states": t}, ""), plain)
+    with pytest.raises(SensitivityError, match="layer 'a' is not in the calibration"):
+        generate_all(pipe, PROMPTS, Sampling())
+
+
 class Unguided(ToyPipeline):
     def __call__(self, prompt, num_inference_steps, generator, output_type):  # type: ignore[override]
         return super().__call__(prompt, generator)

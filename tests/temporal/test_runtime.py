@@ -387,6 +387,16 @@ def test_the_schedulers_index_is_the_place_of_its_timestep(kind):
     assert seen[0] == seen[1] and set(seen[0]) == set("abcd")
 
 
+def test_a_pipeline_that_does_not_say_where_it_begins():
+    """Z-Image's ControlNet pipeline; the first value is near none of the list."""
+    runtime = prepare(Small(), small_plan("abcd"))
+    pipe = Stepping(runtime.model, FlowMatchEulerDiscreteScheduler())
+    pipe.scheduler.set_begin_index = lambda index: None
+    runtime.follow(pipe)
+    pipe(4, transform=ANOTHER_SCALE["Z-Image"])
+    assert pipe.seen == list("abcd")
+
+
 @pytest.mark.parametrize("name", ["timestep", "timesteps", "t"])
 def test_the_timesteps_names(name):
     """HiDream calls it timesteps."""
