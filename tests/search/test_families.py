@@ -280,6 +280,19 @@ def test_samples_of_different_shapes():
         denoised(([torch.ones(2), torch.ones(3)],))
 
 
+class OneImage(ToyPipeline):
+    """Kandinsky 5 calls its pictures ``image``."""
+
+    def __call__(self, *args, **kwargs):
+        return SimpleNamespace(image=super().__call__(*args, **kwargs).images)
+
+
+def test_pictures_under_another_name():
+    entry = Entry(Unnamed, (16, 4), lambda x, t: {"sample": x, "encoder_hidden_states": t}, "")
+    drawn = generate_all(OneImage(entry, plain), PROMPTS, Sampling())
+    assert torch.equal(drawn, generate_all(ToyPipeline(entry, plain), PROMPTS, Sampling()))
+
+
 class Passing(ToyPipeline):
     def __call__(self, *args, **kwargs):
         self.guidance = kwargs["guidance_scale"]
